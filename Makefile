@@ -1,0 +1,42 @@
+# One verb per habit. `make` alone lists them.
+PYTHON ?= python3
+SCALE ?= mini
+SEED ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env study test notebooks export base clean
+.DELETE_ON_ERROR:
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+env: $(READY) ## create .venv with the exact versions of constraints.txt; the other verbs do it by themselves
+
+study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into runs/mini; resumes by itself
+	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED)
+
+test: $(READY) ## run every notebook and every test
+	$(BIN)/python -m pytest
+
+notebooks: $(READY) ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+export: $(READY) ## write maet/*.py from the notebooks, then clean the notebooks' metadata
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+base: $(READY) ## train the shipped base again, into runs/base, to compare with data/miniworld/base
+	$(BIN)/maet base maet/recipes/base.yml --out runs/base
+
+clean: ## remove what builds and tests leave behind; .venv and runs stay
+	rm -rf build dist _docs _proc *.egg-info .pytest_cache
+	find maet nbs tests benchmarks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that was cut short is done again.
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	@touch $@

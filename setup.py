@@ -1,0 +1,40 @@
+"Everything that setuptools must know is in settings.ini, where nbdev keeps it."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+settings = ConfigParser(delimiters=["="])
+settings.read(here / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+
+status = {1: "Planning", 2: "Pre-Alpha", 3: "Alpha", 4: "Beta", 5: "Production/Stable"}
+minors = range(*(int(cfg[key].split(".")[1]) for key in ("min_python", "max_python")))
+suffix = "_requirements"
+extras = {key.removesuffix(suffix): value.split() for key, value in cfg.items() if key.endswith(suffix)}
+extras["all"] = sorted({name for names in extras.values() for name in names})
+readme = here / "README.md"
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"].split(),
+    classifiers=[
+        f"Development Status :: {cfg['status']} - {status[cfg.getint('status')]}",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Natural Language :: {cfg['language']}",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in minors),
+    ],
+    python_requires=f">={cfg['min_python']},<{cfg['max_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    packages=[cfg["lib_path"]],
+    package_data={cfg["lib_path"]: ["lexicons/*.yml", "recipes/*.yml", "tasks/**/*.yaml"]},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+)
