@@ -33,7 +33,7 @@ base: $(READY) ## train the shipped base again, into runs/base, to compare with 
 
 clean: ## remove what builds and tests leave behind; .venv and runs stay
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache
-	find maet nbs tests benchmarks -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find $(wildcard maet nbs tests benchmarks) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut short is done again.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt

@@ -8,7 +8,7 @@ __all__ = ['MODES', 'SCHEDULES', 'VALUES', 'MARK', 'Training', 'batch_sequences'
            'seal', 'newest_whole', 'MaetTrainer', 'load_base', 'expert_delta', 'state_bytes', 'train']
 
 # %% ../nbs/10_training.ipynb #da4b9237
-import hashlib, json, math, os, re, shutil, time
+import hashlib, itertools, json, math, os, re, shutil, time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/10_training.ipynb #77de68da
-from .checkpoints import Checkpoint, write_checkpoint
+from .checkpoints import Checkpoint, finite, write_checkpoint
 from .deltas import Packed, pack_bits, save_pack
 from .tensors import MaetError
 
@@ -194,7 +194,7 @@ class KeyProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad): # grad: (..., out)
-        x, weight = ctx.saved_tensors
+        x, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)  # under autocast they are wider than the gradient
         pair = [t.reshape(-1, t.shape[-1]) for t in ((x, grad) if ctx.turned else (grad, x))]  # (tokens, W's rows), (tokens, W's columns)
         sides = [t if some is None else t.index_select(1, some) for t, some in zip(pair, ctx.block)]
         values = take(sides[0].t() @ sides[1], Block(None, None, ctx.block.inside)).to(ctx.dtype)
@@ -247,12 +247,6 @@ def _own(module, name, values, block):
     for part, places in block._asdict().items():
         module.register_buffer(f"{name}_key_{part}", places, persistent=False)
 
-def _compact(parameter, mask):
-    "The trainable values of one tensor, and where they belong."
-    parameter.data, block = parameter.data.contiguous(), find_block(mask)
-    values = take(parameter.data, block).to(torch.promote_types(parameter.dtype, torch.float32))
-    return nn.Parameter(values.clone()), block
-
 def _reroute(module, names):
     "Give the module a forward that uses its values."
     turned = _turned(module)
@@ -268,32 +262,45 @@ def parameter_of(model, # a PreTrainedModel
         except AttributeError: pass
     raise MaetError(f"{name}: {type(model).__name__} has no such parameter; use names of the base checkpoint's tensors")
 
-def _masks(model, keys):
-    "id of a parameter -> its mask; two names of one tied tensor are joined."
-    masks = {}
-    for name, mask in keys.items():
-        parameter = parameter_of(model, name)
-        if mask.shape != parameter.shape:
-            raise MaetError(f"{name}: the keys' mask is {tuple(mask.shape)}, the tensor {tuple(parameter.shape)}; they are of another model")
-        if mask.any(): masks[id(parameter)] = masks.get(id(parameter), False) | mask
-    if not masks: raise MaetError("keys: no key neuron in any tensor, there is nothing to train")
-    return masks
+def _names(model, keys):
+    "id of a parameter -> its names in the keys: a tied tensor may go by two."
+    names = {}
+    for name in keys: names.setdefault(id(parameter_of(model, name)), []).append(name)
+    return names
+
+def _mask(parameter, names, keys):
+    "The key neurons of one parameter, all its names joined. One tensor's mask at a time: the keys may be a file."
+    mask = torch.zeros(parameter.shape, dtype=torch.bool)
+    for name in names:
+        if keys[name].shape != mask.shape:
+            raise MaetError(f"{name}: the keys' mask is {tuple(keys[name].shape)}, the tensor {tuple(mask.shape)}; they are of another model")
+        mask |= keys[name]
+    return mask
+
+# %% ../nbs/10_training.ipynb #22d200f8
+def _compact(parameter, mask):
+    "The trainable values of one tensor, and where they belong."
+    parameter.data, block = parameter.data.contiguous(), find_block(mask.to(parameter.device))
+    values = take(parameter.data, block).to(torch.promote_types(parameter.dtype, torch.float32))
+    return nn.Parameter(values.clone()), block
 
 def freeze(model, # a PreTrainedModel; changed in place
            keys: Mapping[str, Tensor], # tensor name -> bool mask of its shape; an absent tensor has no key neuron
            ): # the same model: only the key neurons' values want gradients
     "Freeze everything but the key neurons, which get a parameter of their own: float32, or wider if the tensor is."
-    masks, compact = _masks(model, keys), {}
+    names, compact = _names(model, keys), {}
     for p in model.parameters():
         p.requires_grad_(False)
-        if id(p) in masks: compact[id(p)] = _compact(p, masks[id(p)].to(p.device))
+        mask = _mask(p, names.get(id(p), []), keys)
+        if mask.any(): compact[id(p)] = _compact(p, mask)
+    if not compact: raise MaetError("keys: no key neuron in any tensor, there is nothing to train")
     for module in list(model.modules()):
         owned = {name: compact[id(p)] for name, p in module._parameters.items() if id(p) in compact}
         for name, (values, block) in owned.items(): _own(module, name, values, block)
         if owned: _reroute(module, set(owned))
     return model
 
-# %% ../nbs/10_training.ipynb #972a67c4
+# %% ../nbs/10_training.ipynb #5b384ce3
 MARK = "whole.json"
 
 def _on_disk(*paths): # files and folders
@@ -337,17 +344,17 @@ def newest_whole(work: Path, # folder of checkpoints; may be absent
         if checkpoint != last: _discard(checkpoint)
     return last
 
-# %% ../nbs/10_training.ipynb #5b384ce3
-def _run_name(base, training, **tensors):
+# %% ../nbs/10_training.ipynb #761f22b2
+def _run_name(base, training, texts, keys):
     "A hash of all that decides the result."
     settings = {key: value for key, value in asdict(training).items() if key != "save_every"}  # how often it saves changes nothing
     name = hashlib.sha256(json.dumps([settings, base.fingerprint]).encode())
-    for key, tensor in tensors.items():
-        name.update(json.dumps([key, *tensor.shape]).encode())
+    for label, tensor in itertools.chain(enumerate(texts), keys.items()):
+        name.update(json.dumps([label, *tensor.shape]).encode())
         name.update(np.ascontiguousarray(tensor.cpu().numpy()))
     return name.hexdigest()
 
-# %% ../nbs/10_training.ipynb #af3e1334
+# %% ../nbs/10_training.ipynb #0286dd55
 def _check_reached(model, optimizer):
     "After a step: MaetError if some values never met a gradient, because the model uses their tensor outside its module's forward."
     for name, p in model.named_parameters():
@@ -390,7 +397,7 @@ class MaetTrainer:
         _check_reached(self.model, self.optimizer)
         if self.progress: self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
 
-# %% ../nbs/10_training.ipynb #761f22b2
+# %% ../nbs/10_training.ipynb #98fbc42f
 def _evaluation(training, anew):
     "The Trainer's arguments about evaluation: before, every `eval_every` steps, and (its own habit) after the last one."
     return dict(eval_strategy="steps", eval_steps=training.eval_every or total_steps(training), eval_on_start=anew)
@@ -420,7 +427,7 @@ def _trainer(model, corpus, held_out, training, work, anew):
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/10_training.ipynb #0286dd55
+# %% ../nbs/10_training.ipynb #fe2ef495
 def load_base(path, # checkpoint folder
               dtype): # torch dtype, or "auto" for the checkpoint's own
     "The model with the checkpoint's weights. MaetError if the checkpoint lacks one: a random tensor must not be trained on."
@@ -430,19 +437,21 @@ def load_base(path, # checkpoint folder
     try: model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
     finally: logging.enable_progress_bar() if bar else None
     if missing := sorted(found["missing_keys"]): raise MaetError(f"{path}: lacks {', '.join(missing[:5])}; it is not a whole checkpoint of its config.json")
+    for name, p in model.named_parameters(): finite(p.data, name, path)
+    if model.loss_type is None: model.loss_type = "ForCausalLM"  # GPT-2's head: the Trainer would count one token a sequence too many
     return model
 
-# %% ../nbs/10_training.ipynb #fb644351
+# %% ../nbs/10_training.ipynb #64e095fe
 def expert_delta(model, # after `freeze` and training
                  base: Checkpoint, # what it started from
                  keys: Mapping[str, Tensor]) -> dict: # tensor name -> Packed: trained minus base at the mask, float32
     "What training changed."
     owners = {id(p): getattr(m, n + VALUES) for m in model.modules() for n, p in m._parameters.items() if hasattr(m, n + VALUES)}
-    masks, delta = _masks(model, keys), {}
+    names, delta = _names(model, keys), {}
     for name in {base.aliases.get(name, name): None for name in keys}:  # a tied head goes by its embedding's name
         frozen = parameter_of(model, name)
-        if id(frozen) not in masks: continue  # a mask without a key neuron
-        mask = masks[id(frozen)]
+        if id(frozen) not in owners: continue  # a mask without a key neuron
+        mask = _mask(frozen, names[id(frozen)], keys)
         values = owners[id(frozen)].detach().cpu().float() - base.read(name)[mask].float()
         delta[name] = Packed(pack_bits(mask), values, tuple(mask.shape))
     return delta
@@ -454,7 +463,7 @@ def _write_expert(out, model, base, training, keys):
     else:
         save_pack(out, expert_delta(model, base, keys), base, what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
 
-# %% ../nbs/10_training.ipynb #fe2ef495
+# %% ../nbs/10_training.ipynb #2e01e174
 def _check_tokens(tokens, name, length, vocabulary):
     "MaetError unless `tokens` is a table of ids that the model knows."
     if tokens.dim() != 2 or not len(tokens): raise MaetError(f"{name}: its shape is {tuple(tokens.shape)}, it must be (sequences, length) with at least one sequence")
@@ -474,12 +483,12 @@ def _check_place(out, work, mode):
     "MaetError unless the result can be written when training is over."
     if out.is_file() and mode == "dense" or out.is_dir() and (mode != "dense" or any(out.iterdir())):
         raise MaetError(f"{out}: already there; remove it or choose another name")
-    for folder in (out.parent, work):
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise MaetError(f"{folder}: cannot be made ({error.strerror}); choose another place") from None
-        if not os.access(folder, os.W_OK): raise MaetError(f"{folder}: cannot be written; choose another place or change its permissions")
+    for path in (out.absolute().parent, work.absolute()):
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise MaetError(f"{there}: nothing can be written there; choose another place or change its permissions")
 
-# %% ../nbs/10_training.ipynb #64e095fe
+# %% ../nbs/10_training.ipynb #b7eb6c68
 def state_bytes(model, optimizer) -> dict: # bytes of each, after at least one step
     "Gradients, moments, masters (the float32 values beside the frozen weights) and the key neurons' places."
     size = lambda tensors: sum(t.numel()*t.element_size() for t in {id(t): t for t in tensors}.values())
@@ -497,7 +506,7 @@ def _report(trainer, training):
                 tokens=total_tokens(training), bytes=state_bytes(trainer.model, trainer.optimizer),
                 trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
 
-# %% ../nbs/10_training.ipynb #2e01e174
+# %% ../nbs/10_training.ipynb #a9334987
 def train(base: str | Path,            # checkpoint folder
           corpus: Tensor,              # (sequences, length) int token ids
           out: str | Path,             # dense: a checkpoint folder; key-neuron: a pack file
@@ -512,13 +521,14 @@ def train(base: str | Path,            # checkpoint folder
     work = Path(work or out.parent/f"{out.name}.work")
     _check_inputs(base, corpus, training, keys, held_out)
     _check_place(out, work, training.mode)
-    run = _run_name(base, training, corpus=corpus, **({} if held_out is None else dict(held_out=held_out)), **(keys or {}))
+    run = _run_name(base, training, [corpus, *([] if held_out is None else [held_out])], keys or {})
     last = newest_whole(work, run)
     model = load_base(base.path, torch.float32 if keys is None else "auto")
     if keys is not None: freeze(model, keys)
     trainer = _trainer(model, corpus, held_out, training, work, not last)
     trainer.follow(run, progress, _mark(last)["seconds"] if last else 0.)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try: trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except MaetError: _clear(work); raise  # going on would end there again
     _write_expert(out, model, base, training, keys)
     _clear(work)
     return _report(trainer, training)

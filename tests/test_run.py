@@ -1,0 +1,92 @@
+"The main job as a process: whole, killed again and again, and the same bytes at the end."
+import os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TINY = yaml.safe_load("""
+scale: mini
+languages: [es, bn]
+world: {seed: 1, trace: 0.02, documents: 300, items: 10}
+base:
+  shares: {general/en: 1, mathematics/en: 1, general/es: 1, general/bn: 1}
+  vocabulary: 600
+  model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, tie_word_embeddings: true, max_position_embeddings: 512}
+  training: &training {tokens: 16_384, batch_tokens: 512, sequence_length: 64, learning_rate: 0.002, save_every: 5}
+abilities: {mathematics: {tasks: [mathematics], select_ratio: 0.8}}
+training: {<<: *training, tokens: 8_192}
+locate: {training: {<<: *training, tokens: 4_096}, ratio: 0.05}
+rivals: {ability: {<<: *training, tokens: 4_096}, full: {<<: *training, tokens: 4_096}}
+exam: {batch_size: 32}
+""")
+
+
+def start(folder: Path, out: str) -> subprocess.Popen:
+    (folder / "tiny.yml").write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-m", "maet.cli", "run", "--recipe", "tiny.yml", "--out", out, "--ledger", f"{out}.jsonl"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def merged(folder: Path, out: str) -> bytes:
+    return (folder / out / "seed-0" / "mathematics" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder, began = tmp_path_factory.mktemp("runs"), time.monotonic()
+    process = start(folder, "whole")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return folder, said, time.monotonic() - began
+
+
+def test_the_main_job_ends_with_a_table_and_a_sentence(undisturbed):
+    folder, said, _ = undisturbed
+    assert "| MAET" in said and "full CPT" in said and "average" in said and "replicated" in said
+    assert all(f"/{n}]" not in said for n in (0, 1))
+    seed = folder / "whole" / "seed-0"
+    assert {p.name for p in seed.iterdir()} >= {"report.md", "mathematics", "main.png", "main.svg", "main.csv"}
+    assert len((folder / "whole.jsonl").read_text().splitlines()) == 4 * (3 + 1)  # methods x (languages + average)
+    assert not [p for p in (folder / "whole").iterdir() if p.name.endswith(".part")]
+    from transformers import AutoModelForCausalLM
+    assert AutoModelForCausalLM.from_pretrained(seed / "mathematics").num_parameters() > 10_000
+    assert (seed / "mathematics" / "maet_config.yml").is_file() and "base_model" in (seed / "mathematics" / "README.md").read_text()
+
+
+def test_a_second_call_makes_nothing_and_adds_nothing(undisturbed):
+    folder, said, _ = undisturbed
+    stages, lines = sorted((folder / "whole").glob("*-*")), (folder / "whole.jsonl").read_bytes()
+    times = [p.stat().st_mtime_ns for p in stages]
+    again, _ = start(folder, "whole").communicate(timeout=600)
+    assert [p.stat().st_mtime_ns for p in stages] == times and (folder / "whole.jsonl").read_bytes() == lines
+    assert again.splitlines()[-3:] == said.splitlines()[-3:]
+
+
+def test_killed_ten_times_it_ends_with_the_same_bytes(undisturbed):
+    folder, _, seconds = undisturbed
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        process = start(folder, "killed")
+        try: process.communicate(timeout=rng.uniform(0.25, 0.6) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        else:  # done before the kill: begin anew, with the kills that are left
+            assert process.returncode == 0 and merged(folder, "killed") == merged(folder, "whole")
+            os.rename(folder / "killed", folder / f"done-{kills}")
+    said, _ = (process := start(folder, "killed")).communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert merged(folder, "killed") == merged(folder, "whole")
+
+
+def test_interrupted_it_says_how_to_go_on(undisturbed):
+    folder, _, seconds = undisturbed
+    process = start(folder, "interrupted")
+    time.sleep(seconds / 2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in said, said
+    assert "Traceback" not in said
