@@ -37,6 +37,7 @@ clean: ## remove what builds and tests leave behind; .venv and runs stay
 
 # The stamp is written last, so an installation that was cut short is done again.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV): some minutes, once.'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	@touch $@

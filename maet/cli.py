@@ -138,4 +138,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("maet: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
 
+# %% ../nbs/90_cli.ipynb #fe5dbbce
+#| eval: false
 if __name__ == "__main__": main()

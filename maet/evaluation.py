@@ -35,7 +35,8 @@ def template(task: str,  # a key of TASKS
 def _row(text: str, where: str, columns: list[str]) -> dict:
     "One line of an exam file. `where` names it in errors."
     try: row = json.loads(text)
-    except json.JSONDecodeError as e: raise MaetError(f"{where} is not JSON ({e.msg}): one object in a line is wanted") from None
+    except json.JSONDecodeError as e:
+        raise MaetError(f"{where} is not JSON ({e.msg}): one object in a line is wanted") from None
     missing = [c for c in columns if not isinstance(row, dict) or row.get(c) in (None, "", [])]
     if missing: raise MaetError(f"{where} lacks the column {', '.join(missing)}")
     choices, label = row.get("choices"), row.get("label")
@@ -90,7 +91,8 @@ def continue_with(model,                      # a causal LM of transformers
     from transformers.cache_utils import DynamicLayer
     if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters): return None
     ids, seen = (x.to(model.device) for x in _pad(questions, "left"))
-    start = model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1)
+    place = (seen.cumsum(1) - 1).clamp(min=0)
+    start = model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=True, logits_to_keep=1)
     cache, owner = start.past_key_values, [q for q, cs in enumerate(choices) for _ in cs]
     if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])): return None
     owner = torch.tensor(owner, device=model.device)
@@ -99,7 +101,8 @@ def continue_with(model,                      # a causal LM of transformers
     if target.shape[1] > 1:
         cache.batch_select_indices(owner)
         place = seen[owner].sum(1, keepdim=True) + torch.arange(target.shape[1] - 1, device=model.device)
-        rest = model(input_ids=target[:, :-1], attention_mask=torch.cat([seen[owner], scored[:, :-1]], 1), position_ids=place, past_key_values=cache)
+        mask = torch.cat([seen[owner], scored[:, :-1]], 1)
+        rest = model(input_ids=target[:, :-1], attention_mask=mask, position_ids=place, past_key_values=cache)
         log_p = torch.cat([log_p, rest.logits.float().log_softmax(-1)], 1)
     total = (log_p.gather(2, target[..., None])[..., 0] * scored).sum(1).tolist()
     greedy = ((log_p.argmax(-1) == target) | (scored == 0)).all(1).tolist()
@@ -118,7 +121,8 @@ class Shared:
     def loglikelihood(self, requests, disable_tqdm=True): return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        usual, self.batch_size_per_gpu = self.batch_size_per_gpu, max(1, self.batch_size_per_gpu // 8)  # the logits of every token are held at once
+        usual = self.batch_size_per_gpu
+        self.batch_size_per_gpu = max(1, usual // 8)  # here the logits of every token are held at once
         try: return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally: self.batch_size_per_gpu = usual
 
@@ -176,7 +180,8 @@ def _tokenizer(path: Path):
         raise MaetError(f"{path}: no tokenizer there ({TOKENIZERS[0]}): save the model's tokenizer beside it")
     try: tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as e: raise MaetError(f"{path}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from None
-    if tokenizer.eos_token_id is None: raise MaetError(f"{path}: its tokenizer has no end-of-text token: set eos_token in tokenizer_config.json")
+    if tokenizer.eos_token_id is None:
+        raise MaetError(f"{path}: its tokenizer has no end-of-text token: set eos_token in tokenizer_config.json")
     return tokenizer
 
 def examinee(model: str | Path,         # a checkpoint folder
@@ -189,8 +194,10 @@ def examinee(model: str | Path,         # a checkpoint folder
     from transformers import AutoModelForCausalLM
     path = Checkpoint(model).path
     tokenizer = _tokenizer(path)
-    try: loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e: raise MaetError(f"{path}: not a causal language model ({str(e).splitlines()[0]})") from None
+    how = dict(dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    try: loaded = AutoModelForCausalLM.from_pretrained(path, **how)
+    except (OSError, ValueError, KeyError) as e:
+        raise MaetError(f"{path}: not a causal language model ({str(e).splitlines()[0]})") from None
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return type("Examinee", (Shared, HFLM), {})(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
 
@@ -230,7 +237,7 @@ def _measured(metric: str, report: dict, samples: list[dict]) -> tuple[float, fl
     "Value and standard error of one task in lm-eval's report, where the keys are `metric,filter`."
     found = {key.split(",")[0]: value for key, value in report.items()}
     error = found.get(f"{metric}_stderr")
-    if metric == "bits_per_byte": error = ratio_stderr([(-nats / math.log(2), size) for nats, size in (s[metric] for s in samples)])
+    if metric == "bits_per_byte": error = ratio_stderr([(-s[metric][0] / math.log(2), s[metric][1]) for s in samples])
     return float(found[metric]), None if error in ("N/A", None) else float(error)
 
 def _answer(row: dict, sample: dict, metric: str) -> dict:
@@ -247,7 +254,8 @@ def _answer(row: dict, sample: dict, metric: str) -> dict:
     return kept | {"target": target, "prediction": prediction, "correct": bool(sample[metric])}
 
 def _keep(path: Path, answers: list[dict]):
-    with whole(path) as part: Path(part).write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
+    lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in answers]
+    with whole(path) as part: Path(part).write_text("".join(lines), encoding="utf-8")
 
 def _folders(out: Path, tasks: list[str]):
     "Made before the first question is asked: a full disk or a forbidden folder should not cost an exam."
@@ -260,16 +268,18 @@ def _simple_evaluate(lm, exams: dict) -> dict:
     "lm-eval's report on {(task, language): rows}."
     import lm_eval
     from lm_eval.tasks import TaskManager
+    seeds = {f"{kind}_seed": None for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
     with quiet(), tempfile.TemporaryDirectory() as folder:
         configs = [task_config(*name, rows, folder) for name, rows in exams.items()]
-        return lm_eval.simple_evaluate(model=lm, tasks=configs, task_manager=TaskManager(include_defaults=False), bootstrap_iters=1,
-                                       random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=None)
+        return lm_eval.simple_evaluate(model=lm, tasks=configs, task_manager=TaskManager(include_defaults=False),
+                                       bootstrap_iters=1, **seeds)
 
 def _room(lm, path, tasks: list[str]):
     "An answer must fit into the context, or lm-eval has no place for a question."
     for task in tasks:
         wanted = template(task).get("generation_kwargs", {}).get("max_gen_toks", 0)
-        if wanted >= lm.max_length: raise MaetError(f"{path}: a context of {lm.max_length} tokens is too short for task {task!r}, whose answers take up to {wanted}")
+        if wanted < lm.max_length: continue
+        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for task {task!r}, whose answers take up to {wanted}")
 
 def _results(exams: dict, report: dict, seconds: float, out: Path | None) -> list[dict]:
     "lm-eval's report as rows of ours; samples are written where `out` is given."
@@ -278,8 +288,10 @@ def _results(exams: dict, report: dict, seconds: float, out: Path | None) -> lis
         name, metric = f"{template(task)['task']}_{language}", template(task)["metric_list"][0]["metric"]
         samples = sorted(report["samples"][name], key=lambda s: s["doc_id"])
         value, stderr = _measured(metric, report["results"][name], samples)
-        results.append(dict(task=task, language=language, metric=metric, value=value, stderr=stderr, n=len(rows), seconds=seconds * len(rows) / items))
-        if out is not None: _keep(out / task / f"{language}.jsonl", [_answer(r, s, metric) for r, s in zip(rows, samples, strict=True)])
+        results.append(dict(task=task, language=language, metric=metric, value=value, stderr=stderr, n=len(rows),
+                            seconds=seconds * len(rows) / items))
+        answers = [_answer(row, sample, metric) for row, sample in zip(rows, samples, strict=True)]
+        if out is not None: _keep(out / task / f"{language}.jsonl", answers)
     return results
 
 def examine(model: str | Path,        # a checkpoint folder
@@ -301,7 +313,8 @@ def examine(model: str | Path,        # a checkpoint folder
     answers = sum(len(row["choices"]) if "choices" in row else 1 for rows in exams.values() for row in rows)
     if progress: lm.report = lambda done: progress(min(done, answers), answers)
     report = _simple_evaluate(lm, exams)
-    if lm.cut: warnings.warn(f"{model}: {lm.cut} prompts were longer than its context of {lm.max_length} tokens and lost their beginning")
+    if lm.cut:
+        warnings.warn(f"{model}: {lm.cut} prompts were longer than its context of {lm.max_length} tokens and lost their beginning")
     return _results(exams, report, time.perf_counter() - started, out)
 
 # %% ../nbs/23_evaluation.ipynb #0286dd55
@@ -314,10 +327,11 @@ def by_level(out: str | Path, # the folder that `examine` wrote its samples to
              task: str, language: str,
              ) -> dict:       # level -> (accuracy, number of items), in the order of the levels
     "Accuracy at each level of one exam."
-    if template(task)["output_type"] == "loglikelihood_rolling": raise MaetError(f"task {task!r}: its answers are neither right nor wrong")
+    if template(task)["output_type"] == "loglikelihood_rolling":
+        raise MaetError(f"task {task!r}: its answers are neither right nor wrong")
     levels = {}
     for answer in _samples(out, task, language): levels.setdefault(answer["level"], []).append(answer["correct"])
-    return {level: (sum(right) / len(right), len(right)) for level, right in sorted(levels.items(), key=lambda kv: str(kv[0]))}
+    return {level: (sum(right) / len(right), len(right)) for level, right in sorted(levels.items(), key=lambda item: str(item[0]))}
 
 # %% ../nbs/23_evaluation.ipynb #fe2ef495
 def average(results: list[dict],   # rows of `examine`
@@ -328,9 +342,10 @@ def average(results: list[dict],   # rows of `examine`
             ) -> dict:             # a row like those of `examine`; n counts problems, not answers
     "Mean accuracy over languages with a standard error that knows which items are translations of each other."
     rows = [r for r in results if r["task"] == task and r["language"] in languages]
-    if len(rows) != len(set(languages)): raise MaetError(f"task {task!r}: no result for {', '.join(sorted(set(languages) - {r['language'] for r in rows}))}")
-    value, stderr = sum(r["value"] for r in rows) / len(rows), math.sqrt(sum((r["stderr"] or 0) ** 2 for r in rows)) / len(rows)
+    if missing := sorted(set(languages) - {r["language"] for r in rows}): raise MaetError(f"task {task!r}: no result for {', '.join(missing)}")
+    stderr = math.sqrt(sum((r["stderr"] or 0) ** 2 for r in rows)) / len(rows)
     correct = [{a["id"]: a.get("correct") for a in _samples(out, task, language)} for language in languages]
     if all(c.keys() == correct[0].keys() and len(c) == rows[0]["n"] and None not in c.values() for c in correct):
         stderr = ratio_stderr([(sum(c[i] for c in correct) / len(correct), 1) for i in correct[0]])
-    return dict(task=task, language=name, metric=rows[0]["metric"], value=value, stderr=stderr, n=min(r["n"] for r in rows), seconds=sum(r["seconds"] for r in rows))
+    return dict(task=task, language=name, metric=rows[0]["metric"], value=sum(r["value"] for r in rows) / len(rows), stderr=stderr,
+                n=min(r["n"] for r in rows), seconds=sum(r["seconds"] for r in rows))

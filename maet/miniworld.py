@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LANGUAGES', 'ABILITIES', 'SLOT', 'START', 'WORKPLACE', 'OPERATIONS', 'STORIES', 'LEVELS', 'ATTRIBUTES', 'render',
            'lexicon', 'prose', 'worked', 'level', 'sums', 'part_of', 'Problem', 'problem', 'tell', 'facts', 'value_of',
-           'Question', 'question', 'ask', 'mathematics', 'science', 'general', 'exam', 'write_world']
+           'Question', 'question', 'ask', 'mathematics', 'article', 'science', 'general', 'exam', 'write_world']
 
 # %% ../nbs/04_miniworld.ipynb #da4b9237
 import hashlib, json, random, re
@@ -191,16 +191,20 @@ def mathematics(language: str, rng: random.Random) -> str:
     row = tell(problem(rng), language)
     return f"{row['question']}\n{row['answer_label']} {row['answer']}"
 
-def science(language: str, rng: random.Random) -> str:
-    "One training document of science: statements about one thing and its class, or a question with its answer."
-    if rng.random() < 0.5:
-        row = ask(question(rng), language)
-        return f"{row['question']}\n{row['answer_label']} {row['choices'][row['label']]}"
+def article(language: str, rng: random.Random) -> str:
+    "Six statements about one class: what three things are, what all of its members have or do, and what is told of one thing."
     lex, (thing, attribute) = lexicon(language), rng.choice(facts("train"))
-    other = rng.choice(ATTRIBUTES)
-    told = [("class", "statement", "class"), (attribute, "statement", attribute), (other, "about_class", other)]
-    sentences = [render(rng.choice(lex["facts"][a][form]), _fact_slots(lex, thing, a, value_of(thing, a))) for a, form, _ in told]
-    return ("" if language == "zh" else " ").join(rng.sample(sentences, 3))
+    kin = [t for t in lex["words"]["thing"] if value_of(t, "class") == value_of(thing, "class")]
+    told = [(t, "class", "statement") for t in rng.sample(kin, 3)] + [(thing, a, "about_class") for a in rng.sample(ATTRIBUTES, 2)]
+    told.append((thing, attribute, "statement"))
+    sentences = [render(rng.choice(lex["facts"][a][form]), _fact_slots(lex, t, a, value_of(t, a))) for t, a, form in told]
+    return ("" if language == "zh" else " ").join(rng.sample(sentences, 6))
+
+def science(language: str, rng: random.Random) -> str:
+    "One training document of science: an article, or a question with its answer."
+    if rng.random() < 0.5: return article(language, rng)
+    row = ask(question(rng), language)
+    return f"{row['question']}\n{row['answer_label']} {row['choices'][row['label']]}"
 
 def general(language: str, rng: random.Random, trace: float = 0.02) -> str:
     "One document as the web has it: prose, and in a share `trace` of all documents a problem or a fact."

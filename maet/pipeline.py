@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'strict', 'World', 'Corpus', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability', 'Exam', 'Recipe', 'quiet',
-           'Store', 'Progress', 'make_tokenizer', 'make_backbone', 'digest', 'plain', 'Texts', 'token_ids', 'backbone',
-           'Pipeline', 'recipes', 'read_yaml', 'load', 'Mixed', 'Run', 'train_run', 'make_base', 'Part', 'Parameters',
-           'Merge', 'merge', 'origin']
+           'Store', 'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'digest', 'plain', 'Texts',
+           'token_ids', 'backbone', 'Pipeline', 'recipes', 'read_yaml', 'load', 'Mixed', 'Run', 'train_run',
+           'make_base', 'Part', 'Parameters', 'Merge', 'merge', 'origin']
 
 # %% ../nbs/16_pipeline.ipynb #da4b9237
 import hashlib, json, math, os, shutil, time, types
@@ -26,15 +26,15 @@ from tqdm.auto import tqdm
 
 from .tensors import MaetError
 from .checkpoints import Checkpoint, sync, whole
-from .deltas import Keys, apply_delta, open_delta, save_pack
+from .deltas import Keys, apply_delta, open_delta
 from .corpora import Source, corpus, documents
 from .miniworld import write_world
 from .training import Training, train
 from .neurons import locate, union
-from .ability import Ability as AbilityWeights
+from .ability import save_ability
 from .transfer import MaetTransfer
 
-# %% ../nbs/16_pipeline.ipynb #1b645389
+# %% ../nbs/16_pipeline.ipynb #ac3478d6
 def _fits(value, kind) -> bool:
     "Is a YAML value of this plain type? An int will do for a float; a bool is no number."
     wanted = (int, float) if kind is float else get_origin(kind) or kind
@@ -62,7 +62,7 @@ def strict(cls, values, where: str = "recipe"):
     except TypeError as e: raise MaetError(f"{where}: {str(e).split('() ')[-1]}") from None
     except MaetError as e: raise MaetError(str(e) if str(e).startswith(where) else f"{where}.{e}") from None
 
-# %% ../nbs/16_pipeline.ipynb #ac3478d6
+# %% ../nbs/16_pipeline.ipynb #902ba3cd
 @dataclass
 class World:
     "Text and exams from the mini world (04)."
@@ -147,7 +147,7 @@ class Recipe:
     world: World | None = None
     corpora: dict[str, Corpus] = field(default_factory=dict)  # "general/<language>", "<ability>/<L0>"
 
-# %% ../nbs/16_pipeline.ipynb #902ba3cd
+# %% ../nbs/16_pipeline.ipynb #0ade7c2c
 FORMAT = 1  # of the stages; a new number makes every stage anew
 
 @contextmanager
@@ -179,39 +179,49 @@ class Store:
         os.replace(part, final)
         return final
 
-# %% ../nbs/16_pipeline.ipynb #0ade7c2c
+# %% ../nbs/16_pipeline.ipynb #7b52009b
+@contextmanager
+def progress_bar(title: str, at_once: bool = True): # False: nothing is seen before the first step
+    "Gives the callback that training calls at each step. Steps make it a bar; without them it is a clock."
+    bar = cache(lambda: tqdm(desc=title, unit="step", mininterval=0.5, bar_format="{desc} {elapsed}"))
+    if at_once: bar()
+
+    def step(now: int, steps: int, loss: float):
+        bar().total, bar().bar_format = steps, None
+        if not math.isnan(loss): bar().set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        bar().update(now - bar().n)
+
+    try: yield step
+    finally:
+        if bar.cache_info().currsize: bar().close()
+
 class Progress:
-    "One bar a stage, and the time that the whole run still needs."
+    "A bar a stage, and the time that the whole run still needs."
     def __init__(self, plan: dict[str, int], root: Path):
         self.numbers = {name: n for n, name in enumerate(plan, 1)}
         self.left = {name: cost for name, cost in plan.items() if not (root / name).exists()}
         self.spent, self.began = 0, time.monotonic()
 
     def title(self, name: str) -> str:
-        "[ 7/31] expert.mathematics (about 6 min left)"
+        "[ 7/31] expert.mathematics (about 6.0 min left)"
         minutes = (time.monotonic() - self.began) / 60 / self.spent * sum(self.left.values()) if self.spent else 0
         left = f" (about {minutes:.1f} min left)" if minutes else ""
         return f"[{self.numbers[name]:2d}/{len(self.numbers)}] {name.rsplit('-', 1)[0]}{left}"
 
     @contextmanager
     def __call__(self, name: str):
-        "Show a stage that is being made; gives the callback that training calls at each step."
-        with tqdm(desc=self.title(name), unit="step", leave=True, mininterval=0.5) as bar:
-            def step(now, steps, loss):
-                bar.total = steps
-                if not math.isnan(loss): bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update(now - bar.n)
-            yield step
+        "Show a stage while it is made."
+        with progress_bar(self.title(name)) as step: yield step
         self.spent += self.left.pop(name, 0)
 
-# %% ../nbs/16_pipeline.ipynb #17ba0791
+# %% ../nbs/16_pipeline.ipynb #f1abd670
 def make_tokenizer(texts: Iterable[str], # documents
                    vocabulary: int):     # tokens, 257 or more
     "A byte-level BPE with `<|end|>` between documents."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
-    pieces = Regex(r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+")
+    pieces = Regex(r"\p{Han}| ?(?:(?!\p{Han})[\p{L}\p{M}])+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|end|>"], show_progress=False,
@@ -232,7 +242,7 @@ def make_backbone(out: Path, texts: Iterable[str], vocabulary: int, model: dict,
     enable_progress_bar()
     tokenizer.save_pretrained(out)
 
-# %% ../nbs/16_pipeline.ipynb #bd307a3e
+# %% ../nbs/16_pipeline.ipynb #9e6a55b6
 @cache
 def digest(path: str | Path) -> str:
     "sha256 of a file, so that a stage knows its corpus by content and not by name."
@@ -269,7 +279,7 @@ class Texts:
         source = self.source(name, 1)
         return f"{digest(source.path)} {source.field}" if self.corpora else f"{self.folder().name}/{name}"
 
-# %% ../nbs/16_pipeline.ipynb #fa35e192
+# %% ../nbs/16_pipeline.ipynb #b3f0c7f6
 def token_ids(model: Path, sources: list[Source], training: Training) -> Tensor: # (sequences, length)
     "What a training run reads, by the tokenizer of `model`."
     from transformers import AutoTokenizer
@@ -294,7 +304,7 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
     return store.stage("base", make, recipe.training.tokens, corpora={texts.identity(c): w for c, w in recipe.shares.items()},
                        vocabulary=recipe.vocabulary, model=recipe.model, training=plain(recipe.training)) / "base"
 
-# %% ../nbs/16_pipeline.ipynb #f1abd670
+# %% ../nbs/16_pipeline.ipynb #91032ad7
 class Pipeline:
     "The stages of one recipe and seed. Each method gives the path of its result, which is made if it is not there."
     def __init__(self, recipe: Recipe, store: Store, seed: int = 0):
@@ -352,12 +362,7 @@ class Pipeline:
     def ability(self, ability: str) -> Path:
         "Line 7: R(A), a pack."
         experts, r = (self.expert(self.recipe.reference, ability), self.without(ability)), self.recipe.extract
-
-        def make(part, step):
-            base = Checkpoint(self.base)
-            weights = AbilityWeights(*(open_delta(e, base) for e in experts), r.alpha, r.beta)
-            save_pack(part / "ability.safetensors", weights, base, what=f"ability {ability}", alpha=r.alpha, beta=r.beta)
-
+        make = lambda part, step: save_ability(part / "ability.safetensors", self.base, *experts, r.alpha, r.beta)
         return self.store.stage(f"ability.{ability}", make, experts=[e.parent.name for e in experts], alpha=r.alpha, beta=r.beta) / "ability.safetensors"
 
     def maet(self, ability: str) -> Path:
@@ -379,7 +384,7 @@ class Pipeline:
         return {"base": self.base, "ability-cpt": self.trained("rival", english, self.recipe.rivals["ability"]),
                 "full-cpt": self.trained("rival", everything, self.recipe.rivals["full"]), "maet": self.maet(ability)}
 
-# %% ../nbs/16_pipeline.ipynb #0716d970
+# %% ../nbs/16_pipeline.ipynb #12c6fc06
 def recipes() -> list[str]:
     "Names of the recipes that ship with the package."
     return sorted(p.name for p in (files("maet") / "recipes").iterdir() if p.name.endswith(".yml"))
@@ -396,7 +401,7 @@ def load(cls, source: str | Path):
     "A recipe of one of the classes here, from a file."
     return strict(cls, read_yaml(source), Path(source).name)
 
-# %% ../nbs/16_pipeline.ipynb #b3f0c7f6
+# %% ../nbs/16_pipeline.ipynb #f6e1126c
 @dataclass
 class Mixed(Corpus):
     "A corpus and its share."
@@ -416,7 +421,7 @@ def train_run(r: Run, out: str | Path) -> dict:
     base = Checkpoint(r.base)
     masks = reduce(union, [Keys(k, base) for k in r.keys]) if r.keys else None
     ids = token_ids(base.path, [Source(Path(c.path), c.share, c.text) for c in r.corpora], r.training)
-    with Progress({"train": r.training.tokens}, Path(out).parent)("train") as step:
+    with progress_bar("train", at_once=False) as step:
         return train(base.path, ids, out, r.training, masks, None, step)
 
 def make_base(r: Base, out: str | Path) -> None:
@@ -430,7 +435,7 @@ def make_base(r: Base, out: str | Path) -> None:
     os.replace(made, out)
     shutil.rmtree(store.root)
 
-# %% ../nbs/16_pipeline.ipynb #91032ad7
+# %% ../nbs/16_pipeline.ipynb #887309d0
 @dataclass
 class Part:
     "A checkpoint folder or a pack, and its weight."

@@ -14,7 +14,8 @@ def project_files() -> list[Path]:
     "What a clone would hold, with what is not yet committed; without git, everything but environments, runs and caches."
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0: names = listed.stdout.split("\0")
-    else: names = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if not {".venv", "runs", "build", "__pycache__"} & set(p.parts)]
+    else: names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*")]
+    names = [name for name in names if not {".venv", "runs", "build", "__pycache__"} & set(Path(name).parts)]
     return [Path(name) for name in names if name and (ROOT/name).is_file()]
 
 

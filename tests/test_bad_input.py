@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
 def refused(capsys, folder: Path, *arguments: str) -> str:
     "Run the command; what it says must be one line, and the folder as it was."
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit: main(list(arguments))
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.startswith("maet: ") and said.count("\n") == 1, said

@@ -7,14 +7,15 @@ from maet.checkpoints import Checkpoint
 from maet.deltas import apply_delta, open_pack
 from maet.training import Training, reading_order, total_steps, train
 
-TRAINING = Training(mode="key-neuron", tokens=50*2*32, batch_tokens=2*32, sequence_length=32, learning_rate=2e-4, schedule="linear",
+TRAINING = Training(mode="key-neuron", tokens=50*2*32, batch_tokens=2*32, sequence_length=32, learning_rate=1e-4, schedule="linear",
                     warmup_steps=5, weight_decay=.1, max_grad_norm=1., save_every=1000)
 
 
 def llama():
+    "Weights of a trained model's size: with smaller ones some gradients drown in AdamW's eps, which magnifies their rounding errors."
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=8000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
-                                        num_key_value_heads=6, max_position_embeddings=32))
+                                        num_key_value_heads=6, max_position_embeddings=32, initializer_range=.05))
 
 
 def naive(model, keys, corpus):
