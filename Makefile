@@ -24,9 +24,11 @@ test: $(READY) ## run every notebook and every test
 notebooks: $(READY) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-export: $(READY) ## write maet/*.py from the notebooks, then clean the notebooks' metadata
+export: $(READY) ## write maet/*.py and README.md from the notebooks, then clean the notebooks' metadata
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --RegexRemovePreprocessor.patterns '#\| hide' nbs/index.ipynb \
+	  | sed -e 's|](\([0-9][0-9]_\)|](nbs/\1|g' -e 's|](\.\./|](|g' > README.md
 
 base: $(READY) ## train the shipped base again, into runs/base, to compare with data/miniworld/base
 	$(BIN)/maet base maet/recipes/base.yml --out runs/base

@@ -15,7 +15,7 @@ from maet.deltas import apply_delta, open_delta
 from maet.evaluation import average, by_level, examine
 from maet.ledger import append, commit, versions
 from maet.miniworld import LANGUAGES
-from maet.pipeline import Pipeline, Progress, Recipe, Store, load, token_ids
+from maet.pipeline import Pipeline, Progress, Recipe, Store, expert, load, token_ids, trained
 
 
 @torch.no_grad()
@@ -60,11 +60,11 @@ def main():
     for language in languages: lose("base", run.base, language)
     if not given.base_only:
         for ability in recipe.abilities:
-            model = run.trained("rival", {f"{ability}/{recipe.reference}": 1.0}, recipe.rivals["ability"])
+            model = trained(run, "rival", {f"{ability}/{recipe.reference}": 1.0}, recipe.rivals["ability"])
             score(f"ability-cpt-{ability}", model, ability, languages)
         for language in recipe.languages:
             model, base = given.out / f"expert-{language}", Checkpoint(run.base)
-            if not model.exists(): apply_delta(model, base, open_delta(run.expert(language), base))
+            if not model.exists(): apply_delta(model, base, open_delta(expert(run, language), base))
             score(f"expert-{language}", model, "mathematics", [language])
             lose(f"expert-{language}", model, language)
     print(append(given.ledger, rows), "rows are new in", given.ledger)

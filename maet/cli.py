@@ -27,7 +27,7 @@ def _version(asked: bool):
 def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
     pass
 
-# %% ../nbs/90_cli.ipynb #ac3478d6
+# %% ../nbs/90_cli.ipynb #c1dfd96e
 @app.command()
 def run(scale: Annotated[Optional[str], typer.Option(help="A recipe that ships with maet: mini or 8b.")] = None,
         recipe: Annotated[Optional[str], typer.Option(help="A recipe file of one's own, or a shipped one such as real-mini.yml.")] = None,
@@ -51,10 +51,11 @@ def base(recipe: Annotated[str, typer.Argument(help="YAML: corpora or a mini wor
     from maet.pipeline import Base, load, make_base
     make_base(load(Base, recipe), out)
 
-# %% ../nbs/90_cli.ipynb #c1dfd96e
+# %% ../nbs/90_cli.ipynb #902ba3cd
 Model = Annotated[Path, typer.Argument(help="A checkpoint folder.")]
 Out = Annotated[Path, typer.Option(help="The file to be.")]
 
+# %% ../nbs/90_cli.ipynb #0ade7c2c
 @app.command()
 def train(recipe: Annotated[Path, typer.Argument(help="YAML: base, corpora, training and, for key neurons, keys.")],
           out: Annotated[Path, typer.Option(help="Folder (dense) or pack file (key-neuron) to be.")]):
@@ -76,6 +77,7 @@ def locate(base: Model, tuned: Model, out: Out,
     found = locate(Checkpoint(base), Checkpoint(tuned), ratio, granularity, out)
     typer.echo(f"{out}: {found['neurons']['key']} of {found['neurons']['all']} neurons, importance from {found['threshold']:.3g}")
 
+# %% ../nbs/90_cli.ipynb #17ba0791
 @app.command()
 def pack(base: Model, tuned: Model, out: Out,
          keys: Annotated[Optional[Path], typer.Option(help="Keep only these neurons of the difference.")] = None):
@@ -101,6 +103,7 @@ def extract(base: Annotated[Path, typer.Option(help="The checkpoint that both ex
     from maet.ability import save_ability
     save_ability(out, base, ability, minus, alpha, beta)
 
+# %% ../nbs/90_cli.ipynb #7b52009b
 @app.command()
 def merge(recipe: Annotated[Path, typer.Argument(help="YAML with merge_method: maet, base_model, ability, languages, parameters.")],
           out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")]):
@@ -110,6 +113,7 @@ def merge(recipe: Annotated[Path, typer.Argument(help="YAML with merge_method: m
     from maet.pipeline import Merge, load, merge
     merge(load(Merge, recipe), out)
 
+# %% ../nbs/90_cli.ipynb #fa35e192
 @app.command(name="eval")
 def evaluate(model: Model,
              data: Annotated[Path, typer.Option(help="Folder with <task>/<language>.jsonl.")],
@@ -125,7 +129,7 @@ def evaluate(model: Model,
     for s in examine(model, data, tasks.split(","), languages.split(","), limit, batch_size, out):
         typer.echo(f"{s['task']:14} {s['language']:4} {s['metric']} {s['value']:.4f} ±{s['stderr'] or 0:.4f}  n {s['n']}")
 
-# %% ../nbs/90_cli.ipynb #902ba3cd
+# %% ../nbs/90_cli.ipynb #1574bddb
 def main(arguments: list[str] | None = None) -> int:
     "The `maet` command. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."
     try: return app(arguments, standalone_mode=True)
@@ -138,6 +142,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("maet: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
 
-# %% ../nbs/90_cli.ipynb #fe5dbbce
+# %% ../nbs/90_cli.ipynb #0716d970
 #| eval: false
 if __name__ == "__main__": main()

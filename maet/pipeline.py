@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FORMAT', 'strict', 'World', 'Corpus', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability', 'Exam', 'Recipe', 'quiet',
            'Store', 'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'digest', 'plain', 'Texts',
-           'token_ids', 'backbone', 'Pipeline', 'recipes', 'read_yaml', 'load', 'Mixed', 'Run', 'train_run',
-           'make_base', 'Part', 'Parameters', 'Merge', 'merge', 'origin']
+           'token_ids', 'backbone', 'Mixed', 'Run', 'train_run', 'make_base', 'Part', 'Parameters', 'Merge', 'merge',
+           'origin', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred',
+           'models', 'recipes', 'read_yaml', 'load']
 
 # %% ../nbs/16_pipeline.ipynb #da4b9237
 import hashlib, json, math, os, shutil, time, types
@@ -304,104 +305,7 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
     return store.stage("base", make, recipe.training.tokens, corpora={texts.identity(c): w for c, w in recipe.shares.items()},
                        vocabulary=recipe.vocabulary, model=recipe.model, training=plain(recipe.training)) / "base"
 
-# %% ../nbs/16_pipeline.ipynb #91032ad7
-class Pipeline:
-    "The stages of one recipe and seed. Each method gives the path of its result, which is made if it is not there."
-    def __init__(self, recipe: Recipe, store: Store, seed: int = 0):
-        self.recipe, self.store, self.seed = recipe, store, seed
-        self.texts = Texts(store, recipe.world, recipe.corpora)
-
-    @cached_property
-    def base(self) -> Path: # Theta_o
-        return Path(self.recipe.base) if isinstance(self.recipe.base, str) else backbone(self.recipe.base, self.store, self.texts)
-
-    @cached_property
-    def base_identity(self) -> str:
-        return Checkpoint(self.base).fingerprint if isinstance(self.recipe.base, str) else self.base.parent.name
-
-    def identity(self, model: Path) -> str:
-        "What a model is: the name of its stage, or the fingerprint of the base."
-        return self.base_identity if model == self.base else model.parent.name
-
-    def trained(self, name: str, shares: dict[str, float], training: Training, keys: tuple = ()) -> Path:
-        "CPT from the base on a mixture of corpora: a checkpoint, or with keys files (their union is trained) a pack."
-        training = replace(training, seed=self.seed, mode="key-neuron" if keys else "dense")
-        result = "expert.safetensors" if keys else "expert"
-
-        def make(part, step):
-            if (part / result).exists(): return  # killed between the end and the renaming
-            base = Checkpoint(self.base)
-            sources = [self.texts.source(c, share) for c, share in shares.items() if share]
-            masks = reduce(union, [Keys(k, base) for k in keys]) if keys else None
-            train(self.base, token_ids(self.base, sources, training), part / result, training, masks, None, step, part / "work")
-
-        label = "+".join(c.replace("/", ".") for c in shares) if len(shares) < 4 else f"{len(shares)}-corpora"
-        return self.store.stage(f"{name}.{label}", make, training.tokens, base=self.base_identity, training=plain(training),
-                                corpora={self.texts.identity(c): w for c, w in shares.items()}, keys=[k.parent.name for k in keys]) / result
-
-    def keys(self, corpus: str) -> Path:
-        "Lines 1-4: a little dense CPT on one corpus, and the top k1 % of what it moved."
-        r = self.recipe.locate
-        label, probe = corpus.replace("/", "."), self.trained("probe", {corpus: 1.0}, r.training)
-        make = lambda part, step: locate(Checkpoint(self.base), Checkpoint(probe), r.ratio, r.granularity, part / "keys.safetensors")
-        return self.store.stage(f"keys.{label}", make, probe=probe.parent.name, ratio=r.ratio, granularity=r.granularity) / "keys.safetensors"
-
-    def expert(self, language: str, ability: str | None = None) -> Path:
-        "Line 5 with an ability, line 6 without: CPT of the key neurons."
-        general = f"general/{language}"
-        if not ability: return self.trained("expert", {general: 1.0}, self.recipe.training, (self.keys(general),))
-        special, share = f"{ability}/{language}", self.recipe.abilities[ability].general
-        return self.trained("expert", {special: 1 - share, general: share}, self.recipe.training, (self.keys(special), self.keys(general)))
-
-    def without(self, ability: str) -> Path:
-        "Line 6 as the recipe reads it: what line 5's expert has beside the ability."
-        if self.recipe.extract.minus == "general": return self.expert(self.recipe.reference)
-        corpora = {f"{ability}/{self.recipe.reference}": 1.0}
-        return self.trained("expert", corpora, self.recipe.training, (self.keys(f"general/{self.recipe.reference}"),))
-
-    def ability(self, ability: str) -> Path:
-        "Line 7: R(A), a pack."
-        experts, r = (self.expert(self.recipe.reference, ability), self.without(ability)), self.recipe.extract
-        make = lambda part, step: save_ability(part / "ability.safetensors", self.base, *experts, r.alpha, r.beta)
-        return self.store.stage(f"ability.{ability}", make, experts=[e.parent.name for e in experts], alpha=r.alpha, beta=r.beta) / "ability.safetensors"
-
-    def maet(self, ability: str) -> Path:
-        "Lines 8-13: the merged checkpoint."
-        r, k2 = self.recipe.transfer, self.recipe.abilities[ability].select_ratio
-        mu = {l: r.weights.get(l, 1 / len(self.recipe.languages)) for l in self.recipe.languages}
-        experts, weights = {l: self.expert(l) for l in mu}, self.ability(ability)
-
-        parts = [Part(str(e), mu[l]) for l, e in experts.items()]
-        parameters = Parameters(r.gamma, r.eta, {}, r.similarity, r.kinds, k2)
-        recipe = Merge(str(self.base), Part(str(weights)), parts, parameters=parameters)
-        return self.store.stage(f"maet.{ability}", lambda part, step: merge(recipe, part / "checkpoint"), ability=weights.parent.name, experts={l: e.parent.name for l, e in experts.items()},
-                                mu=mu, select_ratio=k2, transfer=asdict(replace(r, weights={}))) / "checkpoint"
-
-    def models(self, ability: str) -> dict[str, Path]:
-        "The rows of the main table: base, dense CPT on the English ability, dense CPT on everything, MAET."
-        english = {f"{ability}/{self.recipe.reference}": 1.0}
-        everything = english | {f"general/{l}": 1.0 for l in (self.recipe.reference, *self.recipe.languages)}
-        return {"base": self.base, "ability-cpt": self.trained("rival", english, self.recipe.rivals["ability"]),
-                "full-cpt": self.trained("rival", everything, self.recipe.rivals["full"]), "maet": self.maet(ability)}
-
-# %% ../nbs/16_pipeline.ipynb #12c6fc06
-def recipes() -> list[str]:
-    "Names of the recipes that ship with the package."
-    return sorted(p.name for p in (files("maet") / "recipes").iterdir() if p.name.endswith(".yml"))
-
-def read_yaml(source: str | Path) -> dict: # a YAML file, or the name of a shipped recipe, with or without .yml
-    "The content of a recipe. Raises MaetError: no such file, not YAML."
-    path = Path(source)
-    if not path.is_file() and f"{path.stem}.yml" in recipes() and path.parent == Path("."): path = files("maet") / "recipes" / f"{path.stem}.yml"
-    try: return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e: raise MaetError(f"{source}: cannot be read ({e.strerror}); shipped recipes are {', '.join(recipes())}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise MaetError(f"{source}: not YAML ({' '.join(str(e).split())})") from None
-
-def load(cls, source: str | Path):
-    "A recipe of one of the classes here, from a file."
-    return strict(cls, read_yaml(source), Path(source).name)
-
-# %% ../nbs/16_pipeline.ipynb #f6e1126c
+# %% ../nbs/16_pipeline.ipynb #472b07b9
 @dataclass
 class Mixed(Corpus):
     "A corpus and its share."
@@ -435,7 +339,7 @@ def make_base(r: Base, out: str | Path) -> None:
     os.replace(made, out)
     shutil.rmtree(store.root)
 
-# %% ../nbs/16_pipeline.ipynb #887309d0
+# %% ../nbs/16_pipeline.ipynb #12c6fc06
 @dataclass
 class Part:
     "A checkpoint folder or a pack, and its weight."
@@ -472,3 +376,102 @@ def origin(config: dict) -> dict[str, str]: # file name -> text
     data = ModelCardData(base_model=str(config["base_model"]), tags=["merge", "maet"], library_name="transformers")
     card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge`, without training, from:\n\n```yaml\n{text}```\n"
     return {"maet_config.yml": text, "README.md": str(ModelCard(card))}
+
+# %% ../nbs/16_pipeline.ipynb #4d134bc0
+class Pipeline:
+    "One recipe and one seed, in a store. The functions below give the path of a result, which is made if it is not there."
+    def __init__(self, recipe: Recipe, store: Store, seed: int = 0):
+        self.recipe, self.store, self.seed = recipe, store, seed
+        self.texts = Texts(store, recipe.world, recipe.corpora)
+
+    @cached_property
+    def base(self) -> Path: # Theta_o
+        return Path(self.recipe.base) if isinstance(self.recipe.base, str) else backbone(self.recipe.base, self.store, self.texts)
+
+    @cached_property
+    def base_identity(self) -> str:
+        return Checkpoint(self.base).fingerprint if isinstance(self.recipe.base, str) else self.base.parent.name
+
+    def identity(self, model: Path) -> str:
+        "What a model is: the name of its stage, or the fingerprint of the base."
+        return self.base_identity if model == self.base else model.parent.name
+
+# %% ../nbs/16_pipeline.ipynb #887309d0
+def trained(run: Pipeline, name: str, shares: dict[str, float], training: Training, keys: tuple = ()) -> Path:
+    "CPT from the base on a mixture of corpora: a checkpoint, or with keys files (their union is trained) a pack."
+    training = replace(training, seed=run.seed, mode="key-neuron" if keys else "dense")
+    result, shares = "expert.safetensors" if keys else "expert", {c: w for c, w in shares.items() if w}
+
+    def make(part, step):
+        if (part / result).exists(): return  # killed between the end and the renaming
+        masks = reduce(union, [Keys(k, Checkpoint(run.base)) for k in keys]) if keys else None
+        ids = token_ids(run.base, [run.texts.source(c, share) for c, share in shares.items()], training)
+        train(run.base, ids, part / result, training, masks, None, step, part / "work")
+
+    label = "+".join(c.replace("/", ".") for c in shares) if len(shares) < 4 else f"{len(shares)}-corpora"
+    return run.store.stage(f"{name}.{label}", make, training.tokens, base=run.base_identity, training=plain(training),
+                           corpora={run.texts.identity(c): w for c, w in shares.items()}, keys=[k.parent.name for k in keys]) / result
+
+# %% ../nbs/16_pipeline.ipynb #0a57cb53
+def located(run: Pipeline, corpus: str) -> Path:
+    "A little dense CPT on one corpus, and the keys file of the top k1 % of what it moved."
+    r, probe = run.recipe.locate, trained(run, "probe", {corpus: 1.0}, run.recipe.locate.training)
+    make = lambda part, step: locate(Checkpoint(run.base), Checkpoint(probe), r.ratio, r.granularity, part / "keys.safetensors")
+    stage = run.store.stage(f"keys.{corpus.replace('/', '.')}", make, probe=probe.parent.name, ratio=r.ratio, granularity=r.granularity)
+    return stage / "keys.safetensors"
+
+# %% ../nbs/16_pipeline.ipynb #22d200f8
+def expert(run: Pipeline, language: str, ability: str | None = None) -> Path:
+    "A pack of key neurons: of a language, or of an ability and a language."
+    general = f"general/{language}"
+    if not ability: return trained(run, "expert", {general: 1.0}, run.recipe.training, (located(run, general),))
+    special, share = f"{ability}/{language}", run.recipe.abilities[ability].general
+    return trained(run, "expert", {special: 1 - share, general: share}, run.recipe.training, (located(run, special), located(run, general)))
+
+def language_expert(run: Pipeline, ability: str) -> Path:
+    "Line 6 as the recipe reads it: what is taken off the expert of `ability`."
+    l0 = run.recipe.reference
+    if run.recipe.extract.minus == "general": return expert(run, l0)
+    return trained(run, "expert", {f"{ability}/{l0}": 1.0}, run.recipe.training, (located(run, f"general/{l0}"),))
+
+# %% ../nbs/16_pipeline.ipynb #cb4e5208
+def extracted(run: Pipeline, ability: str) -> Path:
+    "R(A) by Eq. 2: a pack."
+    experts, r = (expert(run, run.recipe.reference, ability), language_expert(run, ability)), run.recipe.extract
+    make = lambda part, step: save_ability(part / "ability.safetensors", run.base, *experts, r.alpha, r.beta)
+    return run.store.stage(f"ability.{ability}", make, experts=[e.parent.name for e in experts], alpha=r.alpha, beta=r.beta) / "ability.safetensors"
+
+# %% ../nbs/16_pipeline.ipynb #f1f836cb
+def transferred(run: Pipeline, ability: str) -> Path:
+    "The merged checkpoint, by Eq. 3, 4 and 5."
+    r, weights = run.recipe.transfer, extracted(run, ability)
+    mu = {l: r.weights.get(l, 1 / len(run.recipe.languages)) for l in run.recipe.languages}
+    experts = {l: expert(run, l) for l in mu}
+    parameters = Parameters(r.gamma, r.eta, {}, r.similarity, r.kinds, run.recipe.abilities[ability].select_ratio)
+    recipe = Merge(str(run.base), Part(str(weights)), [Part(str(experts[l]), mu[l]) for l in mu], parameters=parameters)
+    return run.store.stage(f"maet.{ability}", lambda part, step: merge(recipe, part / "checkpoint"), ability=weights.parent.name, mu=mu,
+                           experts={l: e.parent.name for l, e in experts.items()}, parameters=asdict(parameters)) / "checkpoint"
+
+def models(run: Pipeline, ability: str) -> dict[str, Path]:
+    "The rows of the main table: base, dense CPT on the English ability, dense CPT on everything, MAET."
+    english = {f"{ability}/{run.recipe.reference}": 1.0}
+    everything = english | {f"general/{l}": 1.0 for l in (run.recipe.reference, *run.recipe.languages)}
+    return {"base": run.base, "ability-cpt": trained(run, "rival", english, run.recipe.rivals["ability"]),
+            "full-cpt": trained(run, "rival", everything, run.recipe.rivals["full"]), "maet": transferred(run, ability)}
+
+# %% ../nbs/16_pipeline.ipynb #fc074d50
+def recipes() -> list[str]:
+    "Names of the recipes that ship with the package."
+    return sorted(p.name for p in (files("maet") / "recipes").iterdir() if p.name.endswith(".yml"))
+
+def read_yaml(source: str | Path) -> dict: # a YAML file, or the name of a shipped recipe, with or without .yml
+    "The content of a recipe. Raises MaetError: no such file, not YAML."
+    path = Path(source)
+    if not path.is_file() and f"{path.stem}.yml" in recipes() and path.parent == Path("."): path = files("maet") / "recipes" / f"{path.stem}.yml"
+    try: return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e: raise MaetError(f"{source}: cannot be read ({e.strerror}); shipped recipes are {', '.join(recipes())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise MaetError(f"{source}: not YAML ({' '.join(str(e).split())})") from None
+
+def load(cls, source: str | Path):
+    "A recipe of one of the classes here, from a file."
+    return strict(cls, read_yaml(source), Path(source).name)

@@ -19,7 +19,7 @@ from .checkpoints import whole
 from .corpora import documents
 from .ledger import append, commit, versions
 from .plots import METHODS, save, scores
-from .pipeline import Pipeline, Progress, Recipe, Store, digest
+from .pipeline import Pipeline, Progress, Recipe, Store, digest, models, transferred
 from .evaluation import average, examine
 
 # %% ../nbs/24_study.ipynb #ac3478d6
@@ -76,7 +76,7 @@ def score_rows(run: Pipeline, study: str = "main") -> list[dict]:
     shared = dict(study=study, scale=run.recipe.scale, seed=run.seed, versions=versions(), commit=commit())
     rows = []
     for ability in run.recipe.abilities:
-        for method, model in run.models(ability).items():
+        for method, model in models(run, ability).items():
             folder = examined(run, method, model, ability)
             scores = [] if run.store.dry else json.loads((folder / "scores.json").read_text(encoding="utf-8"))
             rows += [shared | score | {"method": method, "setting": {"ability": ability}} for score in scores]
@@ -109,7 +109,7 @@ def verdict(gain: float, error: float) -> str:
 def sentence(run: Pipeline, ability: str) -> str:
     "What was found, whatever it is."
     task, languages = run.recipe.abilities[ability].tasks[0], run.recipe.languages
-    folders = {m: examined(run, m, path, ability) for m, path in run.models(ability).items()}
+    folders = {m: examined(run, m, path, ability) for m, path in models(run, ability).items()}
     found = {m: paired(folders["maet"], folders[m], task, languages) for m in METHODS if m != "maet"}
     parts = [f"{verdict(*d)} {METHODS[m]} ({100 * d[0]:+.1f} ±{100 * d[1]:.1f})" for m, d in found.items()]
     won = all(verdict(*d) == "above" for d in found.values())
@@ -148,7 +148,7 @@ def report(run: Pipeline, rows: list[dict]) -> str:
     for ability in r.abilities:
         link = folder / ability
         link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(run.maet(ability), folder), target_is_directory=True)
+        link.symlink_to(os.path.relpath(transferred(run, ability), folder), target_is_directory=True)
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return "\n\n".join(parts)
 

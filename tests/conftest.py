@@ -20,11 +20,6 @@ def project_files() -> list[Path]:
 
 
 @pytest.fixture
-def root() -> Path:
-    return ROOT
-
-
-@pytest.fixture
 def checkout(tmp_path) -> Path:
     "A copy of the project that a test may change."
     for name in project_files():
