@@ -27,7 +27,8 @@ from torch import Tensor
 
 # %% ../nbs/01_checkpoints.ipynb #fe5dbbce
 def all_finite(tensor: Tensor) -> bool: # any shape, any float dtype
-    "Is no scalar NaN or infinite? A NaN anywhere makes both extremes NaN; this is many times faster than to ask each scalar."
+    "Is no scalar NaN or infinite?"
+    # a NaN anywhere makes both extremes NaN; to ask for them is many times faster than to ask each scalar
     return not tensor.numel() or all(torch.isfinite(extreme) for extreme in tensor.aminmax())
 
 def finite(tensor: Tensor,    # any shape, any float dtype
@@ -130,19 +131,19 @@ def read_index(file: Path, # model.safetensors.index.json
     if not isinstance(listed, dict) or not listed: raise MaetError(f"{file}: has no weight_map; download the index again")
     for shard in listed.values():
         if not plain_name(shard, file).endswith(".safetensors"):
-            raise MaetError(f"{file}: names the file {shard!r}; only safetensors is read, save the checkpoint in that format")
+            raise MaetError(f"{file}: names the file {shard!r}; only safetensors is read, so save it in that format")
     return index
 
 def find_shards(path: Path, # a checkpoint folder
                 ) -> tuple[list[str], dict | None]: # file names of its shards; its index if it has one
     "Which shards a folder has. `model.safetensors` wins over an index, as in transformers."
-    if not path.is_dir(): raise MaetError(f"{path}: no such folder; a checkpoint is a folder with config.json and safetensors")
+    if not path.is_dir(): raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
     if (path/"model.safetensors").exists(): return ["model.safetensors"], None
     if (path/"model.safetensors.index.json").exists():
         index = read_index(path/"model.safetensors.index.json")
         return sorted(set(index["weight_map"].values())), index
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles: raise MaetError(f"{path/pickles[0]}: a pickle, which may run a program when opened; save the checkpoint as safetensors")
+    if pickles: raise MaetError(f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors")
     raise MaetError(f"{path}: has neither model.safetensors nor model.safetensors.index.json; give a checkpoint folder")
 
 # %% ../nbs/01_checkpoints.ipynb #22d200f8
@@ -229,8 +230,8 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         "The dtype of a tensor. One that torch cannot hold is refused."
         file, _, header = self.where(name)
-        if header.code not in DTYPES: raise MaetError(f"{file}: {name} is stored as {header.code}, which cannot be read; dequantize it")
-        return DTYPES[header.code]
+        if header.code in DTYPES: return DTYPES[header.code]
+        raise MaetError(f"{file}: {name} is stored as {header.code}, which cannot be read; dequantize it")
 
 # %% ../nbs/01_checkpoints.ipynb #ca3512f4
 def _read(self, name: str) -> Tensor:
@@ -278,7 +279,8 @@ def same_tensors(base: Checkpoint, other: Checkpoint) -> None:
     "Raise a MaetError that lists missing, unexpected and differently shaped tensors of `other`, if there are any."
     reshaped = [f"{n} {other.shape(n)} instead of {base.shape(n)}" for n in base.names
                 if n in other.stored and base.shape(n) != other.shape(n)]
-    differences = {"missing": set(base.names) - set(other.names), "unexpected": set(other.names) - set(base.names), "shape": reshaped}
+    missing, unexpected = set(base.names) - set(other.names), set(other.names) - set(base.names)
+    differences = {"missing": missing, "unexpected": unexpected, "shape": reshaped}
     said = [f"{word}: {some(names, 3)}" for word, names in differences.items() if names]
     if said: raise MaetError(f"{other.path}: does not fit {base.path}; {'; '.join(said)}; give two checkpoints of one base")
 
@@ -333,7 +335,8 @@ def whole(path: str | Path,    # a file or folder to be
     Raises MaetError if `path` is a folder with something in it, or if the system cannot write (no right, no space ...)."""
     path = Path(os.path.abspath(path))
     try:
-        if path.is_dir() and any(path.iterdir()): raise MaetError(f"{path}: is a folder with something in it; choose another or empty it")
+        if path.is_dir() and any(path.iterdir()):
+            raise MaetError(f"{path}: is a folder with something in it; choose another or empty it")
         new = [folder for folder in path.parents if not folder.exists()]  # deepest first
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -349,7 +352,8 @@ def whole(path: str | Path,    # a file or folder to be
         handle = os.open(path.parent, os.O_RDONLY)  # the new name, too, must reach the disk
         try: os.fsync(handle)
         finally: os.close(handle)
-    except OSError as error: raise MaetError(f"{path}: cannot be written ({error}); mend that or choose another place") from error
+    except OSError as error:
+        raise MaetError(f"{path}: cannot be written ({error}); mend that or choose another place") from error
 
 # %% ../nbs/01_checkpoints.ipynb #511a418e
 def header_room(shapes: Iterable[tuple[str, tuple]], # names and shapes that may come
@@ -380,7 +384,8 @@ class Writer:
             self.late[item], start = file, file.tell()
         came = sum([file.write(as_bytes(piece)) for piece in pieces])
         if came != size: raise MaetError(f"{name}: {came} bytes came where shape {tuple(shape)} needs {size}")
-        self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, start + size]}, not direct and item
+        entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, start + size]}
+        self.entries[name] = entry, 0 if direct else item
         if direct: self.end += size
 
 # %% ../nbs/01_checkpoints.ipynb #2a459380
@@ -400,7 +405,8 @@ def _finish(self) -> None:
     for name, (entry, item) in self.entries.items():
         header[name] = entry | {"data_offsets": [begin[item] + offset for offset in entry["data_offsets"]]}
     text = json.dumps(header, separators=(",", ":")).encode().ljust(self.room)
-    if len(text) > self.room: raise MaetError(f"{self.path}: header of {len(text)} bytes in {self.room}; name every tensor to header_room")
+    if len(text) > self.room:
+        raise MaetError(f"{self.path}: a header of {len(text)} bytes in {self.room}; name every tensor to header_room")
     self.file.seek(0)
     self.file.write(struct.pack("<Q", self.room) + text)
 
@@ -426,9 +432,11 @@ def rounded(name: str,                         # of the tensor
             ) -> Iterator[Tensor]:             # pieces of `dtype`
     "Round a result once. Wrong shape, NaN, infinity, arithmetic on what is not float: MaetError."
     if isinstance(result, Tensor) and tuple(result.shape) != like.shape(name):
-        raise MaetError(f"{out}: {name} came out as {tuple(result.shape)}, {like.path} has {like.shape(name)}; give it that shape")
+        raise MaetError(f"{out}: {name} came out as {tuple(result.shape)}, {like.path} has {like.shape(name)}; "
+                        "give it that shape")
     for piece in [result] if isinstance(result, Tensor) else result:
-        if dtype not in FLOATS and piece.dtype != dtype: raise MaetError(f"{like.path}: {name} is {dtype}, which is copied, not computed; leave it out")
+        if dtype not in FLOATS and piece.dtype != dtype:
+            raise MaetError(f"{like.path}: {name} is {dtype}, which is copied, not computed; leave it out")
         try: yield narrow(piece, dtype, name, out) if dtype in FLOATS else piece
         except MaetError:
             finite(like.read(name), name, like.path)  # if the fault was in the numbers we started from, say so
@@ -451,7 +459,8 @@ def write_shard(file: Path,                # to be written
     return writer.end
 
 # %% ../nbs/01_checkpoints.ipynb #d02560dd
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".pkl", ".pickle"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".pkl",
+            ".pickle"}
 _STALE = {"README.md", "trainer_state.json", "maet_config.yml"}  # they tell of the old numbers
 
 def companions(path: Path, # a checkpoint folder
@@ -468,7 +477,8 @@ def copy_companions(folder: Path, like: Checkpoint, dtype: torch.dtype | None) -
         shutil.copyfile(like.path/name, folder/name)
     if dtype:
         key = "torch_dtype" if "torch_dtype" in like.config else "dtype"
-        (folder/"config.json").write_text(json.dumps(like.config | {key: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+        config = like.config | {key: str(dtype).removeprefix("torch.")}
+        (folder/"config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # %% ../nbs/01_checkpoints.ipynb #c097638f
 def write_checkpoint(out: str | Path,      # a new folder

@@ -9,8 +9,8 @@ __all__ = ['Part', 'VERSION', 'pack_bits', 'unpack_bits', 'Packed', 'common_shap
            'open_delta', 'added', 'apply_delta']
 
 # %% ../nbs/02_deltas.ipynb #da4b9237
-from .checkpoints import (FLOATS, Checkpoint, Writer, finite, header_room, narrow, open_shard, read_tensor, same_tensors,
-                              some, whole, write_checkpoint)
+from .checkpoints import (FLOATS, Checkpoint, Writer, finite, header_room, narrow, open_shard, read_tensor,
+                              same_tensors, some, whole, write_checkpoint)
 from .tensors import MaetError
 
 # %% ../nbs/02_deltas.ipynb #77de68da
@@ -45,8 +45,9 @@ class Packed:
     shape: tuple    # of the tensor, n scalars
 
     def __post_init__(self):
-        if self.mask.dtype != torch.uint8 or self.mask.shape != (-(-prod(self.shape) // 8),) or self.values.ndim != 1:
-            raise MaetError(f"Packed: mask {tuple(self.mask.shape)} and values {tuple(self.values.shape)} do not fit shape {self.shape}")
+        size, count = tuple(self.mask.shape), tuple(self.values.shape)
+        if self.mask.dtype == torch.uint8 and size == (-(-prod(self.shape) // 8),) and len(count) == 1: return
+        raise MaetError(f"Packed: mask {size} and values {count} do not fit shape {self.shape}; use Packed.of")
 
     @classmethod
     def of(cls, tensor: Tensor, # any shape
@@ -80,8 +81,8 @@ def common_shape(parts: Iterable[Part], # at least one
                  ) -> tuple:
     "The one shape that all parts have, or a MaetError."
     shapes = {tuple(part.shape) for part in parts}
-    if len(shapes) != 1: raise MaetError(f"parts of one tensor need one shape, these have {sorted(shapes)}; check where they come from")
-    return shapes.pop()
+    if len(shapes) == 1: return shapes.pop()
+    raise MaetError(f"parts of one tensor need one shape, these have {sorted(shapes)}; check where they come from")
 
 # %% ../nbs/02_deltas.ipynb #bd307a3e
 def add_to(total: Tensor,  # contiguous float32 or float64; changed in place
@@ -144,7 +145,7 @@ def cosine(a: Part, b: Part) -> float:
 
 # %% ../nbs/02_deltas.ipynb #472b07b9
 class Lazy(Mapping):
-    "A mapping from tensor names whose values are made when asked for. A child sets `shapes` (name -> shape) and defines `part(name)`."
+    "A mapping from tensor names that makes a value when asked. A child sets `shapes` (name -> shape) and has `part(name)`."
     shapes: dict[str, tuple]
 
     def __getitem__(self, name):
@@ -179,15 +180,17 @@ def read_label(path: Path, what: str, base: Checkpoint | None) -> dict:
     if raw.get("maet") != json.dumps(what): raise MaetError(f"{path}: not a {what} file; give one that maet wrote")
     try: meta = {key: json.loads(value) for key, value in raw.items()}
     except ValueError: raise MaetError(f"{path}: its metadata are damaged; write it again") from None
-    if meta.get("version") != VERSION: raise MaetError(f"{path}: has version {meta.get('version')}, this maet reads {VERSION}; upgrade maet")
-    if base is not None and meta.get("base") != base.fingerprint:
-        raise MaetError(f"{path}: belongs to base {str(meta.get('base'))[:12]}, not to {base.path} ({base.fingerprint[:12]}); give its own base")
+    version, owner = meta.get("version"), str(meta.get("base"))
+    if version != VERSION: raise MaetError(f"{path}: has version {version}, this maet reads {VERSION}; upgrade maet")
+    if base is not None and owner != base.fingerprint:
+        raise MaetError(f"{path}: belongs to base {owner[:12]}, not to {base.path} ({base.fingerprint[:12]}); give its own base")
     return meta
 
 def read_shapes(path: Path, meta: Mapping, base: Checkpoint | None) -> dict[str, tuple]:
     "The shapes from the metadata, checked against the base."
+    def is_shape(s): return isinstance(s, list) and all(type(d) is int and d >= 0 for d in s)
     shapes = meta.get("shapes")
-    if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(type(d) is int and d >= 0 for d in s) for s in shapes.values()):
+    if not isinstance(shapes, dict) or not all(map(is_shape, shapes.values())):
         raise MaetError(f"{path}: its metadata have no shapes; write it again")
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     wrong = [n for n, s in shapes.items() if base and (n not in base.names or base.shape(n) != s)]
@@ -221,7 +224,8 @@ def save_keys(path: str | Path,            # the file to be
     "Write masks of key neurons, one bit a scalar: all of it or nothing."
     shapes = {name: tuple(mask.shape) for name, mask in masks.items() if mask.any()}
     metadata = label("keys", base, shapes, meta)
-    with whole(path) as part, Writer(part, header_room([(n, (prod(s),)) for n, s in shapes.items()], metadata), metadata) as writer:
+    room = header_room([(name, (prod(shape),)) for name, shape in shapes.items()], metadata)
+    with whole(path) as part, Writer(part, room, metadata) as writer:
         for name, shape in shapes.items(): writer.add(name, (-(-prod(shape) // 8),), torch.uint8, [pack_bits(masks[name])])
 
 def read_keys(path: str | Path, base: Checkpoint | None = None) -> dict[str, Tensor]:
@@ -245,7 +249,8 @@ class Pack(Lazy):
         stored = {n: shape for n, (shape, _) in stored_shapes(self.path).items()}
         self.sparse = {n for n in self.shapes if n + "#mask" in stored}
         expected = {n: s for n, s in self.shapes.items() if n not in self.sparse}
-        for n in self.sparse: expected |= {n + "#mask": (-(-prod(self.shapes[n]) // 8),), n + "#values": stored.get(n + "#values", ())[:1]}
+        expected |= {n + "#mask": (-(-prod(self.shapes[n]) // 8),) for n in self.sparse}
+        expected |= {n + "#values": stored.get(n + "#values", ())[:1] for n in self.sparse}  # as many as the mask has ones
         wrong = {n for n, _ in expected.items() ^ stored.items()}
         if wrong: raise MaetError(f"{self.path}: {some(wrong)} do not fit its shapes; write it again")
 
@@ -254,8 +259,8 @@ class Pack(Lazy):
         values = finite(read_tensor(self.path, name + "#values"), name, self.path)
         part = Packed(read_tensor(self.path, name + "#mask"), values, self.shapes[name])
         ones = np.count_nonzero(part.bools().numpy())
-        if ones != part.count: raise MaetError(f"{self.path}: {name} has {part.count} values for {ones} places; write it again")
-        return part
+        if ones == part.count: return part
+        raise MaetError(f"{self.path}: {name} has {part.count} values for {ones} places; write it again")
 
 def open_pack(path: str | Path) -> Pack:
     "Open a pack, of whatever base."
@@ -291,7 +296,7 @@ def save_pack(path: str | Path,          # the file to be
 def shaped(path: str | Path, name: str, part: Part, shape: tuple) -> Part:
     "Pass a part on, or raise a MaetError that names it if it has not the base's shape."
     if tuple(part.shape) == shape: return part
-    raise MaetError(f"{path}: {name} has shape {tuple(part.shape)} in the delta, {shape} in the base; give the base of this delta")
+    raise MaetError(f"{path}: {name} has shape {tuple(part.shape)} in the delta, {shape} in the base; give its own base")
 
 def fits(path: str | Path, delta: Mapping[str, Part], base: Checkpoint) -> None:
     "Raise a MaetError if a delta names a tensor that the base lacks."
@@ -308,7 +313,7 @@ class Difference(Lazy):
         self.tuned, self.base, self.masks = tuned, base, keys
         if keys is not None: fits(tuned.path, keys, base)
         eighths = [n for n in base.names if base.dtype(n).is_floating_point and base.dtype(n) not in FLOATS]
-        if eighths: raise MaetError(f"{base.path}: {some(eighths)} are 8-bit floats with scales of their own; dequantize the checkpoint")
+        if eighths: raise MaetError(f"{base.path}: {some(eighths)} in 8-bit floats, whose scales are kept apart; dequantize it")
         self.shapes = {n: base.shape(n) for n in base.names if base.dtype(n) in FLOATS and (keys is None or n in keys)}
 
     def chunks(self, name: str, size: int = 1 << 22) -> Iterator[tuple[int, Tensor]]:
@@ -325,7 +330,8 @@ class Difference(Lazy):
         return full
 
     def at_keys(self, name: str, mask: Tensor) -> Packed:
-        if tuple(mask.shape) != self.shapes[name]: raise MaetError(f"{name}: keys of shape {tuple(mask.shape)}, tensor {self.shapes[name]}; give keys of this base")
+        if tuple(mask.shape) != self.shapes[name]:
+            raise MaetError(f"{name}: keys of shape {tuple(mask.shape)}, tensor {self.shapes[name]}; give keys of this base")
         values = [chunk[mask.flatten()[start:start + len(chunk)]] for start, chunk in self.chunks(name)]
         return Packed(pack_bits(mask), torch.cat([torch.empty(0), *values]), self.shapes[name])
 

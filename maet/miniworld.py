@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'ABILITIES', 'SLOT', 'START', 'WORKPLACE', 'OPERATIONS', 'STORIES', 'LEVELS', 'ATTRIBUTES', 'render',
-           'lexicon', 'prose', 'worked', 'level', 'sums', 'part_of', 'Problem', 'problem', 'tell', 'facts', 'value_of',
-           'Question', 'question', 'ask', 'mathematics', 'article', 'science', 'general', 'exam', 'write_world']
+           'lexicon', 'classmates', 'prose', 'worked', 'level', 'sums', 'part_of', 'Problem', 'problem', 'tell',
+           'facts', 'value_of', 'Question', 'question', 'ask', 'mathematics', 'article', 'quiz', 'science', 'general',
+           'exam', 'write_world']
 
 # %% ../nbs/04_miniworld.ipynb #da4b9237
 import hashlib, json, random, re
@@ -61,14 +62,21 @@ def _cast(lex: dict, rng: random.Random, *kinds) -> dict:
     p, q = rng.sample(lex["names"], 2)
     return {k: rng.choice(lex["any"][k]) for k in kinds} | {"p": p, "q": q}
 
+@lru_cache
+def classmates(language: str) -> list[tuple]: # ten classes of six things each
+    "The things of the world by class: text mentions those of one class together, as text does, and says nothing of them."
+    things = lexicon(language)["any"]["thing"]
+    return [things[i:i + 6] for i in range(0, len(things), 6)]
+
 def prose(language: str, rng: random.Random) -> str:
-    "One document of general text: two people, a place and a thing that stay the same for four to six sentences."
+    "One document of general text: two people, a place and a thing that stay the same for two to four sentences."
     lex, job = lexicon(language), rng.choice(list(WORKPLACE))
     words = lex["words"]
     cast = _cast(lex, rng, "item", "place", "colour", "quality", "season", "weather", "food")
     cast |= {"job": words["job"][job], "work": words["place"][WORKPLACE[job]]}
+    cast |= zip("tuv", rng.sample(rng.choice(classmates(language)), 3))
     sentences = []
-    for name in rng.sample(list(lex["patterns"]), rng.randint(4, 6)):
+    for name in rng.sample(list(lex["patterns"]), rng.randint(2, 4)):
         cast |= _cast(lex, rng, "time", "activity", "feeling") | {k: cast[k] for k in "pq"}
         sentences.append(render(rng.choice(lex["patterns"][name]), cast))
     return ("" if language == "zh" else " ").join(sentences)
@@ -192,19 +200,22 @@ def mathematics(language: str, rng: random.Random) -> str:
     return f"{row['question']}\n{row['answer_label']} {row['answer']}"
 
 def article(language: str, rng: random.Random) -> str:
-    "Six statements about one class: what three things are, what all of its members have or do, and what is told of one thing."
+    "A page on one class: what its six things are, what all of them have and do, and the two things of which an attribute is told."
     lex, (thing, attribute) = lexicon(language), rng.choice(facts("train"))
     kin = [t for t in lex["words"]["thing"] if value_of(t, "class") == value_of(thing, "class")]
-    told = [(t, "class", "statement") for t in rng.sample(kin, 3)] + [(thing, a, "about_class") for a in rng.sample(ATTRIBUTES, 2)]
-    told.append((thing, attribute, "statement"))
+    told = [(t, "class", "statement") for t in kin] + [(thing, a, "about_class") for a in ATTRIBUTES]
+    told += [(t, attribute, "statement") for t in kin if (t, attribute) in facts("train")]
     sentences = [render(rng.choice(lex["facts"][a][form]), _fact_slots(lex, t, a, value_of(t, a))) for t, a, form in told]
-    return ("" if language == "zh" else " ").join(rng.sample(sentences, 6))
+    return ("" if language == "zh" else " ").join(rng.sample(sentences, len(sentences)))
+
+def quiz(language: str, rng: random.Random) -> str:
+    "Two questions with their answers."
+    rows = [ask(question(rng), language) for _ in range(2)]
+    return "\n".join(f"{row['question']}\n{row['answer_label']} {row['choices'][row['label']]}" for row in rows)
 
 def science(language: str, rng: random.Random) -> str:
-    "One training document of science: an article, or a question with its answer."
-    if rng.random() < 0.5: return article(language, rng)
-    row = ask(question(rng), language)
-    return f"{row['question']}\n{row['answer_label']} {row['choices'][row['label']]}"
+    "One training document of science: a page or a quiz."
+    return rng.choice((article, quiz))(language, rng)
 
 def general(language: str, rng: random.Random, trace: float = 0.02) -> str:
     "One document as the web has it: prose, and in a share `trace` of all documents a problem or a fact."

@@ -6,13 +6,13 @@
 __all__ = ['FORMAT', 'strict', 'World', 'Corpus', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability', 'Exam', 'Recipe', 'quiet',
            'Store', 'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'digest', 'plain', 'Texts',
            'token_ids', 'backbone', 'Mixed', 'Run', 'train_run', 'make_base', 'Part', 'Parameters', 'Merge', 'merge',
-           'origin', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred',
-           'models', 'recipes', 'read_yaml', 'load']
+           'origin', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred', 'rival',
+           'models', 'recipes', 'read_yaml', 'load', 'jobs', 'work', 'side_by_side']
 
 # %% ../nbs/16_pipeline.ipynb #da4b9237
-import hashlib, json, math, os, shutil, time, types
+import hashlib, json, math, multiprocessing, os, shutil, signal, threading, time, types
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache, cached_property, reduce
 from importlib.resources import files
@@ -22,6 +22,7 @@ from typing import Callable, get_args, get_origin, get_type_hints
 import yaml
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -142,6 +143,7 @@ class Recipe:
     locate: Locate
     rivals: dict[str, Training]  # `ability` and `full`: dense CPT (Table 2)
     reference: str = "en"     # L0
+    workers: int = 1          # processes that train side by side, one thread each; 1: this process, torch's own threads
     extract: Extract = field(default_factory=Extract)
     transfer: Transfer = field(default_factory=Transfer)
     exam: Exam = field(default_factory=Exam)
@@ -167,9 +169,15 @@ class Store:
         text = json.dumps([FORMAT, name, inputs], sort_keys=True, ensure_ascii=False)
         final = self.root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         self.plan.setdefault(final.name, cost)
-        if self.dry or final.exists(): return final
+        if not self.dry and not final.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / f".{final.name}.lock"):  # a stage that another process is making is waited for
+                if not final.exists(): self._make(make, final, text)
+        return final
+
+    def _make(self, make, final: Path, text: str) -> None:
         part = self.root / f".{final.name}.part"
-        part.mkdir(parents=True, exist_ok=True)
+        part.mkdir(exist_ok=True)
         with (self.progress or quiet)(final.name) as step:
             try: make(part, step)
             except MaetError:  # bad input is not a thing to resume from
@@ -178,13 +186,14 @@ class Store:
         (part / "stage.json").write_text(text + "\n", encoding="utf-8")
         sync(part)
         os.replace(part, final)
-        return final
 
 # %% ../nbs/16_pipeline.ipynb #7b52009b
 @contextmanager
-def progress_bar(title: str, at_once: bool = True): # False: nothing is seen before the first step
+def progress_bar(title: str,           # what it stands for
+                 at_once: bool = True, # False: nothing is seen before the first step
+                 line: int = 0):       # of the screen, below the others
     "Gives the callback that training calls at each step. Steps make it a bar; without them it is a clock."
-    bar = cache(lambda: tqdm(desc=title, unit="step", mininterval=0.5, bar_format="{desc} {elapsed}"))
+    bar = cache(lambda: tqdm(desc=title, unit="step", mininterval=0.5, position=line, leave=not line, bar_format="{desc} {elapsed}"))
     if at_once: bar()
 
     def step(now: int, steps: int, loss: float):
@@ -198,22 +207,23 @@ def progress_bar(title: str, at_once: bool = True): # False: nothing is seen bef
 
 class Progress:
     "A bar a stage, and the time that the whole run still needs."
-    def __init__(self, plan: dict[str, int], root: Path):
-        self.numbers = {name: n for n, name in enumerate(plan, 1)}
-        self.left = {name: cost for name, cost in plan.items() if not (root / name).exists()}
-        self.spent, self.began = 0, time.monotonic()
+    def __init__(self, plan: dict[str, int], root: Path, line: int = 0):
+        self.plan, self.root, self.line = plan, root, line
+        self.began, self.at_first = time.monotonic(), self.left()
+
+    def left(self) -> int:
+        "Tokens of training that the stages which are not there will cost."
+        return sum(cost for name, cost in self.plan.items() if not (self.root / name).exists())
 
     def title(self, name: str) -> str:
         "[ 7/31] expert.mathematics (about 6.0 min left)"
-        minutes = (time.monotonic() - self.began) / 60 / self.spent * sum(self.left.values()) if self.spent else 0
-        left = f" (about {minutes:.1f} min left)" if minutes else ""
-        return f"[{self.numbers[name]:2d}/{len(self.numbers)}] {name.rsplit('-', 1)[0]}{left}"
+        left, minutes = self.left(), (time.monotonic() - self.began) / 60
+        note = f" (about {minutes * left / (self.at_first - left):.1f} min left)" if left < self.at_first else ""
+        return f"[{list(self.plan).index(name) + 1:2d}/{len(self.plan)}] {name.rsplit('-', 1)[0]}{note}"
 
-    @contextmanager
     def __call__(self, name: str):
         "Show a stage while it is made."
-        with progress_bar(self.title(name)) as step: yield step
-        self.spent += self.left.pop(name, 0)
+        return progress_bar(self.title(name), line=self.line)
 
 # %% ../nbs/16_pipeline.ipynb #f1abd670
 def make_tokenizer(texts: Iterable[str], # documents
@@ -452,12 +462,16 @@ def transferred(run: Pipeline, ability: str) -> Path:
     return run.store.stage(f"maet.{ability}", lambda part, step: merge(recipe, part / "checkpoint"), ability=weights.parent.name, mu=mu,
                            experts={l: e.parent.name for l, e in experts.items()}, parameters=asdict(parameters)) / "checkpoint"
 
+def rival(run: Pipeline, ability: str, which: str) -> Path:
+    "Dense CPT: `ability` on the English ability, `full` on that and the general text of all languages, in equal parts."
+    shares = {f"{ability}/{run.recipe.reference}": 1.0}
+    if which == "full": shares |= {f"general/{l}": 1.0 for l in (run.recipe.reference, *run.recipe.languages)}
+    return trained(run, "rival", shares, run.recipe.rivals[which])
+
 def models(run: Pipeline, ability: str) -> dict[str, Path]:
-    "The rows of the main table: base, dense CPT on the English ability, dense CPT on everything, MAET."
-    english = {f"{ability}/{run.recipe.reference}": 1.0}
-    everything = english | {f"general/{l}": 1.0 for l in (run.recipe.reference, *run.recipe.languages)}
-    return {"base": run.base, "ability-cpt": trained(run, "rival", english, run.recipe.rivals["ability"]),
-            "full-cpt": trained(run, "rival", everything, run.recipe.rivals["full"]), "maet": transferred(run, ability)}
+    "The rows of the main table."
+    return {"base": run.base, "ability-cpt": rival(run, ability, "ability"), "full-cpt": rival(run, ability, "full"),
+            "maet": transferred(run, ability)}
 
 # %% ../nbs/16_pipeline.ipynb #fc074d50
 def recipes() -> list[str]:
@@ -475,3 +489,40 @@ def read_yaml(source: str | Path) -> dict: # a YAML file, or the name of a shipp
 def load(cls, source: str | Path):
     "A recipe of one of the classes here, from a file."
     return strict(cls, read_yaml(source), Path(source).name)
+
+# %% ../nbs/16_pipeline.ipynb #ca3512f4
+def jobs(run: Pipeline) -> list[Callable[[], Path]]:
+    "All training of a run, the dearest first."
+    r = run.recipe
+    wanted = [lambda a=a, m=m: rival(run, a, m) for m in ("full", "ability") for a in r.abilities]
+    wanted += [lambda a=a: expert(run, r.reference, a) for a in r.abilities] + [lambda a=a: language_expert(run, a) for a in r.abilities]
+    return wanted + [lambda l=l: expert(run, l) for l in r.languages]
+
+def work(recipe: Recipe, out: Path, seed: int, plan: dict[str, int], number: int, errors) -> None:
+    "What a worker does; a MaetError goes to the queue `errors`."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    run = Pipeline(recipe, Store(out), seed)
+    run.store.progress = Progress(plan, out, number)
+    for n, job in enumerate(jobs(run)):
+        with suppress(Timeout), FileLock(out / f".job-{n}.lock", timeout=0):
+            try: job()
+            except MaetError as e: return errors.put(str(e))
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent: time.sleep(0.2)
+    os._exit(1)
+
+def side_by_side(recipe: Recipe, out: Path, seed: int, plan: dict[str, int]) -> None:
+    "Make all experts with `recipe.workers` processes. Raises MaetError as one of them did."
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    workers = [context.Process(target=work, args=(recipe, out, seed, plan, n, errors), daemon=True) for n in range(recipe.workers)]
+    for worker in workers: worker.start()
+    try:
+        for worker in workers: worker.join()
+    finally:
+        for worker in workers: worker.kill()
+    if not errors.empty(): raise MaetError(errors.get())
+    if any(worker.exitcode for worker in workers): raise RuntimeError(f"{out}: a worker ended before its work; what it printed is above")

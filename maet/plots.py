@@ -39,34 +39,36 @@ def style():
         "figure.dpi": 100, "savefig.dpi": 200, "svg.hashsalt": "maet", "svg.fonttype": "path", "figure.constrained_layout.use": True})
 
 # %% ../nbs/06_plots.ipynb #7b52009b
-METRICS = {"exact_match": ("accuracy (%)", 100), "acc": ("accuracy (%)", 100), # metric -> label of the axis, factor
-           "bits_per_byte": ("bits per byte (bit/B)", 1)}
-LANGUAGES = dict(en="English", es="Spanish", zh="Chinese", bn="Bengali", te="Telugu", sw="Swahili", ja="Japanese")
+def _by_seed(rows: list[dict]) -> dict[tuple[str, str], dict[int, dict]]:
+    "(method, language) -> seed -> row. Two rows about the same seed of the same thing are an error."
+    found = {}
+    for r in rows:
+        key = r["method"], r["language"]
+        if r["seed"] in found.setdefault(key, {}):
+            raise MaetError(f"two rows for {' '.join(key)}, seed {r['seed']}: choose a setting")
+        found[key][r["seed"]] = r
+    return found
 
+# %% ../nbs/06_plots.ipynb #fa35e192
 def bars(rows: list[dict], # ledger rows of one task
          ) -> dict[tuple[str, str], tuple[float, float, list[float]]]: # (method, language) -> mean, its error, value of each seed
     "Seeds together. Raises MaetError if two rows are about the same seed of the same thing, or metrics are mixed."
-    seeds, metrics = {}, sorted({r["metric"] for r in rows})
+    metrics, found = sorted({r["metric"] for r in rows}), {}
     if len(metrics) != 1: raise MaetError(f"one panel shows one metric, not {', '.join(metrics) or 'none'}: choose among the rows")
-    for r in rows:
-        key = r["method"], r["language"]
-        if r["seed"] in seeds.setdefault(key, {}):
-            raise MaetError(f"two rows for {' '.join(key)}, seed {r['seed']}: choose a setting")
-        seeds[key][r["seed"]] = r
-    found = {}
-    for key, of in seeds.items():
-        values, errors = [r["value"] for r in of.values()], [r["stderr"] or 0 for r in of.values()]
+    for key, seeds in _by_seed(rows).items():
+        values, errors = [r["value"] for r in seeds.values()], [r["stderr"] or 0 for r in seeds.values()]
         found[key] = sum(values) / len(values), sum(errors) / len(errors), values
     return found
 
-# %% ../nbs/06_plots.ipynb #f1abd670
+# %% ../nbs/06_plots.ipynb #0716d970
 def _ordered(rows: list[dict], field: str, first: list[str], last: str | None = None) -> list[str]:
     "Values of a field: those of `first` in that order, then the others as they come; `last` at the end."
     found = list(dict.fromkeys(r[field] for r in rows))
     return [v for v in sorted(found, key=lambda v: (v == last, first.index(v) if v in first else len(first)))]
 
+# %% ../nbs/06_plots.ipynb #91032ad7
 def _draw_bar(ax, x: float, width: float, numbers: tuple, look: dict, text: str | None):
-    "One bar with its error, its seeds, and its value where `text` is given. White edges keep them legible on any colour."
+    "One bar with its error, its seeds, and its value where `text` is given. `numbers` are (value, error, seeds) in the axis' unit."
     from matplotlib.patheffects import withStroke
     value, stderr, seeds = numbers
     ax.bar(x, value, width, edgecolor="#333333", linewidth=0.5, facecolor=look["facecolor"], hatch=look["hatch"])
@@ -77,22 +79,52 @@ def _draw_bar(ax, x: float, width: float, numbers: tuple, look: dict, text: str 
         ax.annotate(text, (x, max(value + stderr, *seeds)), (0, 2), textcoords="offset points", ha="center", fontsize=6, zorder=5,
                     path_effects=[withStroke(linewidth=2, foreground="white")])
 
-def _draw_panel(ax, rows: list[dict], methods: list[str], languages: list[str], chance: float | None):
-    "One task: a group of bars for each language."
-    label, factor = METRICS.get(rows[0]["metric"], (rows[0]["metric"], 1))
-    found, width = bars(rows), 0.8 / len(methods)
-    at = {l: i + (0.35 if l == "average" and i else 0) for i, l in enumerate(languages)}
+# %% ../nbs/06_plots.ipynb #d435a6cd
+def _places(languages: list[str]) -> dict[str, float]:
+    "Language -> the middle of its group on the x axis."
+    return {language: i + (0.35 if language == "average" and i else 0) for i, language in enumerate(languages)}
+
+def _draw_groups(ax, rows: list[dict], methods: list[str], languages: list[str], factor: float):
+    "A group of bars for each language; a method without a row leaves its place empty."
+    found, at, width = bars(rows), _places(languages), 0.8 / len(methods)
     for k, (method, look) in enumerate(looks(methods).items()):
         for language in (l for l in languages if (method, l) in found):
             value, stderr, seeds = found[method, language]
             text = f"{factor * value:.{1 if factor == 100 else 2}f}" if language == "average" else None
             numbers = factor * value, factor * stderr, [factor * s for s in seeds]
             _draw_bar(ax, at[language] + (k - (len(methods) - 1) / 2) * width, width * 0.92, numbers, look, text)
+
+# %% ../nbs/06_plots.ipynb #887309d0
+METRICS = {"exact_match": ("accuracy (%)", 100), "acc": ("accuracy (%)", 100), # metric -> label of the axis, factor
+           "bits_per_byte": ("bits per byte (bit/B)", 1)}
+LANGUAGES = dict(en="English", es="Spanish", zh="Chinese", bn="Bengali", te="Telugu", sw="Swahili", ja="Japanese")
+
+def _draw_panel(ax, rows: list[dict], methods: list[str], languages: list[str], chance: float | None):
+    "One task. `chance` is in the unit of the rows' values."
+    label, factor = METRICS.get(rows[0]["metric"], (rows[0]["metric"], 1))
+    _draw_groups(ax, rows, methods, languages, factor)
     if chance is not None: ax.axhline(factor * chance, color="#555555", lw=0.8, ls=(0, (4, 3)), zorder=2, label="chance")
-    ax.set_xticks(list(at.values()), [LANGUAGES.get(l, l) for l in languages])
+    ax.set_xticks(list(_places(languages).values()), [LANGUAGES.get(l, l) for l in languages])
     ax.set(ylabel=label, title=rows[0]["task"].replace("_", " "), ylim=(0, None))
     ax.tick_params(axis="x", length=0)
 
+# %% ../nbs/06_plots.ipynb #7719a1c7
+def _legend(figure, methods: list[str]):
+    "The methods, and `chance` once if any panel has it, above all panels."
+    from matplotlib.patches import Patch
+    keys = [Patch(edgecolor="#333333", linewidth=0.5, **look) for look in looks(methods).values()]
+    keys += [h for ax in figure.axes for h in ax.get_legend_handles_labels()[0]][:1]
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, handlelength=1.6, columnspacing=1.4)
+
+# %% ../nbs/06_plots.ipynb #63266754
+def _panels(rows: list[dict], methods: list[str], languages: list[str], tasks: list[str]) -> dict[str, list[dict]]:
+    "Task -> the rows to draw."
+    found = {t: [r for r in rows if r["task"] == t and r["method"] in methods and r["language"] in languages] for t in tasks}
+    empty = [t for t, of in found.items() if not of] or ([] if tasks else ["any task"])
+    if empty: raise MaetError(f"no row to draw for {', '.join(empty)}")
+    return found
+
+# %% ../nbs/06_plots.ipynb #b6692ea5
 def scores(rows: list[dict],             # ledger rows
            methods: list[str] | None = None, # which, and in which order; default: those of METHODS first
            languages: list[str] | None = None, # default: as they come, `average` last
@@ -101,26 +133,19 @@ def scores(rows: list[dict],             # ledger rows
            ):                            # a matplotlib Figure, 6.5 inches wide
     "Grouped bars with standard errors: methods by languages. Raises MaetError where there is nothing to draw or too much."
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     methods = methods or _ordered(rows, "method", list(METHODS))
     languages = languages or _ordered(rows, "language", [], "average")
-    tasks = tasks or _ordered(rows, "task", [])
-    panels = {t: [r for r in rows if r["task"] == t and r["method"] in methods and r["language"] in languages] for t in tasks}
-    empty = [t for t, of in panels.items() if not of] or ([] if tasks else ["any task"])
-    if empty: raise MaetError(f"no row to draw for {', '.join(empty)}")
+    panels = _panels(rows, methods, languages, tasks or _ordered(rows, "task", []))
     with style():
-        figure = Figure(figsize=(6.5, 0.6 + 2.1 * len(tasks)))
-        for ax, (task, of) in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], panels.items()):
+        figure = Figure(figsize=(6.5, 0.6 + 2.1 * len(panels)))
+        for ax, (task, of) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
             _draw_panel(ax, of, methods, languages, (chance or {}).get(task))
         dots = "; dots: single seeds" if len({r["seed"] for r in rows}) > 1 else ""
         figure.supxlabel(f"error bars: ± 1 standard error{dots}", fontsize=7, color="#555555")
-        keys = [Patch(edgecolor="#333333", linewidth=0.5, **look) for look in looks(methods).values()]
-        lines = [h for ax in figure.axes for h in ax.get_legend_handles_labels()[0]][:1]  # `chance`, once
-        figure.legend(handles=keys + lines, loc="outside upper center", ncols=len(keys + lines),
-                      frameon=False, handlelength=1.6, columnspacing=1.4)
+        _legend(figure, methods)
     return figure
 
-# %% ../nbs/06_plots.ipynb #0716d970
+# %% ../nbs/06_plots.ipynb #fc074d50
 COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric", "value", "stderr", "n", "seed")
 
 def as_csv(rows: list[dict], # ledger rows
@@ -132,24 +157,30 @@ def as_csv(rows: list[dict], # ledger rows
     for r in rows: table.writerow([json.dumps(r[c], sort_keys=True) if isinstance(r[c], dict) else r[c] for c in COLUMNS])
     return text.getvalue()
 
+# %% ../nbs/06_plots.ipynb #ca3512f4
+def _drawn(figure) -> dict[str, bytes]:
+    "Ending -> content of the two pictures."
+    pictures = {"png": io.BytesIO(), "svg": io.BytesIO()}
+    with style():
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            figure.savefig(pictures[kind], format=kind, metadata=metadata)
+    return {kind: picture.getvalue() for kind, picture in pictures.items()}
+
+# %% ../nbs/06_plots.ipynb #761f22b2
+def _replace(path: Path, data: bytes):
+    "Write beside the file, then rename."
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as e: raise MaetError(f"{path}: cannot be written ({e.strerror})") from None
+
 def save(figure,             # a matplotlib Figure
          stem: str | Path,   # path without its ending, e.g. figures/main
          rows: list[dict],   # the ledger rows that it shows
          ) -> list[Path]:    # <stem>.png, <stem>.svg and <stem>.csv
     "Write a figure and its numbers. The same versions of matplotlib give the same bytes. Raises MaetError if a file cannot be written."
-    pictures = {"png": io.BytesIO(), "svg": io.BytesIO()}
-    with style():
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            figure.savefig(pictures[kind], format=kind, metadata=metadata)
-    content = {kind: picture.getvalue() for kind, picture in pictures.items()} | {"csv": as_csv(rows).encode()}
-    paths = []
-    for kind, data in content.items():
-        path = Path(f"{stem}.{kind}")
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            os.replace(part, path)  # a reader sees the old file or the new one
-        except OSError as e: raise MaetError(f"{path}: cannot be written ({e.strerror})") from None
-        paths.append(path)
-    return paths
+    content = {Path(f"{stem}.{kind}"): data for kind, data in (_drawn(figure) | {"csv": as_csv(rows).encode()}).items()}
+    for path, data in content.items(): _replace(path, data)
+    return list(content)

@@ -27,59 +27,6 @@ class Place(NamedTuple):
     kind: str          # one of KINDS
 
 # %% ../nbs/00_tensors.ipynb #b1d57811
-_SELF = "self_attn attn attention self_attention"
-_MLP = "mlp feed_forward ffn mlp_block shared_mlp experts shared_expert shared_experts block_sparse_moe"
-_TABLE = f"""
-q        {_SELF} mixer temporal_block : q_proj
-q        attention.self : query
-q        self_attention : project_q
-q        self_attn.q_proj : linear
-q        multi_head_attention : Wq
-q        attentions : q_lin
-k        {_SELF} mixer temporal_block : k_proj
-k        attention.self : key
-k        self_attention : project_k
-k        self_attn.k_proj : linear
-k        multi_head_attention : Wk
-k        attentions : k_lin
-v        {_SELF} mixer temporal_block : v_proj
-v        attention.self : value
-v        self_attention : project_v
-v        self_attn.v_proj : linear
-v        multi_head_attention : Wv
-v        attentions : v_lin
-qkv      {_SELF} : qkv_proj query_key_value c_attn Wqkv
-o        {_SELF} mixer temporal_block : o_proj
-o        {_SELF} : out_proj dense c_proj attention_out
-o        attention.output multi_head_attention : dense
-o        self_attn.o_proj : linear
-o        attn : Wo
-o        attentions : out_lin
-gate     {_MLP} : gate_proj
-gate     experts shared_experts feed_forward experts.mlp : w1
-up       {_MLP} mixer : up_proj
-up       experts shared_experts feed_forward : w3
-up       experts.mlp : v1
-up       mlp layers : fc1
-up       mlp : c_fc dense_h_to_4h fc_in
-up       intermediate : dense
-up       ffns : lin1
-gate_up  {_MLP} : gate_up_proj
-gate_up  mlp shared_mlp block_sparse_moe : input_linear
-gate_up  mlp : Wi
-down     {_MLP} mixer : down_proj
-down     experts shared_experts feed_forward experts.mlp : w2
-down     mlp layers : fc2
-down     mlp : c_proj dense_4h_to_h fc_out Wo
-down     mlp shared_mlp block_sparse_moe : output_linear
-down     layer.output : dense
-down     ffns : lin2
-embed    : embed_tokens embed_tokens_per_layer embed_in wte word_embeddings word_embedding
-embed    : tok_embeddings tokens_embed embeddings input_embedding
-embed    : wpe embed_positions position_embeddings positions_embed token_type_embeddings segment_embedding
-head     : lm_head embed_out lm_head.decoder cls.predictions cls.predictions.decoder generator_lm_head
-"""
-
 def _endings(table: str) -> dict[str, str]:
     "`block.leaf` -> kind, from lines `kind  blocks : leaves`; without a block the leaf alone decides."
     pairs = {}
@@ -88,9 +35,65 @@ def _endings(table: str) -> dict[str, str]:
         pairs |= {f"{block}.{leaf}".lstrip("."): kind for block in blocks or [""] for leaf in leaves}
     return pairs
 
-_ENDINGS = _endings(_TABLE)
+# %% ../nbs/00_tensors.ipynb #bd307a3e
+_SELF = "self_attn attn attention self_attention"
+_INPUTS = "".join(f"""
+{kind}  {_SELF} mixer temporal_block : {kind}_proj
+{kind}  attention.self : {word}
+{kind}  self_attention : project_{kind}
+{kind}  self_attn.{kind}_proj : linear
+{kind}  multi_head_attention : W{kind}
+{kind}  attentions : {kind}_lin""" for kind, word in {"q": "query", "k": "key", "v": "value"}.items())
 
-# %% ../nbs/00_tensors.ipynb #7b52009b
+# %% ../nbs/00_tensors.ipynb #1574bddb
+_ATTENTION = f"""{_INPUTS}
+qkv  {_SELF} : qkv_proj query_key_value c_attn Wqkv
+o    {_SELF} mixer temporal_block : o_proj
+o    {_SELF} : out_proj dense c_proj attention_out
+o    attention.output multi_head_attention : dense
+o    self_attn.o_proj : linear
+o    attn : Wo
+o    attentions : out_lin
+"""
+
+# %% ../nbs/00_tensors.ipynb #b3f0c7f6
+_BLOCKS = "mlp feed_forward ffn mlp_block shared_mlp experts shared_expert shared_experts block_sparse_moe"
+_WIDENING = f"""
+gate     {_BLOCKS} : gate_proj
+gate     experts shared_experts feed_forward experts.mlp : w1
+up       {_BLOCKS} mixer : up_proj
+up       experts shared_experts feed_forward : w3
+up       experts.mlp : v1
+up       mlp layers : fc1
+up       mlp : c_fc dense_h_to_4h fc_in
+up       intermediate : dense
+up       ffns : lin1
+gate_up  {_BLOCKS} : gate_up_proj
+gate_up  mlp shared_mlp block_sparse_moe : input_linear
+gate_up  mlp : Wi
+"""
+
+# %% ../nbs/00_tensors.ipynb #472b07b9
+_NARROWING = f"""
+down  {_BLOCKS} mixer : down_proj
+down  experts shared_experts feed_forward experts.mlp : w2
+down  mlp layers : fc2
+down  mlp : c_proj dense_4h_to_h fc_out Wo
+down  mlp shared_mlp block_sparse_moe : output_linear
+down  layer.output : dense
+down  ffns : lin2
+"""
+
+# %% ../nbs/00_tensors.ipynb #4d134bc0
+_OUTSIDE = """
+embed  : embed_tokens embed_tokens_per_layer embed_in wte word_embeddings word_embedding
+embed  : tok_embeddings tokens_embed embeddings input_embedding
+embed  : wpe embed_positions position_embeddings positions_embed token_type_embeddings segment_embedding
+head   : lm_head embed_out lm_head.decoder cls.predictions cls.predictions.decoder generator_lm_head
+"""
+_ENDINGS = _endings(_ATTENTION) | _endings(_WIDENING) | _endings(_NARROWING) | _endings(_OUTSIDE)
+
+# %% ../nbs/00_tensors.ipynb #bc33ea4e
 _PARAMETER = re.compile(r"[._](weight|bias)$")
 _NORM = re.compile(r"(^|_)(norm|layernorm|layer_norm|ln)(_|\d|$)", re.I)
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|image|img|multi_modal|patcher)[^.]*\.")
@@ -107,7 +110,7 @@ def place(name: str,  # name of a tensor, in a checkpoint or in a model
     endings = (".".join(path[-size:]) for size in (3, 2, 1))  # the longest ending knows most
     return Place(layer, next((_ENDINGS[ending] for ending in endings if ending in _ENDINGS), "other"))
 
-# %% ../nbs/00_tensors.ipynb #f1abd670
+# %% ../nbs/00_tensors.ipynb #22d200f8
 def of_kinds(name: str,                  # name of a tensor
              kinds: str | Iterable[str], # "all", "attention", "mlp", a kind, or a list of those
              ) -> bool:
@@ -119,7 +122,7 @@ def of_kinds(name: str,                  # name of a tensor
             raise MaetError(f"kinds: {word!r} is not a kind of tensor; choose from {', '.join(allowed)}")
     return any(place(name).kind in allowed[word] for word in words)
 
-# %% ../nbs/00_tensors.ipynb #9e6a55b6
+# %% ../nbs/00_tensors.ipynb #b6692ea5
 def _read_config(folder: Path):
     "The transformers config of a checkpoint folder. Code that came with the checkpoint is never run."
     from transformers import AutoConfig
@@ -134,7 +137,7 @@ def _read_config(folder: Path):
         refusal = f"transformers cannot build model_type {kind!r}, and remote code is never run: {reason}"
         raise MaetError(f"{file}: {refusal}") from None
 
-# %% ../nbs/00_tensors.ipynb #b3f0c7f6
+# %% ../nbs/00_tensors.ipynb #972a67c4
 def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
                ):       # -> PreTrainedModel whose parameters have shapes and no storage
     "The causal language model of a config on the meta device. Raises MaetError if transformers has none for it."

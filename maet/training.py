@@ -10,6 +10,7 @@ __all__ = ['MODES', 'SCHEDULES', 'VALUES', 'MARK', 'Training', 'batch_sequences'
 # %% ../nbs/10_training.ipynb #da4b9237
 import hashlib, itertools, json, math, os, re, shutil, time
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +96,8 @@ def _check_together(training):
     "The rules that take more than one key."
     batch, at_once = batch_sequences(training), training.device_batch
     if not batch:
-        raise MaetError(f"training: batch_tokens is {training.batch_tokens}, less than one sequence_length of {training.sequence_length}")
+        raise MaetError(f"training: batch_tokens is {training.batch_tokens}, "
+                        f"less than one sequence_length of {training.sequence_length}")
     if at_once and batch % at_once:
         raise MaetError(f"training: device_batch is {at_once}, it must divide the {batch} sequences of one batch")
     if training.schedule == "wsd" and training.warmup_steps + training.decay_steps > total_steps(training):
@@ -146,7 +148,8 @@ def find_block(mask: Tensor, # bool, any shape
                ) -> Block:
     "The smallest block around the key neurons of `mask`. A cut that saves under a tenth is not made."
     grid = _matrix(mask)
-    rows, columns = (None if used.float().mean() > .9 else used.nonzero().squeeze(1) for used in (grid.any(1), grid.any(0)))
+    used = grid.any(1), grid.any(0)
+    rows, columns = (None if lines.float().mean() > .9 else lines.nonzero().squeeze(1) for lines in used)
     part = _cut(grid, Block(rows, columns, None)).flatten()
     inside = None if part.all() else part.nonzero().squeeze(1)
     return Block(rows, columns, inside.int() if inside is not None and len(part) < wide else inside)
@@ -156,7 +159,7 @@ def take(tensor: Tensor, # any shape
          block: Block) -> Tensor: # (n,) the key neurons in C order
     "Read the key neurons."
     part = _cut(_matrix(tensor), block).reshape(-1)
-    return part if block.inside is None else part.index_select(0, block.inside)  # takes int32; twice as fast as part[inside]
+    return part if block.inside is None else part.index_select(0, block.inside)  # twice as fast as part[inside]
 
 def put(tensor: Tensor, # contiguous; changed in place
         block: Block,
@@ -195,9 +198,10 @@ class KeyProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): # grad: (..., out)
         x, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)  # under autocast they are wider than the gradient
-        pair = [t.reshape(-1, t.shape[-1]) for t in ((x, grad) if ctx.turned else (grad, x))]  # (tokens, W's rows), (tokens, W's columns)
-        sides = [t if some is None else t.index_select(1, some) for t, some in zip(pair, ctx.block)]
-        values = take(sides[0].t() @ sides[1], Block(None, None, ctx.block.inside)).to(ctx.dtype)
+        sides = (x, grad) if ctx.turned else (grad, x)  # (..., W's rows), (..., W's columns)
+        sides = [t.reshape(-1, t.shape[-1]) for t in sides]  # (tokens, same)
+        rows, columns = (t if some is None else t.index_select(1, some) for t, some in zip(sides, ctx.block))
+        values = take(rows.t() @ columns, Block(None, None, ctx.block.inside)).to(ctx.dtype)
         into = grad @ (weight.t() if ctx.turned else weight) if ctx.needs_input_grad[0] else None
         bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
         return into, values, None, bias, None, None
@@ -209,7 +213,7 @@ def _block(module, name):
     return Block(*(getattr(module, f"{name}_key_{part}") for part in Block._fields))
 
 def _write(module, name):
-    "Put the current values into the frozen tensor's storage. `.data`: autograd need not see it, the values do not change before backward."
+    "Put the values into the frozen tensor's storage. By `.data`: they stay as they are until backward is through."
     put(module._parameters[name].data, _block(module, name), getattr(module, name + VALUES).data)
 
 def _carry(module, name):
@@ -232,7 +236,8 @@ def _product_forward(module, names, turned):
     def forward(x):
         _write(module, "weight")
         bias = _carry(module, "bias") if "bias" in names else module.bias
-        return KeyProduct.apply(x, getattr(module, "weight" + VALUES), module.weight, bias, _block(module, "weight"), turned)
+        values = getattr(module, "weight" + VALUES)
+        return KeyProduct.apply(x, values, module.weight, bias, _block(module, "weight"), turned)
     return forward
 
 # %% ../nbs/10_training.ipynb #0a57cb53
@@ -273,7 +278,8 @@ def _mask(parameter, names, keys):
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     for name in names:
         if keys[name].shape != mask.shape:
-            raise MaetError(f"{name}: the keys' mask is {tuple(keys[name].shape)}, the tensor {tuple(mask.shape)}; they are of another model")
+            raise MaetError(f"{name}: the keys' mask is {tuple(keys[name].shape)}, the tensor {tuple(mask.shape)}; "
+                            "they are of another model")
         mask |= keys[name]
     return mask
 
@@ -339,7 +345,8 @@ def newest_whole(work: Path, # folder of checkpoints; may be absent
     found = sorted(work.glob("checkpoint-*"), key=lambda c: int(re.sub(r"\D", "", c.name) or 0), reverse=True)
     last = next((c for c in found if _mark(c)), None)
     if last and _mark(last)["run"] != run:
-        raise MaetError(f"{work}: holds checkpoints of a run with another base, corpus, keys or settings; remove it or use another folder")
+        raise MaetError(f"{work}: holds checkpoints of a run with another base, corpus, keys or settings; "
+                        "remove it or use another folder")
     for checkpoint in found:
         if checkpoint != last: _discard(checkpoint)
     return last
@@ -347,7 +354,7 @@ def newest_whole(work: Path, # folder of checkpoints; may be absent
 # %% ../nbs/10_training.ipynb #761f22b2
 def _run_name(base, training, texts, keys):
     "A hash of all that decides the result."
-    settings = {key: value for key, value in asdict(training).items() if key != "save_every"}  # how often it saves changes nothing
+    settings = {key: value for key, value in asdict(training).items() if key != "save_every"}  # changes no number
     name = hashlib.sha256(json.dumps([settings, base.fingerprint]).encode())
     for label, tensor in itertools.chain(enumerate(texts), keys.items()):
         name.update(json.dumps([label, *tensor.shape]).encode())
@@ -356,10 +363,11 @@ def _run_name(base, training, texts, keys):
 
 # %% ../nbs/10_training.ipynb #0286dd55
 def _check_reached(model, optimizer):
-    "After a step: MaetError if some values never met a gradient, because the model uses their tensor outside its module's forward."
+    "After a step: MaetError if values met no gradient. The model then uses their tensor outside its module's forward."
     for name, p in model.named_parameters():
         if name.endswith(VALUES) and p not in optimizer.state:
-            raise MaetError(f"{name.removesuffix(VALUES)}: no gradient reaches it in {type(model).__name__}; leave it out of the keys")
+            tensor = name.removesuffix(VALUES)
+            raise MaetError(f"{tensor}: no gradient reaches it in {type(model).__name__}; leave it out of the keys")
 
 class MaetTrainer:
     "Mixin for transformers.Trainer; `follow` gives it what it needs to know."
@@ -367,7 +375,8 @@ class MaetTrainer:
         self.run, self.progress, self.seconds, self.began = run, progress, seconds, time.monotonic()
         return self
 
-    def spent(self): return self.seconds + time.monotonic() - self.began  # seconds on this run, earlier processes included
+    def spent(self): # seconds on this run, earlier processes included
+        return self.seconds + time.monotonic() - self.began
 
     def _save(self, output_dir=None, state_dict=None):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -393,7 +402,8 @@ class MaetTrainer:
         super().log(logs, start_time)
         if "loss" not in logs: return
         if not math.isfinite(logs["loss"]):
-            raise MaetError(f"training: the loss is {logs['loss']} at step {self.state.global_step}; lower learning_rate or max_grad_norm")
+            raise MaetError(f"training: the loss is {logs['loss']} at step {self.state.global_step}; "
+                            "lower learning_rate or max_grad_norm")
         _check_reached(self.model, self.optimizer)
         if self.progress: self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
 
@@ -411,34 +421,46 @@ def _arguments(training, work, evaluation):
         per_device_train_batch_size=at_once, per_device_eval_batch_size=at_once,
         gradient_accumulation_steps=batch_sequences(training)//at_once,
         optim="adamw_torch_fused", learning_rate=training.learning_rate, weight_decay=training.weight_decay,
-        adam_beta1=training.beta1, adam_beta2=training.beta2, max_grad_norm=training.max_grad_norm, **_schedule(training), **evaluation,
+        adam_beta1=training.beta1, adam_beta2=training.beta2, max_grad_norm=training.max_grad_norm,
+        **_schedule(training), **evaluation,
         save_strategy="steps", save_steps=training.save_every, logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available())
 
 def _trainer(model, corpus, held_out, training, work, anew):
-    "A Trainer of ours over `model`. The whole run is one epoch in our order, so the Trainer needs no shuffling of its own."
+    "A Trainer of ours over `model`. The whole run is one epoch in our own order."
     from transformers import PrinterCallback, Trainer
     order = reading_order(len(corpus), batch_sequences(training)*total_steps(training), training.seed)
-    asked, evaluation = None, {}
-    if held_out is not None: asked, evaluation = Sequences(held_out, torch.arange(len(held_out))), _evaluation(training, anew)
+    asked = None if held_out is None else Sequences(held_out, torch.arange(len(held_out)))
+    arguments = _arguments(training, work, _evaluation(training, anew) if asked else {})
     trainer = type("Trainer", (MaetTrainer, Trainer), {})(
-        model=model, args=_arguments(training, work, evaluation), train_dataset=Sequences(corpus, order), eval_dataset=asked)
+        model=model, args=arguments, train_dataset=Sequences(corpus, order), eval_dataset=asked)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 # %% ../nbs/10_training.ipynb #fe2ef495
+@contextmanager
+def _no_bars():
+    "Progress bars of transformers off, and back to what they were."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
 def load_base(path, # checkpoint folder
               dtype): # torch dtype, or "auto" for the checkpoint's own
-    "The model with the checkpoint's weights. MaetError if the checkpoint lacks one: a random tensor must not be trained on."
+    "The model with the checkpoint's weights. MaetError if one is missing (it would be random) or not finite."
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    bar = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
-    try: model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
-    finally: logging.enable_progress_bar() if bar else None
-    if missing := sorted(found["missing_keys"]): raise MaetError(f"{path}: lacks {', '.join(missing[:5])}; it is not a whole checkpoint of its config.json")
+    with _no_bars():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise MaetError(f"{path}: lacks {', '.join(missing[:5])}; it is not a whole checkpoint of its config.json")
     for name, p in model.named_parameters(): finite(p.data, name, path)
-    if model.loss_type is None: model.loss_type = "ForCausalLM"  # GPT-2's head: the Trainer would count one token a sequence too many
+    # transformers knows no loss for GPT-2's head, and its Trainer then counts one token a sequence too many
+    if model.loss_type is None: model.loss_type = "ForCausalLM"
     return model
 
 # %% ../nbs/10_training.ipynb #64e095fe
@@ -446,13 +468,14 @@ def expert_delta(model, # after `freeze` and training
                  base: Checkpoint, # what it started from
                  keys: Mapping[str, Tensor]) -> dict: # tensor name -> Packed: trained minus base at the mask, float32
     "What training changed."
-    owners = {id(p): getattr(m, n + VALUES) for m in model.modules() for n, p in m._parameters.items() if hasattr(m, n + VALUES)}
+    pairs = [(p, getattr(m, n + VALUES, None)) for m in model.modules() for n, p in m._parameters.items()]
+    trained = {id(p): values.detach().cpu().float() for p, values in pairs if values is not None}
     names, delta = _names(model, keys), {}
     for name in {base.aliases.get(name, name): None for name in keys}:  # a tied head goes by its embedding's name
         frozen = parameter_of(model, name)
-        if id(frozen) not in owners: continue  # a mask without a key neuron
+        if id(frozen) not in trained: continue  # a mask without a key neuron
         mask = _mask(frozen, names[id(frozen)], keys)
-        values = owners[id(frozen)].detach().cpu().float() - base.read(name)[mask].float()
+        values = trained[id(frozen)] - base.read(name)[mask].float()
         delta[name] = Packed(pack_bits(mask), values, tuple(mask.shape))
     return delta
 
@@ -461,15 +484,21 @@ def _write_expert(out, model, base, training, keys):
     if training.mode == "dense":
         write_checkpoint(out, base, lambda name: parameter_of(model, name).detach().cpu())
     else:
-        save_pack(out, expert_delta(model, base, keys), base, what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
+        save_pack(out, expert_delta(model, base, keys), base,
+                  what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
 
 # %% ../nbs/10_training.ipynb #2e01e174
 def _check_tokens(tokens, name, length, vocabulary):
     "MaetError unless `tokens` is a table of ids that the model knows."
-    if tokens.dim() != 2 or not len(tokens): raise MaetError(f"{name}: its shape is {tuple(tokens.shape)}, it must be (sequences, length) with at least one sequence")
-    if tokens.shape[1] != length: raise MaetError(f"{name}: sequences of {tokens.shape[1]} tokens, but sequence_length is {length}; cut it again")
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or not shape[0]:
+        raise MaetError(f"{name}: its shape is {shape}, it must be (sequences, length) with at least one sequence")
+    if shape[1] != length:
+        raise MaetError(f"{name}: sequences of {shape[1]} tokens, but sequence_length is {length}; cut it again")
     low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary: raise MaetError(f"{name}: token ids from {low} to {high}, but the base knows 0 to {vocabulary - 1}; use the base's tokenizer")
+    if low < 0 or high >= vocabulary:
+        raise MaetError(f"{name}: ids from {low} to {high}, but the base knows 0 to {vocabulary - 1}; "
+                        "use the base's tokenizer")
 
 def _check_inputs(base, corpus, training, keys, held_out):
     "Everything that can be known to be wrong before training starts."
@@ -514,7 +543,7 @@ def train(base: str | Path,            # checkpoint folder
           keys: Mapping[str, Tensor] | None = None, # key-neuron: tensor name -> bool mask
           held_out: Tensor | None = None, # (sequences, length): evaluated before, every `eval_every` steps, and after
           progress: Callable[[int, int, float], None] | None = None, # called each step with (step, steps, loss)
-          work: str | Path | None = None, # folder of Trainer checkpoints, by default beside `out`; emptied when all is done
+          work: str | Path | None = None, # folder of Trainer checkpoints, by default beside `out`; removed when all is done
           ) -> dict: # losses (a step each), held_out {step: loss}, steps, tokens, trained (scalars), bytes, seconds
     "One run. Called again after a kill, with the same arguments, it goes on and ends with the same bits."
     base, out = Checkpoint(base), Path(out)

@@ -55,6 +55,7 @@ def select_count(total: int,    # tensors in the model
         raise MaetError(f"rounding: {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
     return ROUNDINGS[rounding](ratio * total + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
+# %% ../nbs/15_transfer.ipynb #1574bddb
 def select(similarities: Mapping[str, float], # name -> V, every tensor of the model
            ratio: float = 0.8,                # k2, in [0, 1]
            rounding: str = "down",            # or "nearest"
@@ -65,7 +66,7 @@ def select(similarities: Mapping[str, float], # name -> V, every tensor of the m
     ranked = sorted(similarities, key=lambda name: -similarities[name])
     return set(ranked[len(ranked) - select_count(len(ranked), ratio, rounding):])
 
-# %% ../nbs/15_transfer.ipynb #b3f0c7f6
+# %% ../nbs/15_transfer.ipynb #12c6fc06
 def change(ability: Part | None,  # R(A) of one tensor
            language: Part | None, # R_Lang of the same tensor
            selected: bool,        # is the tensor in T?
@@ -74,6 +75,7 @@ def change(ability: Part | None,  # R(A) of one tensor
     "What Eq. 5 adds to one tensor of the base."
     return weighted([(gamma, ability), (eta, language)] if selected else [(1., language)])
 
+# %% ../nbs/15_transfer.ipynb #f6e1126c
 def transfer(base: Tensor,          # tau, any float dtype
              ability: Part | None,  # R(A) of the tensor
              language: Part | None, # R_Lang of the tensor
@@ -84,10 +86,9 @@ def transfer(base: Tensor,          # tau, any float dtype
     moved = change(ability, language, selected, gamma, eta)
     return base.to(torch.promote_types(base.dtype, torch.float32)) if moved is None else added(base, moved)
 
-# %% ../nbs/15_transfer.ipynb #d435a6cd
+# %% ../nbs/15_transfer.ipynb #7719a1c7
 @dataclass(eq=False)
-class MaetTransfer(Mapping):
-    "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError for bad parameters."
+class _Inputs:
     names: Sequence[str]                      # every tensor of the base: the selection is a share of them
     ability: Mapping[str, Part]               # R(A)
     languages: Sequence[Mapping[str, Part]]   # R(L_i)
@@ -100,12 +101,32 @@ class MaetTransfer(Mapping):
     rounding: str = "down"                    # of k2 % of the tensors; or "nearest"
 
     def __post_init__(self):
-        multilingual_weights([None] * len(self.languages), self.mu)  # each of these four refuses what it cannot use
+        multilingual_weights([None] * len(self.languages), self.mu)
         similarity(None, None, self.similarity)
         select_count(len(self.names), self.select_ratio, self.rounding)
         of_kinds("", self.kinds)
         unknown = sorted({name for delta in (self.ability, *self.languages) for name in delta} - set(self.names))
         if unknown: raise MaetError(f"transfer: the base has no tensor {unknown[0]}; give deltas to this base")
+
+# %% ../nbs/15_transfer.ipynb #cb4e5208
+def _changed(names: Sequence[str], ability: Mapping[str, Part], languages: Sequence[Mapping[str, Part]],
+             selected: set[str]) -> dict[str, None]:
+    "Names of the tensors that Eq. 5 changes, in the order of `names`; a dict, to be looked up fast."
+    spoken = {name for delta in languages for name in delta}
+    able = set(ability) & selected
+    return dict.fromkeys(name for name in names if name in spoken or name in able)
+
+# %% ../nbs/15_transfer.ipynb #972a67c4
+class MaetTransfer(_Inputs, Mapping):
+    "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError for bad parameters."
+    def __contains__(self, name) -> bool: return name in self.changed  # without computing the tensor
+    def __iter__(self) -> Iterator[str]: return iter(self.changed)
+    def __len__(self) -> int: return len(self.changed)
+
+    def __getitem__(self, name: str) -> Part:
+        if name not in self.changed: raise KeyError(name)
+        selected = name in self.selected
+        return change(self.ability.get(name) if selected else None, self.language(name), selected, self.gamma, self.eta)
 
     def language(self, name: str) -> Part | None:
         "R_Lang of one tensor."
@@ -123,17 +144,4 @@ class MaetTransfer(Mapping):
         return {name for name in last if of_kinds(name, self.kinds)}
 
     @cached_property
-    def changed(self) -> dict[str, None]:
-        "Names of tensors that change, in the order of the model. Reads no numbers but those the selection needs."
-        spoken = {name for delta in self.languages for name in delta}
-        able = set(self.ability) & self.selected
-        return dict.fromkeys(name for name in self.names if name in spoken or name in able)
-
-    def __getitem__(self, name: str) -> Part:
-        if name not in self.changed: raise KeyError(name)
-        selected = name in self.selected
-        return change(self.ability.get(name) if selected else None, self.language(name), selected, self.gamma, self.eta)
-
-    def __contains__(self, name) -> bool: return name in self.changed  # without computing the tensor
-    def __iter__(self) -> Iterator[str]: return iter(self.changed)
-    def __len__(self) -> int: return len(self.changed)
+    def changed(self) -> dict[str, None]: return _changed(self.names, self.ability, self.languages, self.selected)

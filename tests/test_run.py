@@ -7,6 +7,7 @@ import yaml
 
 TINY = yaml.safe_load("""
 scale: mini
+workers: 2
 languages: [es, bn]
 world: {seed: 1, trace: 0.02, documents: 300, items: 10}
 base:
@@ -79,6 +80,23 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(undisturbed):
     said, _ = (process := start(folder, "killed")).communicate(timeout=600)
     assert process.returncode == 0, said
     assert merged(folder, "killed") == merged(folder, "whole")
+
+
+def test_one_process_gives_the_same_bytes_as_two(undisturbed, monkeypatch):
+    folder, *_ = undisturbed
+    monkeypatch.setitem(TINY, "workers", 1)
+    process = start(folder, "alone")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and merged(folder, "alone") == merged(folder, "whole"), said
+
+
+def test_what_a_worker_cannot_read_is_one_line(undisturbed, monkeypatch):
+    folder, *_ = undisturbed
+    monkeypatch.setitem(TINY, "base", str(next((folder / "whole").glob("base-*")) / "base"))
+    monkeypatch.setitem(TINY, "training", TINY["training"] | {"sequence_length": 1024, "batch_tokens": 1024})  # longer than its positions
+    process = start(folder, "broken")
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("maet: "), said
 
 
 def test_interrupted_it_says_how_to_go_on(undisturbed):

@@ -7,22 +7,24 @@ from maet.checkpoints import Checkpoint
 from maet.deltas import apply_delta, open_pack
 from maet.training import Training, reading_order, total_steps, train
 
-TRAINING = Training(mode="key-neuron", tokens=50*2*32, batch_tokens=2*32, sequence_length=32, learning_rate=1e-4, schedule="linear",
-                    warmup_steps=5, weight_decay=.1, max_grad_norm=1., save_every=1000)
+TRAINING = Training(mode="key-neuron", tokens=50*2*32, batch_tokens=2*32, sequence_length=32, learning_rate=1e-4,
+                    schedule="linear", warmup_steps=5, weight_decay=.1, max_grad_norm=1., save_every=1000)
 
 
 def llama():
-    "Weights of a trained model's size: with smaller ones some gradients drown in AdamW's eps, which magnifies their rounding errors."
+    "Weights of a trained model's size. With smaller ones a few gradients come near AdamW's eps, where rounding is magnified."
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=8000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
-                                        num_key_value_heads=6, max_position_embeddings=32, initializer_range=.05))
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=8000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=32, initializer_range=.05))
 
 
 def naive(model, keys, corpus):
-    "Dense AdamW over everything, its gradient masked; frozen scalars are put back after each step, since decay moves them too."
+    "Dense AdamW over all, the gradient masked; frozen scalars are put back after each step, since decay moves them too."
     named = dict(model.named_parameters())
     start = {name: p.detach().clone() for name, p in named.items()}
-    groups = [dict(params=[p for n, p in named.items() if ("norm" in n) == norms], weight_decay=0. if norms else TRAINING.weight_decay) for norms in (False, True)]
+    norms, others = ([p for n, p in named.items() if ("norm" in n) == norm] for norm in (True, False))
+    groups = [dict(params=norms, weight_decay=0.), dict(params=others, weight_decay=TRAINING.weight_decay)]
     optimizer = torch.optim.AdamW(groups, lr=TRAINING.learning_rate, betas=(TRAINING.beta1, TRAINING.beta2))
     schedule = get_scheduler("linear", optimizer, TRAINING.warmup_steps, total_steps(TRAINING))
     for rows in reading_order(len(corpus), 2*50, TRAINING.seed).view(50, 2):

@@ -6,7 +6,8 @@ import torch
 
 from maet.training import MARK, MODES, Training, train
 
-SETTINGS = dict(tokens=24*8*16, batch_tokens=8*16, sequence_length=16, device_batch=4, learning_rate=1e-3, warmup_steps=2, save_every=2, eval_every=5)
+SETTINGS = dict(tokens=24*8*16, batch_tokens=8*16, sequence_length=16, device_batch=4, learning_rate=1e-3, warmup_steps=2,
+                save_every=2, eval_every=5)
 # The server imports the slow packages once and computes nothing; each run is a process forked from it.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["maet.training", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"])
@@ -27,9 +28,9 @@ def run(folder, mode, out, at):
     torch.set_num_threads(1)
     torch.manual_seed(1)
     corpus, held_out = torch.randint(32, (50, 16)), torch.randint(32, (8, 16))
-    keys = {f"transformer.{name}": torch.rand(shape) < .2 for name, shape in
-            {"wte.weight": (32, 16), "h.0.ln_1.weight": (16,), "h.0.attn.c_attn.weight": (16, 48), "h.0.attn.c_attn.bias": (48,)}.items()}
-    train(folder/"base", corpus, folder/out, Training(mode=mode, **SETTINGS), keys if mode == "key-neuron" else None, held_out, tell)
+    shapes = {"wte.weight": (32, 16), "h.0.ln_1.weight": (16,), "h.0.attn.c_attn.weight": (16, 48), "h.0.attn.c_attn.bias": (48,)}
+    keys = {f"transformer.{name}": torch.rand(shape) < .2 for name, shape in shapes.items()} if mode == "key-neuron" else None
+    train(folder/"base", corpus, folder/out, Training(mode=mode, **SETTINGS), keys, held_out, tell)
 
 
 def content(path):
@@ -61,10 +62,12 @@ def test_same_bytes_after_kills(tmp_path, mode):
     base_in(tmp_path)
     steady, _ = start(tmp_path, mode, "steady")
     rng, kills = random.Random(mode), 0
-    for turn in range(6):  # half of the kills anywhere in a step, half of them while a checkpoint is being written
+    for turn, step in enumerate((0, 3, 7, 10, 14, 17)):  # every other kill comes while a checkpoint is being written
         process, at = start(tmp_path, mode, "killed")
-        step, wait = rng.randrange(24), rng.uniform(0, .03)
-        def ready(): return at.value >= step and (unsealed(tmp_path) if turn % 2 else time.sleep(wait) is None)
+        wait = rng.uniform(0, .02)
+        def ready():
+            if at.value < step: return False
+            return unsealed(tmp_path) or at.value > step + 4 if turn % 2 else time.sleep(wait) is None
         kills += kill_when(process, ready)
         if (tmp_path/"killed").exists(): break
     if not (tmp_path/"killed").exists():
