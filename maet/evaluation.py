@@ -45,6 +45,7 @@ def _row(text: str, where: str, columns: list[str]) -> dict:
         raise MaetError(f"{where}: `choices` must be a list of texts and `label` the number of one of them, counted from 0")
     return row
 
+# %% ../nbs/23_evaluation.ipynb #7b52009b
 def read_exam(data: str | Path,         # folder that holds one folder per task
               task: str,                # a key of TASKS
               language: str,            # the stem of a file
@@ -60,7 +61,7 @@ def read_exam(data: str | Path,         # folder that holds one folder per task
     if not rows: raise MaetError(f"{path}: the exam is empty")
     return rows[:limit]
 
-# %% ../nbs/23_evaluation.ipynb #fa35e192
+# %% ../nbs/23_evaluation.ipynb #0716d970
 def task_config(task: str,        # a key of TASKS
                 language: str,    # goes into the name
                 rows: list[dict], # of `read_exam`
@@ -73,7 +74,7 @@ def task_config(task: str,        # a key of TASKS
     return config | {"task": f"{config['task']}_{language}",
                      "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(folder)}}
 
-# %% ../nbs/23_evaluation.ipynb #b3f0c7f6
+# %% ../nbs/23_evaluation.ipynb #12c6fc06
 def _pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids and mask, both (rows, longest), int64; the filling is token 0 under mask 0."
     width = max(map(len, rows))
@@ -82,79 +83,54 @@ def _pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.tensor([join(r, f) for r, f in zip(rows, fill)]).reshape(len(rows), width),
             torch.tensor([join([1] * len(r), f) for r, f in zip(rows, fill)]).reshape(len(rows), width))
 
+# %% ../nbs/23_evaluation.ipynb #f6e1126c
+def _begin(model, questions: list[list[int]]):
+    "log p of the next token (questions, 1, vocabulary), mask (questions, longest) and cache; or None: the model cannot be continued."
+    from transformers.cache_utils import DynamicLayer
+    if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters): return None
+    ids, seen = (x.to(model.device) for x in _pad(questions, "left"))
+    place = (seen.cumsum(1) - 1).clamp(min=0)
+    start = model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=True, logits_to_keep=1)
+    cache = start.past_key_values
+    if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])): return None
+    return start.logits[:, -1:].float().log_softmax(-1), seen, cache
+
+# %% ../nbs/23_evaluation.ipynb #bc33ea4e
+def _go_on(model, seen: torch.Tensor, cache, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    "log p of each choice's second and further tokens (choices, longest - 1, vocabulary). `seen` is the mask of each choice's question."
+    place = seen.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=ids.device)
+    mask = torch.cat([seen, scored[:, :-1]], 1)
+    rest = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=place, past_key_values=cache)
+    return rest.logits.float().log_softmax(-1)
+
+# %% ../nbs/23_evaluation.ipynb #7719a1c7
 @torch.no_grad()
 def continue_with(model,                      # a causal LM of transformers
                   questions: list[list[int]], # token ids, none empty
                   choices: list[list[list[int]]], # for each question the token ids of its choices, none empty
                   ) -> list[list[tuple[float, bool]]] | None: # (log-likelihood in nats, is it the greedy text?), or None
     "Scores of all choices, each question read once. None: this model keeps no plain keys and values to start from."
-    from transformers.cache_utils import DynamicLayer
-    if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters): return None
-    ids, seen = (x.to(model.device) for x in _pad(questions, "left"))
-    place = (seen.cumsum(1) - 1).clamp(min=0)
-    start = model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=True, logits_to_keep=1)
-    cache, owner = start.past_key_values, [q for q, cs in enumerate(choices) for _ in cs]
-    if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])): return None
-    owner = torch.tensor(owner, device=model.device)
-    target, scored = (x.to(model.device) for x in _pad([c for cs in choices for c in cs], "right"))
-    log_p = start.logits[:, -1:].float().log_softmax(-1)[owner]  # of every choice's first token
-    if target.shape[1] > 1:
+    if (begun := _begin(model, questions)) is None: return None
+    log_p, seen, cache = begun
+    owner = torch.tensor([q for q, cs in enumerate(choices) for _ in cs], device=model.device)  # choice -> its question
+    ids, scored = (x.to(model.device) for x in _pad([c for cs in choices for c in cs], "right"))
+    log_p = log_p[owner]
+    if ids.shape[1] > 1:
         cache.batch_select_indices(owner)
-        place = seen[owner].sum(1, keepdim=True) + torch.arange(target.shape[1] - 1, device=model.device)
-        mask = torch.cat([seen[owner], scored[:, :-1]], 1)
-        rest = model(input_ids=target[:, :-1], attention_mask=mask, position_ids=place, past_key_values=cache)
-        log_p = torch.cat([log_p, rest.logits.float().log_softmax(-1)], 1)
-    total = (log_p.gather(2, target[..., None])[..., 0] * scored).sum(1).tolist()
-    greedy = ((log_p.argmax(-1) == target) | (scored == 0)).all(1).tolist()
+        log_p = torch.cat([log_p, _go_on(model, seen[owner], cache, ids, scored)], 1)
+    total = (log_p.gather(2, ids[..., None])[..., 0] * scored).sum(1).tolist()
+    greedy = ((log_p.argmax(-1) == ids) | (scored == 0)).all(1).tolist()
     scores = iter(zip(total, greedy))
     return [[next(scores) for _ in cs] for cs in choices]
 
-# %% ../nbs/23_evaluation.ipynb #12c6fc06
-class Shared:
-    "Goes in front of lm-eval's HFLM: each question is read once; no bars; progress; prompts that were cut are counted."
-    cut, done, report, shares = 0, 0, None, True
+# %% ../nbs/23_evaluation.ipynb #b6692ea5
+class _Watched:
+    "In front of lm-eval's HFLM: no bars; progress; prompts that were cut are counted."
+    cut, done, report = 0, 0, None  # prompts, answers, and whom to tell: a function of the answers done
 
     def advance(self, answers: int):
         self.done += answers
         if self.report: self.report(self.done)
-
-    def loglikelihood(self, requests, disable_tqdm=True): return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        usual = self.batch_size_per_gpu
-        self.batch_size_per_gpu = max(1, usual // 8)  # here the logits of every token are held at once
-        try: return super().loglikelihood_rolling(requests, disable_tqdm=True)
-        finally: self.batch_size_per_gpu = usual
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
-        if requests[0][0] is None or not self.shares:  # windows of a rolling text have no question in common
-            found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-            self.advance(len(requests))
-            return found
-        found = self._shared(requests)
-        self.shares = found is not None
-        return found or self._loglikelihood_tokens(requests)
-
-    def _shared(self, requests) -> list[tuple[float, bool]] | None:
-        "All requests, longest questions first, in batches of equal length as far as possible."
-        by_question, found = {}, [None] * len(requests)
-        for i, (_, question, _) in enumerate(requests): by_question.setdefault(tuple(question), []).append(i)
-        order = sorted(by_question, key=len, reverse=True)
-        for start in range(0, len(order), self.batch_size_per_gpu):
-            batch = order[start:start + self.batch_size_per_gpu]
-            choices = [[requests[i][2] for i in by_question[q]] for q in batch]
-            scores = continue_with(self.model, [self._fit(q, max(map(len, cs))) for q, cs in zip(batch, choices)], choices)
-            if scores is None: return None
-            for question, values in zip(batch, scores):
-                for i, value in zip(by_question[question], values): found[i] = value
-            self.advance(sum(map(len, choices)))
-        return found
-
-    def _fit(self, question: tuple, room: int) -> list[int]:
-        "The end of a question that leaves `room` tokens of the context free."
-        kept = list(question[-max(1, self.max_length - room):])
-        self.cut += len(kept) < len(question)
-        return kept
 
     def tok_batch_encode(self, strings, left_truncate_len=None, **how):
         ids, mask = super().tok_batch_encode(strings, **how)
@@ -171,7 +147,57 @@ class Shared:
 
     def get_model_info(self): return {}  # the original asks the hub for a revision
 
-# %% ../nbs/23_evaluation.ipynb #4d134bc0
+# %% ../nbs/23_evaluation.ipynb #fc074d50
+def _by_question(requests: list[tuple]) -> dict[tuple[int, ...], list[int]]:
+    "Token ids of a question -> the places of its requests (text, question, choice); the longest question first."
+    places = {}
+    for i, (_, question, _) in enumerate(requests): places.setdefault(tuple(question), []).append(i)
+    return {question: places[question] for question in sorted(places, key=len, reverse=True)}
+
+def _fit(lm, question: tuple[int, ...], room: int) -> list[int]:
+    "The end of a question that leaves `room` tokens of the context free. A cut is counted."
+    kept = list(question[-max(1, lm.max_length - room):])
+    lm.cut += len(kept) < len(question)
+    return kept
+
+# %% ../nbs/23_evaluation.ipynb #ca3512f4
+def _score(lm, requests: list[tuple]) -> list[tuple[float, bool]] | None:
+    "What `continue_with` says of every request, in their order; None where it cannot."
+    places, found = _by_question(requests), [None] * len(requests)
+    order = list(places)
+    for start in range(0, len(order), lm.batch_size_per_gpu):
+        batch = order[start:start + lm.batch_size_per_gpu]
+        choices = [[requests[i][2] for i in places[q]] for q in batch]
+        scores = continue_with(lm.model, [_fit(lm, q, max(map(len, cs))) for q, cs in zip(batch, choices)], choices)
+        if scores is None: return None
+        for question, values in zip(batch, scores):
+            for i, value in zip(places[question], values): found[i] = value
+        lm.advance(sum(map(len, choices)))
+    return found
+
+# %% ../nbs/23_evaluation.ipynb #92cfceb3
+class Shared(_Watched):
+    "In front of lm-eval's HFLM: each question of a choice is read once."
+    shares = True  # until the model turns out not to be one that can be continued
+
+    def loglikelihood(self, requests, disable_tqdm=True): return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=True):
+        usual = self.batch_size_per_gpu
+        self.batch_size_per_gpu = max(1, usual // 8)  # here the logits of every token are held at once
+        try: return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally: self.batch_size_per_gpu = usual
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
+        if requests[0][0] is None or not self.shares:  # windows of a rolling text have no question in common
+            found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            self.advance(len(requests))
+            return found
+        found = _score(self, requests)
+        self.shares = found is not None
+        return found or self._loglikelihood_tokens(requests)
+
+# %% ../nbs/23_evaluation.ipynb #98fbc42f
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 def _tokenizer(path: Path):
@@ -184,6 +210,7 @@ def _tokenizer(path: Path):
         raise MaetError(f"{path}: its tokenizer has no end-of-text token: set eos_token in tokenizer_config.json")
     return tokenizer
 
+# %% ../nbs/23_evaluation.ipynb #827bfc45
 def examinee(model: str | Path,         # a checkpoint folder
              batch_size: int = 64,      # questions in a batch
              device: str | None = None, # default: cuda where there is one, else cpu
@@ -201,30 +228,36 @@ def examinee(model: str | Path,         # a checkpoint folder
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return type("Examinee", (Shared, HFLM), {})(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
 
-# %% ../nbs/23_evaluation.ipynb #887309d0
+# %% ../nbs/23_evaluation.ipynb #2e01e174
+def _patches() -> list:
+    "What lm-eval does beside the work, each replaced by less; patches to enter."
+    import lm_eval.api.task, lm_eval.evaluator, lm_eval.utils
+    return [patch.object(lm_eval.api.task, "tqdm", lambda rows, **_: rows),
+            patch.object(lm_eval.evaluator, "add_env_info", lambda storage: None),
+            patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+            patch.object(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string))]
+
+# %% ../nbs/23_evaluation.ipynb #b7eb6c68
 @contextlib.contextmanager
 def quiet():
     "No bars and no log lines of lm-eval, datasets and transformers inside the block; nothing of it stays changed."
-    import datasets, lm_eval.api.task, lm_eval.evaluator, lm_eval.utils, transformers
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")}
-    compiled = lru_cache(lm_eval.utils.env.from_string)
+    patches = _patches()  # imports lm-eval: before the levels are read
+    import datasets, transformers
+    bars = transformers.utils.logging
     with contextlib.ExitStack() as stack:
-        for logger, level in loggers.items():
+        for logger in map(logging.getLogger, ("lm_eval", "datasets", "transformers")):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-            stack.callback(logger.setLevel, level)
         if datasets.is_progress_bar_enabled():
-            datasets.disable_progress_bars()
             stack.callback(datasets.enable_progress_bars)
-        if (bars := transformers.utils.logging).is_progress_bar_enabled():
-            bars.disable_progress_bar()
+            datasets.disable_progress_bars()
+        if bars.is_progress_bar_enabled():
             stack.callback(bars.enable_progress_bar)
-        stack.enter_context(patch.object(lm_eval.api.task, "tqdm", lambda rows, **_: rows))
-        stack.enter_context(patch.object(lm_eval.evaluator, "add_env_info", lambda storage: None))
-        stack.enter_context(patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
-        stack.enter_context(patch.object(lm_eval.utils.env, "from_string", compiled))
+            bars.disable_progress_bar()
+        for each in patches: stack.enter_context(each)
         yield
 
-# %% ../nbs/23_evaluation.ipynb #0a57cb53
+# %% ../nbs/23_evaluation.ipynb #80e28a51
 def ratio_stderr(pairs: list[tuple[float, float]], # (numerator, denominator) of each item
                  ) -> float | None:                # None for a single item
     "Standard error of sum(numerators) / sum(denominators), linearised."
@@ -232,7 +265,7 @@ def ratio_stderr(pairs: list[tuple[float, float]], # (numerator, denominator) of
     ratio = sum(b for b, _ in pairs) / below
     return None if n < 2 else math.sqrt(n / (n - 1) * sum((b - ratio * m) ** 2 for b, m in pairs)) / below
 
-# %% ../nbs/23_evaluation.ipynb #63266754
+# %% ../nbs/23_evaluation.ipynb #9109c85a
 def _measured(metric: str, report: dict, samples: list[dict]) -> tuple[float, float | None]:
     "Value and standard error of one task in lm-eval's report, where the keys are `metric,filter`."
     found = {key.split(",")[0]: value for key, value in report.items()}
@@ -240,6 +273,7 @@ def _measured(metric: str, report: dict, samples: list[dict]) -> tuple[float, fl
     if metric == "bits_per_byte": error = ratio_stderr([(-s[metric][0] / math.log(2), s[metric][1]) for s in samples])
     return float(found[metric]), None if error in ("N/A", None) else float(error)
 
+# %% ../nbs/23_evaluation.ipynb #e6c3dd63
 def _answer(row: dict, sample: dict, metric: str) -> dict:
     "One item and what the model made of it."
     kept = {"id": row.get("id", sample["doc_id"]), "level": row.get("level")}
@@ -253,17 +287,18 @@ def _answer(row: dict, sample: dict, metric: str) -> dict:
         kept["output"] = sample["resps"][0][0]
     return kept | {"target": target, "prediction": prediction, "correct": bool(sample[metric])}
 
-def _keep(path: Path, answers: list[dict]):
-    lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in answers]
-    with whole(path) as part: Path(part).write_text("".join(lines), encoding="utf-8")
-
+# %% ../nbs/23_evaluation.ipynb #a17554a0
 def _folders(out: Path, tasks: list[str]):
-    "Made before the first question is asked: a full disk or a forbidden folder should not cost an exam."
     try:
         for task in tasks: (out / task).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise MaetError(f"{out}: the samples cannot be written there ({e.strerror})") from None
 
-# %% ../nbs/23_evaluation.ipynb #b6692ea5
+def _keep(path: Path, answers: list[dict]):
+    "One JSON object a line, all of them or none."
+    lines = [json.dumps(a, ensure_ascii=False) + "\n" for a in answers]
+    with whole(path) as part: Path(part).write_text("".join(lines), encoding="utf-8")
+
+# %% ../nbs/23_evaluation.ipynb #2a459380
 def _simple_evaluate(lm, exams: dict) -> dict:
     "lm-eval's report on {(task, language): rows}."
     import lm_eval
@@ -274,13 +309,16 @@ def _simple_evaluate(lm, exams: dict) -> dict:
         return lm_eval.simple_evaluate(model=lm, tasks=configs, task_manager=TaskManager(include_defaults=False),
                                        bootstrap_iters=1, **seeds)
 
+# %% ../nbs/23_evaluation.ipynb #4d89d294
 def _room(lm, path, tasks: list[str]):
-    "An answer must fit into the context, or lm-eval has no place for a question."
+    "Raises MaetError for a task whose answers may be as long as the context."
     for task in tasks:
         wanted = template(task).get("generation_kwargs", {}).get("max_gen_toks", 0)
         if wanted < lm.max_length: continue
-        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for task {task!r}, whose answers take up to {wanted}")
+        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for task {task!r}, "
+                        f"whose answers take up to {wanted}")
 
+# %% ../nbs/23_evaluation.ipynb #b7103ca2
 def _results(exams: dict, report: dict, seconds: float, out: Path | None) -> list[dict]:
     "lm-eval's report as rows of ours; samples are written where `out` is given."
     results, items = [], sum(map(len, exams.values()))
@@ -294,6 +332,7 @@ def _results(exams: dict, report: dict, seconds: float, out: Path | None) -> lis
         if out is not None: _keep(out / task / f"{language}.jsonl", answers)
     return results
 
+# %% ../nbs/23_evaluation.ipynb #c097638f
 def examine(model: str | Path,        # a checkpoint folder
             data: str | Path,         # <data>/<task>/<language>.jsonl
             tasks: list[str],         # keys of TASKS
@@ -317,7 +356,7 @@ def examine(model: str | Path,        # a checkpoint folder
         warnings.warn(f"{model}: {lm.cut} prompts were longer than its context of {lm.max_length} tokens and lost their beginning")
     return _results(exams, report, time.perf_counter() - started, out)
 
-# %% ../nbs/23_evaluation.ipynb #0286dd55
+# %% ../nbs/23_evaluation.ipynb #7d7116e2
 def _samples(out: str | Path, task: str, language: str) -> list[dict]:
     path = Path(out) / task / f"{language}.jsonl"
     try: return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -333,7 +372,7 @@ def by_level(out: str | Path, # the folder that `examine` wrote its samples to
     for answer in _samples(out, task, language): levels.setdefault(answer["level"], []).append(answer["correct"])
     return {level: (sum(right) / len(right), len(right)) for level, right in sorted(levels.items(), key=lambda item: str(item[0]))}
 
-# %% ../nbs/23_evaluation.ipynb #fe2ef495
+# %% ../nbs/23_evaluation.ipynb #3c26dffc
 def average(results: list[dict],   # rows of `examine`
             out: str | Path,       # the samples of the same call
             task: str,
@@ -342,7 +381,8 @@ def average(results: list[dict],   # rows of `examine`
             ) -> dict:             # a row like those of `examine`; n counts problems, not answers
     "Mean accuracy over languages with a standard error that knows which items are translations of each other."
     rows = [r for r in results if r["task"] == task and r["language"] in languages]
-    if missing := sorted(set(languages) - {r["language"] for r in rows}): raise MaetError(f"task {task!r}: no result for {', '.join(missing)}")
+    missing = sorted(set(languages) - {r["language"] for r in rows})
+    if missing: raise MaetError(f"task {task!r}: no result for {', '.join(missing)}")
     stderr = math.sqrt(sum((r["stderr"] or 0) ** 2 for r in rows)) / len(rows)
     correct = [{a["id"]: a.get("correct") for a in _samples(out, task, language)} for language in languages]
     if all(c.keys() == correct[0].keys() and len(c) == rows[0]["n"] and None not in c.values() for c in correct):

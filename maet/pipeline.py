@@ -30,7 +30,7 @@ from .tensors import MaetError
 from .checkpoints import Checkpoint, sync, whole
 from .deltas import Keys, apply_delta, open_delta
 from .corpora import Source, corpus, documents
-from .miniworld import write_world
+from .miniworld import ABILITIES, LANGUAGES, write_world
 from .training import Training, train
 from .neurons import locate, union
 from .ability import save_ability
@@ -64,7 +64,7 @@ def strict(cls, values, where: str = "recipe"):
     except TypeError as e: raise MaetError(f"{where}: {str(e).split('() ')[-1]}") from None
     except MaetError as e: raise MaetError(str(e) if str(e).startswith(where) else f"{where}.{e}") from None
 
-# %% ../nbs/16_pipeline.ipynb #902ba3cd
+# %% ../nbs/16_pipeline.ipynb #fe5dbbce
 @dataclass
 class World:
     "Text and exams from the mini world (04)."
@@ -89,6 +89,7 @@ class Base:
     world: World | None = None
     corpora: dict[str, Corpus] = field(default_factory=dict)
 
+# %% ../nbs/16_pipeline.ipynb #b1d57811
 @dataclass
 class Locate:
     "Algorithm 1, lines 1-4."
@@ -119,6 +120,7 @@ class Transfer:
     similarity: str = "dot"   # Eq. 4; "cosine" is the other reading
     kinds: str | list = "all" # Table 3
 
+# %% ../nbs/16_pipeline.ipynb #7b52009b
 @dataclass
 class Ability:
     tasks: list               # its exams (23)
@@ -150,7 +152,7 @@ class Recipe:
     world: World | None = None
     corpora: dict[str, Corpus] = field(default_factory=dict)  # "general/<language>", "<ability>/<L0>"
 
-# %% ../nbs/16_pipeline.ipynb #0ade7c2c
+# %% ../nbs/16_pipeline.ipynb #fa35e192
 FORMAT = 1  # of the stages; a new number makes every stage anew
 
 @contextmanager
@@ -187,7 +189,7 @@ class Store:
         sync(part)
         os.replace(part, final)
 
-# %% ../nbs/16_pipeline.ipynb #7b52009b
+# %% ../nbs/16_pipeline.ipynb #0716d970
 @contextmanager
 def progress_bar(title: str,           # what it stands for
                  at_once: bool = True, # False: nothing is seen before the first step
@@ -225,7 +227,7 @@ class Progress:
         "Show a stage while it is made."
         return progress_bar(self.title(name), line=self.line)
 
-# %% ../nbs/16_pipeline.ipynb #f1abd670
+# %% ../nbs/16_pipeline.ipynb #91032ad7
 def make_tokenizer(texts: Iterable[str], # documents
                    vocabulary: int):     # tokens, 257 or more
     "A byte-level BPE with `<|end|>` between documents."
@@ -253,7 +255,7 @@ def make_backbone(out: Path, texts: Iterable[str], vocabulary: int, model: dict,
     enable_progress_bar()
     tokenizer.save_pretrained(out)
 
-# %% ../nbs/16_pipeline.ipynb #9e6a55b6
+# %% ../nbs/16_pipeline.ipynb #d435a6cd
 @cache
 def digest(path: str | Path) -> str:
     "sha256 of a file, so that a stage knows its corpus by content and not by name."
@@ -277,8 +279,9 @@ class Texts:
 
     def source(self, name: str, share: float) -> Source:
         "The file of `general/es`, say."
+        known = self.corpora or [*(f"general/{l}" for l in LANGUAGES), *(f"{a}/en" for a in ABILITIES)]
+        if name not in known: raise MaetError(f"recipe: there is no corpus {name}; there are {', '.join(known)}")
         if not self.corpora: return Source(self.folder() / f"{name}.jsonl", share)
-        if name not in self.corpora: raise MaetError(f"recipe.corpora: {name} is not there; known are {', '.join(self.corpora)}")
         return Source(Path(self.corpora[name].path), share, self.corpora[name].text)
 
     def check(self) -> None:
@@ -290,7 +293,7 @@ class Texts:
         source = self.source(name, 1)
         return f"{digest(source.path)} {source.field}" if self.corpora else f"{self.folder().name}/{name}"
 
-# %% ../nbs/16_pipeline.ipynb #b3f0c7f6
+# %% ../nbs/16_pipeline.ipynb #4d134bc0
 def token_ids(model: Path, sources: list[Source], training: Training) -> Tensor: # (sequences, length)
     "What a training run reads, by the tokenizer of `model`."
     from transformers import AutoTokenizer
@@ -315,7 +318,7 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
     return store.stage("base", make, recipe.training.tokens, corpora={texts.identity(c): w for c, w in recipe.shares.items()},
                        vocabulary=recipe.vocabulary, model=recipe.model, training=plain(recipe.training)) / "base"
 
-# %% ../nbs/16_pipeline.ipynb #472b07b9
+# %% ../nbs/16_pipeline.ipynb #887309d0
 @dataclass
 class Mixed(Corpus):
     "A corpus and its share."
@@ -349,7 +352,7 @@ def make_base(r: Base, out: str | Path) -> None:
     os.replace(made, out)
     shutil.rmtree(store.root)
 
-# %% ../nbs/16_pipeline.ipynb #12c6fc06
+# %% ../nbs/16_pipeline.ipynb #bc33ea4e
 @dataclass
 class Part:
     "A checkpoint folder or a pack, and its weight."
@@ -387,7 +390,7 @@ def origin(config: dict) -> dict[str, str]: # file name -> text
     card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge`, without training, from:\n\n```yaml\n{text}```\n"
     return {"maet_config.yml": text, "README.md": str(ModelCard(card))}
 
-# %% ../nbs/16_pipeline.ipynb #4d134bc0
+# %% ../nbs/16_pipeline.ipynb #7719a1c7
 class Pipeline:
     "One recipe and one seed, in a store. The functions below give the path of a result, which is made if it is not there."
     def __init__(self, recipe: Recipe, store: Store, seed: int = 0):
@@ -406,7 +409,7 @@ class Pipeline:
         "What a model is: the name of its stage, or the fingerprint of the base."
         return self.base_identity if model == self.base else model.parent.name
 
-# %% ../nbs/16_pipeline.ipynb #887309d0
+# %% ../nbs/16_pipeline.ipynb #63266754
 def trained(run: Pipeline, name: str, shares: dict[str, float], training: Training, keys: tuple = ()) -> Path:
     "CPT from the base on a mixture of corpora: a checkpoint, or with keys files (their union is trained) a pack."
     training = replace(training, seed=run.seed, mode="key-neuron" if keys else "dense")
@@ -422,7 +425,7 @@ def trained(run: Pipeline, name: str, shares: dict[str, float], training: Traini
     return run.store.stage(f"{name}.{label}", make, training.tokens, base=run.base_identity, training=plain(training),
                            corpora={run.texts.identity(c): w for c, w in shares.items()}, keys=[k.parent.name for k in keys]) / result
 
-# %% ../nbs/16_pipeline.ipynb #0a57cb53
+# %% ../nbs/16_pipeline.ipynb #b6692ea5
 def located(run: Pipeline, corpus: str) -> Path:
     "A little dense CPT on one corpus, and the keys file of the top k1 % of what it moved."
     r, probe = run.recipe.locate, trained(run, "probe", {corpus: 1.0}, run.recipe.locate.training)
@@ -430,7 +433,7 @@ def located(run: Pipeline, corpus: str) -> Path:
     stage = run.store.stage(f"keys.{corpus.replace('/', '.')}", make, probe=probe.parent.name, ratio=r.ratio, granularity=r.granularity)
     return stage / "keys.safetensors"
 
-# %% ../nbs/16_pipeline.ipynb #22d200f8
+# %% ../nbs/16_pipeline.ipynb #972a67c4
 def expert(run: Pipeline, language: str, ability: str | None = None) -> Path:
     "A pack of key neurons: of a language, or of an ability and a language."
     general = f"general/{language}"
@@ -444,14 +447,14 @@ def language_expert(run: Pipeline, ability: str) -> Path:
     if run.recipe.extract.minus == "general": return expert(run, l0)
     return trained(run, "expert", {f"{ability}/{l0}": 1.0}, run.recipe.training, (located(run, f"general/{l0}"),))
 
-# %% ../nbs/16_pipeline.ipynb #cb4e5208
+# %% ../nbs/16_pipeline.ipynb #cb7a1d77
 def extracted(run: Pipeline, ability: str) -> Path:
     "R(A) by Eq. 2: a pack."
     experts, r = (expert(run, run.recipe.reference, ability), language_expert(run, ability)), run.recipe.extract
     make = lambda part, step: save_ability(part / "ability.safetensors", run.base, *experts, r.alpha, r.beta)
     return run.store.stage(f"ability.{ability}", make, experts=[e.parent.name for e in experts], alpha=r.alpha, beta=r.beta) / "ability.safetensors"
 
-# %% ../nbs/16_pipeline.ipynb #f1f836cb
+# %% ../nbs/16_pipeline.ipynb #ca3512f4
 def transferred(run: Pipeline, ability: str) -> Path:
     "The merged checkpoint, by Eq. 3, 4 and 5."
     r, weights = run.recipe.transfer, extracted(run, ability)
@@ -473,7 +476,7 @@ def models(run: Pipeline, ability: str) -> dict[str, Path]:
     return {"base": run.base, "ability-cpt": rival(run, ability, "ability"), "full-cpt": rival(run, ability, "full"),
             "maet": transferred(run, ability)}
 
-# %% ../nbs/16_pipeline.ipynb #fc074d50
+# %% ../nbs/16_pipeline.ipynb #761f22b2
 def recipes() -> list[str]:
     "Names of the recipes that ship with the package."
     return sorted(p.name for p in (files("maet") / "recipes").iterdir() if p.name.endswith(".yml"))
@@ -490,7 +493,7 @@ def load(cls, source: str | Path):
     "A recipe of one of the classes here, from a file."
     return strict(cls, read_yaml(source), Path(source).name)
 
-# %% ../nbs/16_pipeline.ipynb #ca3512f4
+# %% ../nbs/16_pipeline.ipynb #98fbc42f
 def jobs(run: Pipeline) -> list[Callable[[], Path]]:
     "All training of a run, the dearest first."
     r = run.recipe
@@ -508,7 +511,7 @@ def work(recipe: Recipe, out: Path, seed: int, plan: dict[str, int], number: int
     for n, job in enumerate(jobs(run)):
         with suppress(Timeout), FileLock(out / f".job-{n}.lock", timeout=0):
             try: job()
-            except MaetError as e: return errors.put(str(e))
+            except (MaetError, OSError) as e: return errors.put(str(e))
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent: time.sleep(0.2)

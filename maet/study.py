@@ -10,6 +10,7 @@ __all__ = ['ITEM_COST', 'mgsm_exams', 'exam_data', 'examined', 'score_rows', 'ta
 import json, math, os, shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,8 +20,8 @@ from .checkpoints import whole
 from .corpora import documents
 from .ledger import append, commit, versions
 from .plots import METHODS, save, scores
-from .pipeline import Pipeline, Progress, Recipe, Store, digest, models, transferred
-from .evaluation import average, examine
+from .pipeline import Pipeline, Progress, Recipe, Store, digest, models, side_by_side, transferred
+from .evaluation import average, examine, read_exam, template
 
 # %% ../nbs/24_study.ipynb #ac3478d6
 def mgsm_exams(folder: str | Path,   # with mgsm_<language>.tsv and exemplars.json
@@ -133,6 +134,10 @@ def planned(recipe: Recipe, out: Path, seed: int) -> dict[str, int]: # stage -> 
     "All stages of a run, without making one. Raises MaetError for what can be known before the start."
     run = Pipeline(recipe, Store(out, dry=True), seed)
     run.texts.check()
+    tasks, languages = [t for a in recipe.abilities.values() for t in a.tasks], [recipe.reference, *recipe.languages]
+    for task in tasks: template(task)  # is there such an exam?
+    for task, language in product(tasks if recipe.exam.data else (), languages):
+        read_exam(recipe.exam.data, task, language, recipe.exam.limit)
     score_rows(run)
     return run.store.plan
 
@@ -163,6 +168,8 @@ def main_job(recipe: Recipe,
     with at_work(out):
         run = Pipeline(recipe, Store(out), seed)
         run.store.progress = Progress(plan, out)
+        assert run.base.is_dir()  # made before the workers start, if the recipe makes one
+        if recipe.workers > 1: side_by_side(recipe, out, seed, plan)
         rows = score_rows(run)
         if ledger: append(ledger, rows)
         return report(run, rows)

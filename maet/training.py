@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'SCHEDULES', 'VALUES', 'MARK', 'Training', 'batch_sequences', 'total_steps', 'total_tokens', 'reading_order',
-           'Sequences', 'Block', 'find_block', 'take', 'put', 'KeyWeight', 'KeyProduct', 'parameter_of', 'freeze',
-           'seal', 'newest_whole', 'MaetTrainer', 'load_base', 'expert_delta', 'state_bytes', 'train']
+           'Sequences', 'Block', 'find_block', 'take', 'put', 'take_sparse', 'KeyWeight', 'KeyProduct', 'parameter_of',
+           'freeze', 'seal', 'newest_whole', 'MaetTrainer', 'load_base', 'expert_delta', 'state_bytes', 'train']
 
 # %% ../nbs/10_training.ipynb #da4b9237
 import hashlib, itertools, json, math, os, re, shutil, time
@@ -175,6 +175,31 @@ def put(tensor: Tensor, # contiguous; changed in place
     elif inside is None: matrix.copy_(part)
 
 # %% ../nbs/10_training.ipynb #12c6fc06
+def _rows_in(rows, part, block, total):
+    "Used rows and their gradients, cut to the block: row numbers within it, and only its columns."
+    if block.rows is not None:
+        number = torch.full((total,), -1, device=rows.device)
+        number[block.rows] = torch.arange(len(block.rows), device=rows.device)
+        rows = number[rows]
+        rows, part = rows[rows >= 0], part[rows >= 0]
+    return rows, part if block.columns is None else part.index_select(1, block.columns)
+
+def take_sparse(grad: Tensor, # sparse, (rows, columns): torch's gradient of an embedding
+                block: Block, dtype) -> Tensor: # (n,) in C order
+    "`take` of a gradient that only some rows have; nothing of the size of the matrix is made."
+    grad = torch.sparse_coo_tensor(
+        grad._indices(), grad._values().to(dtype), grad.shape, check_invariants=False).coalesce()
+    rows, part = _rows_in(grad.indices()[0], grad.values(), block, grad.shape[0])
+    wide, inside = part.shape[1], block.inside
+    if inside is None:
+        out = part.new_zeros(grad.shape[0] if block.rows is None else len(block.rows), wide)
+        return out.index_copy_(0, rows, part).view(-1)
+    first, last = torch.searchsorted(inside, (torch.stack([rows, rows + 1])*wide).to(inside.dtype))  # a row's key neurons
+    owner = torch.arange(len(rows), device=rows.device).repeat_interleave(last - first) # used row of each key neuron in one
+    key = torch.arange(len(owner), device=rows.device) + (last - (last - first).cumsum(0))[owner]
+    return part.new_zeros(len(inside)).index_copy_(0, key, part.view(-1)[inside[key] + (owner - rows[owner])*wide])
+
+# %% ../nbs/10_training.ipynb #4d134bc0
 class KeyWeight(torch.autograd.Function):
     "(values, weight, block) -> the weight, without a copy; the gradient goes to `values` and only there."
     @staticmethod
@@ -184,9 +209,10 @@ class KeyWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return take(grad, ctx.block).to(ctx.dtype), None, None
+        part = take_sparse(grad, ctx.block, ctx.dtype) if grad.is_sparse else take(grad, ctx.block)
+        return part.to(ctx.dtype), None, None
 
-# %% ../nbs/10_training.ipynb #4d134bc0
+# %% ../nbs/10_training.ipynb #887309d0
 class KeyProduct(torch.autograd.Function):
     "x W^T + b, or x W + b when `turned` (GPT-2's Conv1D). Only the block of the weight gradient is computed."
     @staticmethod
@@ -206,7 +232,7 @@ class KeyProduct(torch.autograd.Function):
         bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
         return into, values, None, bias, None, None
 
-# %% ../nbs/10_training.ipynb #bc33ea4e
+# %% ../nbs/10_training.ipynb #7719a1c7
 VALUES = "_key_values"
 
 def _block(module, name):
@@ -240,7 +266,7 @@ def _product_forward(module, names, turned):
         return KeyProduct.apply(x, values, module.weight, bias, _block(module, "weight"), turned)
     return forward
 
-# %% ../nbs/10_training.ipynb #0a57cb53
+# %% ../nbs/10_training.ipynb #22d200f8
 def _turned(module):
     "False for a plain Linear, True for GPT-2's Conv1D, None for anything else: a subclass may have a forward of its own."
     from transformers.pytorch_utils import Conv1D
@@ -258,7 +284,7 @@ def _reroute(module, names):
     module.forward = (_any_forward(module, names) if turned is None or "weight" not in names
                       else _product_forward(module, names, turned))
 
-# %% ../nbs/10_training.ipynb #7719a1c7
+# %% ../nbs/10_training.ipynb #63266754
 def parameter_of(model, # a PreTrainedModel
                  name: str) -> nn.Parameter: # a tensor's name in a checkpoint
     "The parameter that a checkpoint's tensor is loaded into. Some checkpoints leave out the base model's prefix."
@@ -283,7 +309,7 @@ def _mask(parameter, names, keys):
         mask |= keys[name]
     return mask
 
-# %% ../nbs/10_training.ipynb #22d200f8
+# %% ../nbs/10_training.ipynb #cb4e5208
 def _compact(parameter, mask):
     "The trainable values of one tensor, and where they belong."
     parameter.data, block = parameter.data.contiguous(), find_block(mask.to(parameter.device))
@@ -303,10 +329,11 @@ def freeze(model, # a PreTrainedModel; changed in place
     for module in list(model.modules()):
         owned = {name: compact[id(p)] for name, p in module._parameters.items() if id(p) in compact}
         for name, (values, block) in owned.items(): _own(module, name, values, block)
+        if owned and isinstance(module, nn.Embedding): module.sparse = True  # a gradient of the rows that were read
         if owned: _reroute(module, set(owned))
     return model
 
-# %% ../nbs/10_training.ipynb #5b384ce3
+# %% ../nbs/10_training.ipynb #af3e1334
 MARK = "whole.json"
 
 def _on_disk(*paths): # files and folders
@@ -351,7 +378,7 @@ def newest_whole(work: Path, # folder of checkpoints; may be absent
         if checkpoint != last: _discard(checkpoint)
     return last
 
-# %% ../nbs/10_training.ipynb #761f22b2
+# %% ../nbs/10_training.ipynb #0286dd55
 def _run_name(base, training, texts, keys):
     "A hash of all that decides the result."
     settings = {key: value for key, value in asdict(training).items() if key != "save_every"}  # changes no number
@@ -361,7 +388,7 @@ def _run_name(base, training, texts, keys):
         name.update(np.ascontiguousarray(tensor.cpu().numpy()))
     return name.hexdigest()
 
-# %% ../nbs/10_training.ipynb #0286dd55
+# %% ../nbs/10_training.ipynb #fb644351
 def _check_reached(model, optimizer):
     "After a step: MaetError if values met no gradient. The model then uses their tensor outside its module's forward."
     for name, p in model.named_parameters():
@@ -407,7 +434,7 @@ class MaetTrainer:
         _check_reached(self.model, self.optimizer)
         if self.progress: self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
 
-# %% ../nbs/10_training.ipynb #98fbc42f
+# %% ../nbs/10_training.ipynb #fe2ef495
 def _evaluation(training, anew):
     "The Trainer's arguments about evaluation: before, every `eval_every` steps, and (its own habit) after the last one."
     return dict(eval_strategy="steps", eval_steps=training.eval_every or total_steps(training), eval_on_start=anew)
@@ -438,7 +465,7 @@ def _trainer(model, corpus, held_out, training, work, anew):
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/10_training.ipynb #fe2ef495
+# %% ../nbs/10_training.ipynb #64e095fe
 @contextmanager
 def _no_bars():
     "Progress bars of transformers off, and back to what they were."
@@ -463,7 +490,7 @@ def load_base(path, # checkpoint folder
     if model.loss_type is None: model.loss_type = "ForCausalLM"
     return model
 
-# %% ../nbs/10_training.ipynb #64e095fe
+# %% ../nbs/10_training.ipynb #e1822db4
 def expert_delta(model, # after `freeze` and training
                  base: Checkpoint, # what it started from
                  keys: Mapping[str, Tensor]) -> dict: # tensor name -> Packed: trained minus base at the mask, float32
@@ -487,7 +514,7 @@ def _write_expert(out, model, base, training, keys):
         save_pack(out, expert_delta(model, base, keys), base,
                   what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
 
-# %% ../nbs/10_training.ipynb #2e01e174
+# %% ../nbs/10_training.ipynb #b7eb6c68
 def _check_tokens(tokens, name, length, vocabulary):
     "MaetError unless `tokens` is a table of ids that the model knows."
     shape = tuple(tokens.shape)
@@ -517,7 +544,7 @@ def _check_place(out, work, mode):
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise MaetError(f"{there}: nothing can be written there; choose another place or change its permissions")
 
-# %% ../nbs/10_training.ipynb #b7eb6c68
+# %% ../nbs/10_training.ipynb #c5b76da3
 def state_bytes(model, optimizer) -> dict: # bytes of each, after at least one step
     "Gradients, moments, masters (the float32 values beside the frozen weights) and the key neurons' places."
     size = lambda tensors: sum(t.numel()*t.element_size() for t in {id(t): t for t in tensors}.values())
@@ -535,7 +562,7 @@ def _report(trainer, training):
                 tokens=total_tokens(training), bytes=state_bytes(trainer.model, trainer.optimizer),
                 trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
 
-# %% ../nbs/10_training.ipynb #a9334987
+# %% ../nbs/10_training.ipynb #80e28a51
 def train(base: str | Path,            # checkpoint folder
           corpus: Tensor,              # (sequences, length) int token ids
           out: str | Path,             # dense: a checkpoint folder; key-neuron: a pack file
