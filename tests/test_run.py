@@ -11,10 +11,11 @@ workers: 2
 languages: [es, bn]
 world: {seed: 1, trace: 0.02, documents: 300, items: 10}
 base:
-  shares: {general/en: 1, mathematics/en: 1, general/es: 1, general/bn: 1}
   vocabulary: 600
   model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64, tie_word_embeddings: true, max_position_embeddings: 512}
-  training: &training {tokens: 16_384, batch_tokens: 512, sequence_length: 64, learning_rate: 0.002, save_every: 5}
+  phases:
+    - shares: {general/en: 1, mathematics/en: 1, general/es: 1, general/bn: 1}
+      training: &training {tokens: 16_384, batch_tokens: 512, sequence_length: 64, learning_rate: 0.002, save_every: 5}
 abilities: {mathematics: {tasks: [mathematics], select_ratio: 0.8}}
 training: {<<: *training, tokens: 8_192}
 locate: {training: {<<: *training, tokens: 4_096}, ratio: 0.05}
@@ -92,7 +93,7 @@ def test_one_process_gives_the_same_bytes_as_two(undisturbed, monkeypatch):
 
 def test_what_a_worker_cannot_read_is_one_line(undisturbed, monkeypatch):
     folder, *_ = undisturbed
-    monkeypatch.setitem(TINY, "base", str(next((folder / "whole").glob("base-*")) / "base"))
+    monkeypatch.setitem(TINY, "base", str(next((folder / "whole").glob("base.1-*")) / "base"))
     monkeypatch.setitem(TINY, "training", TINY["training"] | {"sequence_length": 1024, "batch_tokens": 1024})  # longer than its positions
     process = start(folder, "broken")
     said, _ = process.communicate(timeout=600)
