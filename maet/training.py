@@ -356,6 +356,7 @@ def _mark(checkpoint):
     try: return json.loads((checkpoint/MARK).read_text())
     except (OSError, ValueError): return None
 
+# %% ../nbs/10_training.ipynb #92cfceb3
 def _discard(checkpoint):
     "Remove a checkpoint: the mark first, so that one that is half removed does not count."
     (checkpoint/MARK).unlink(missing_ok=True)
@@ -378,7 +379,7 @@ def newest_whole(work: Path, # folder of checkpoints; may be absent
         if checkpoint != last: _discard(checkpoint)
     return last
 
-# %% ../nbs/10_training.ipynb #0286dd55
+# %% ../nbs/10_training.ipynb #fb644351
 def _run_name(base, training, texts, keys):
     "A hash of all that decides the result."
     settings = {key: value for key, value in asdict(training).items() if key != "save_every"}  # changes no number
@@ -388,7 +389,7 @@ def _run_name(base, training, texts, keys):
         name.update(np.ascontiguousarray(tensor.cpu().numpy()))
     return name.hexdigest()
 
-# %% ../nbs/10_training.ipynb #fb644351
+# %% ../nbs/10_training.ipynb #827bfc45
 def _check_reached(model, optimizer):
     "After a step: MaetError if values met no gradient. The model then uses their tensor outside its module's forward."
     for name, p in model.named_parameters():
@@ -396,6 +397,7 @@ def _check_reached(model, optimizer):
             tensor = name.removesuffix(VALUES)
             raise MaetError(f"{tensor}: no gradient reaches it in {type(model).__name__}; leave it out of the keys")
 
+# %% ../nbs/10_training.ipynb #2e01e174
 class MaetTrainer:
     "Mixin for transformers.Trainer; `follow` gives it what it needs to know."
     def follow(self, run, progress, seconds):
@@ -434,7 +436,7 @@ class MaetTrainer:
         _check_reached(self.model, self.optimizer)
         if self.progress: self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
 
-# %% ../nbs/10_training.ipynb #fe2ef495
+# %% ../nbs/10_training.ipynb #e1822db4
 def _evaluation(training, anew):
     "The Trainer's arguments about evaluation: before, every `eval_every` steps, and (its own habit) after the last one."
     return dict(eval_strategy="steps", eval_steps=training.eval_every or total_steps(training), eval_on_start=anew)
@@ -465,7 +467,7 @@ def _trainer(model, corpus, held_out, training, work, anew):
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/10_training.ipynb #64e095fe
+# %% ../nbs/10_training.ipynb #a9334987
 @contextmanager
 def _no_bars():
     "Progress bars of transformers off, and back to what they were."
@@ -490,7 +492,7 @@ def load_base(path, # checkpoint folder
     if model.loss_type is None: model.loss_type = "ForCausalLM"
     return model
 
-# %% ../nbs/10_training.ipynb #e1822db4
+# %% ../nbs/10_training.ipynb #80e28a51
 def expert_delta(model, # after `freeze` and training
                  base: Checkpoint, # what it started from
                  keys: Mapping[str, Tensor]) -> dict: # tensor name -> Packed: trained minus base at the mask, float32
@@ -514,7 +516,7 @@ def _write_expert(out, model, base, training, keys):
         save_pack(out, expert_delta(model, base, keys), base,
                   what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
 
-# %% ../nbs/10_training.ipynb #b7eb6c68
+# %% ../nbs/10_training.ipynb #8effee40
 def _check_tokens(tokens, name, length, vocabulary):
     "MaetError unless `tokens` is a table of ids that the model knows."
     shape = tuple(tokens.shape)
@@ -544,7 +546,7 @@ def _check_place(out, work, mode):
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise MaetError(f"{there}: nothing can be written there; choose another place or change its permissions")
 
-# %% ../nbs/10_training.ipynb #c5b76da3
+# %% ../nbs/10_training.ipynb #9109c85a
 def state_bytes(model, optimizer) -> dict: # bytes of each, after at least one step
     "Gradients, moments, masters (the float32 values beside the frozen weights) and the key neurons' places."
     size = lambda tensors: sum(t.numel()*t.element_size() for t in {id(t): t for t in tensors}.values())
@@ -562,7 +564,7 @@ def _report(trainer, training):
                 tokens=total_tokens(training), bytes=state_bytes(trainer.model, trainer.optimizer),
                 trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
 
-# %% ../nbs/10_training.ipynb #80e28a51
+# %% ../nbs/10_training.ipynb #667be543
 def train(base: str | Path,            # checkpoint folder
           corpus: Tensor,              # (sequences, length) int token ids
           out: str | Path,             # dense: a checkpoint folder; key-neuron: a pack file
