@@ -106,3 +106,11 @@ def test_requirements_are_pinned():
     for wanted in settings("(.+_)?requirements"):
         allowed = [wanted.specifier.contains(version) for version in versions.get(canonicalize_name(wanted.name), [])]
         assert allowed and all(allowed), f"{wanted} has no pin that fits in constraints.txt"
+
+
+def test_readme_says_what_the_index_says(root):
+    cells = json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    readme = (root/"README.md").read_text(encoding="utf-8")
+    for cell in cells:
+        text = re.sub(r"\]\((\d\d_)", r"](nbs/\1", "".join(cell["source"])).replace("](../", "](")
+        if not text.startswith("#| hide"): assert text in readme, f"run `make export`: README.md lacks\n{text}"
