@@ -76,7 +76,7 @@ def _draw_bar(ax, x: float, width: float, numbers: tuple, look: dict, text: str 
         ax.errorbar(x, value, stderr, fmt="none", ecolor=colour, elinewidth=line, capsize=line / 2 + 1.2, capthick=line, zorder=3)
     if len(seeds) > 1: ax.plot([x - width / 3] * len(seeds), seeds, "o", ms=2.2, mfc="white", mec="black", mew=0.5, zorder=4)
     if text:
-        ax.annotate(text, (x, max(value + stderr, *seeds)), (0, 2), textcoords="offset points", ha="center", fontsize=6, zorder=5,
+        ax.annotate(text, (x, max(value + stderr, *seeds)), (0, 2), textcoords="offset points", ha="center", fontsize=6, rotation=90, zorder=5,
                     path_effects=[withStroke(linewidth=2, foreground="white")])
 
 # %% ../nbs/06_plots.ipynb #d435a6cd
