@@ -108,9 +108,9 @@ def test_requirements_are_pinned():
         assert allowed and all(allowed), f"{wanted} has no pin that fits in constraints.txt"
 
 
-def test_readme_says_what_the_index_says(root):
-    cells = json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
-    readme = (root/"README.md").read_text(encoding="utf-8")
+def test_readme_says_what_the_index_says():
+    cells = json.loads((ROOT/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
     for cell in cells:
         text = re.sub(r"\]\((\d\d_)", r"](nbs/\1", "".join(cell["source"])).replace("](../", "](")
         if not text.startswith("#| hide"): assert text in readme, f"run `make export`: README.md lacks\n{text}"
