@@ -1,9 +1,10 @@
 "The main job as a process: whole, killed again and again, and the same bytes at the end."
-import os, random, signal, subprocess, sys, time
+import os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 TINY = yaml.safe_load("""
 scale: mini
@@ -91,19 +92,23 @@ def test_one_process_gives_the_same_bytes_as_two(undisturbed, monkeypatch):
     assert process.returncode == 0 and merged(folder, "alone") == merged(folder, "whole"), said
 
 
-def test_what_a_worker_cannot_read_is_one_line(undisturbed, monkeypatch):
+def test_what_stops_a_worker_is_one_line(undisturbed, monkeypatch):
     folder, *_ = undisturbed
-    monkeypatch.setitem(TINY, "base", str(next((folder / "whole").glob("base.1-*")) / "base"))
-    monkeypatch.setitem(TINY, "training", TINY["training"] | {"sequence_length": 1024, "batch_tokens": 1024})  # longer than its positions
+    base = shutil.copytree(next((folder / "whole").glob("base.1-*")) / "base", folder / "poisoned")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    monkeypatch.setitem(TINY, "base", str(base))
     process = start(folder, "broken")
     said, _ = process.communicate(timeout=600)
-    assert process.returncode == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("maet: "), said
+    assert process.returncode == 2 and "Traceback" not in said and "maet: " in said.splitlines()[-1] and "holds nan" in said, said
+    assert not list((folder / "broken").glob("rival*")) and not list((folder / "broken").glob(".*.part"))
 
 
 def test_interrupted_it_says_how_to_go_on(undisturbed):
-    folder, _, seconds = undisturbed
+    folder, *_ = undisturbed
     process = start(folder, "interrupted")
-    time.sleep(seconds / 2)
+    while not list((folder / "interrupted").glob("[!.]*-*")) and process.poll() is None: time.sleep(0.05)  # until a first stage is there
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in said, said
