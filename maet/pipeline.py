@@ -24,7 +24,7 @@ import yaml
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .tensors import MaetError
 from .checkpoints import Checkpoint, sync, whole
