@@ -29,7 +29,9 @@ def start(folder: Path, out: str) -> subprocess.Popen:
     (folder / "tiny.yml").write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "maet.cli", "run", "--recipe", "tiny.yml", "--out", out, "--ledger", f"{out}.jsonl"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            # a shell that runs the tests in the background has them, and so their children, ignore SIGINT
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def merged(folder: Path, out: str) -> bytes:
