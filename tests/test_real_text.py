@@ -1,16 +1,31 @@
 "Real corpora and the real MGSM, where a folder `shared/data` lies beside the project; said and skipped where it does not."
+import gzip, json, os, signal, subprocess, sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
-from maet.corpora import Source, corpus, documents
+import maet.corpora
+from maet.corpora import Source, corpus, documents, open_tokens, read_meta, write_tokens
 from maet.evaluation import read_exam
 from maet.pipeline import Recipe, load, make_tokenizer
 from maet.study import mgsm_exams
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real text at {DATA}")
 LANGUAGES = ["en", "es", "zh", "bn", "te"]
+SEVEN = [*LANGUAGES, "sw", "ja"]
+
+
+def general(language: str, **more) -> Source:
+    return Source(DATA / "general" / f"{language}.jsonl", **more)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer((text for l in SEVEN for text in islice(documents(general(l)), 40)), 1000)
 
 
 def test_mgsm_as_it_is_published(tmp_path):
@@ -21,15 +36,82 @@ def test_mgsm_as_it_is_published(tmp_path):
     assert all(len(read_exam(tmp_path, "bits_per_byte", l)) == 8 for l in LANGUAGES)
 
 
-def test_real_scripts_survive_the_tokenizer():
-    texts = [text for l in LANGUAGES for text in documents(DATA / "general" / f"{l}.jsonl")[:40]]
-    tokenizer = make_tokenizer(texts, 1000)
-    for text in texts: assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-    ids = corpus([Source(DATA / "gsm8k" / "train.jsonl", 1, "{question}\n{answer}"), Source(DATA / "general" / "te.jsonl", 2)], tokenizer, 20_000, 256, 0)
+def test_real_scripts_survive_the_tokenizer(tokenizer):
+    for l in SEVEN:
+        for text in islice(documents(general(l)), 40): assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    ids = corpus([Source(DATA / "gsm8k" / "train.jsonl", 1, "{question}\n{answer}"), general("te", share=2)], tokenizer, 20_000, 256, 0).ids
     assert ids.shape == (78, 256) and ids.max() < 1000
 
 
 def test_the_recipe_finds_its_files(monkeypatch):
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    monkeypatch.chdir(ROOT)
     recipe = load(Recipe, "real-mini.yml")
     assert all(Path(c.path).is_file() for c in recipe.corpora.values()) and Path(recipe.exam.mgsm).is_dir()
+
+
+def test_a_source_says_the_same_in_every_form(tmp_path):
+    "Lines, gzipped lines, parquet and a folder in the form of a hub dataset: the same documents, whatever the script."
+    import pyarrow, pyarrow.parquet
+    for l in SEVEN:
+        path = general(l).path
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()[:200]]
+        (tmp_path / l).mkdir()
+        (tmp_path / f"{l}.jsonl.gz").write_bytes(gzip.compress(b"\n".join(path.read_bytes().splitlines()[:200])))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / l / "train-0.parquet")
+    configs = "".join(f"- config_name: {l}\n  data_files: {l}/*.parquet\n" for l in SEVEN)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for l in SEVEN:
+        wanted = list(islice(documents(general(l)), 200))
+        forms = Source(tmp_path / f"{l}.jsonl.gz"), Source(tmp_path / l), Source(f"hf://{tmp_path}", name=l)
+        for source in forms: assert list(documents(source)) == wanted
+
+
+def test_only_answers_are_learnt(tokenizer, tmp_path):
+    path = DATA / "gsm8k" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    chats = ([{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]}] for r in rows)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in chats), encoding="utf-8")
+    turn = "{{ m.role + ': ' + m.content + '<|end|>' }}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    answers = {r["answer"].strip() for r in rows}
+    for source in (Source(path, prompt="{question}\n", completion="{answer}"), Source(tmp_path / "chats.jsonl", messages="messages")):
+        got = corpus([source], tokenizer, 40_000, 1024, 0, whole_documents=True)
+        learnt = [tokenizer.decode(ids[trained]) for ids, trained in zip(got.ids, got.trained)]
+        assert all(text.endswith("<|end|>") for text in learnt) and 0.2 < got.trained.float().mean() < 0.8
+        assert {part.strip() for text in learnt for part in text.split("<|end|>")[:-1]} <= answers  # whole ones, and nothing else
+
+
+WRITER = """
+import sys
+import maet.corpora
+from transformers import AutoTokenizer
+from maet.corpora import Source, write_tokens
+out, tokenizer, *paths = sys.argv[1:]
+maet.corpora.CHUNK = 10_000
+write_tokens(out, [Source(p, n + 1) for n, p in enumerate(paths)], AutoTokenizer.from_pretrained(tokenizer), 200_000, 256, 7, False, lambda now, of: print(now, flush=True))
+"""
+
+
+def test_a_killed_writer_goes_on(tokenizer, tmp_path, monkeypatch):
+    "SIGKILL, twice, at different places: the table that is there in the end has the bytes of one that was written at once."
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(maet.corpora, "CHUNK", 10_000)
+    sources = [general(l, share=n + 1) for n, l in enumerate(SEVEN)]
+    arguments = [tmp_path / "killed.safetensors", tmp_path / "tokenizer", *(s.path for s in sources)]
+    reached = 0
+    for more in (2, 5):
+        with subprocess.Popen([sys.executable, "-c", WRITER, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as writer:
+            lines = [int(next(writer.stdout)) for _ in range(more)]
+            writer.send_signal(signal.SIGKILL)
+        assert lines[0] > reached and not arguments[0].exists()  # it did not begin again
+        reached = lines[-1]
+    said = []
+    write = lambda name, progress=None: write_tokens(tmp_path / name, sources, tokenizer, 200_000, 256, 7, False, progress)
+    killed = write("killed.safetensors", lambda now, of: said.append(now))
+    assert said[0] > reached and killed.read_bytes() == write("straight.safetensors").read_bytes()
+
+    got, at_once = open_tokens(killed), corpus(sources, tokenizer, 200_000, 256, 7)
+    assert torch.equal(got.ids, at_once.ids) and got.trained is None
+    used = [u["tokens"] for u in json.loads(read_meta(killed)["used"])]
+    longest = (got.ids.flatten() == tokenizer.eos_token_id).nonzero().flatten().diff().max()  # document
+    assert all(abs(tokens - sum(used) * (n + 1) / 28) <= longest for n, tokens in enumerate(used))
