@@ -31,7 +31,7 @@ export: $(READY) ## write maet/*.py and README.md from the notebooks, then clean
 	  | sed -e 's|](\([0-9][0-9]_\)|](nbs/\1|g' -e 's|](\.\./|](|g' > README.md
 
 base: $(READY) ## train the shipped base again, into runs/base, to compare with data/miniworld/base
-	$(BIN)/maet base maet/recipes/base.yml --out runs/base
+	OMP_NUM_THREADS=1 $(BIN)/maet base maet/recipes/base.yml --out runs/base
 
 clean: ## remove what builds and tests leave behind; .venv and runs stay
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache

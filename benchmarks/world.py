@@ -15,7 +15,8 @@ from maet.deltas import apply_delta, open_delta
 from maet.evaluation import average, by_level, examine
 from maet.ledger import append, commit, versions
 from maet.miniworld import LANGUAGES
-from maet.pipeline import Pipeline, Progress, Recipe, Store, expert, load, token_ids, trained
+from maet.pipeline import Pipeline, Progress, Recipe, Store, expert, token_ids, trained
+from maet.settings import load
 
 
 @torch.no_grad()
