@@ -1,0 +1,237 @@
+"""What a training step costs: dense AdamW, LoRA, masked dense AdamW (as the authors' earlier code trains key neurons) and key neurons of their own.
+
+    python benchmarks/training.py [--size 70m] [--ratios 0.01 0.05 0.2] [--rounds 9] [--threads 2]      CPU, some minutes
+    python benchmarks/training.py --size 8b --device cuda        LLaMA-3 8B's shapes, random weights, one GPU, against no optimizer at all
+
+A step is forward, backward, clipping and a fused AdamW step on the same batch. Times: a round takes one step of each way in one process, so
+whatever else the machine does slows all alike; printed are medians and their ratios to dense. Memory: each way once more in a process of its own;
+on a GPU the allocator's peak, on a CPU the resident set's, both above the level before the model is built. State: gradients, moments, and
+whatever is kept beside the weights that the forward reads. A size that fills a GPU is timed in those processes too. Rows go to --ledger,
+the figure to --figure."""
+import argparse, gc, json, os, statistics, subprocess, sys, time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from maet.ledger import append, commit, versions
+from maet.plots import save, style
+from maet.training import Training, freeze, state_bytes
+
+GOALS = {"key-neuron 5% element": dict(state=.12, time=1.), "key-neuron 5% row": dict(state=.12, time=.78)}  # of dense
+GRANULARITIES = ("element", "row", "column")
+SIZES = {  # hidden, intermediate, layers, heads, heads of keys and values, vocabulary; sequences, length
+    "1m": (128, 352, 4, 4, 4, 1000, 4, 64), "70m": (640, 1760, 10, 10, 10, 16000, 4, 128), "150m": (768, 2112, 14, 12, 12, 24000, 4, 128),
+    "1b": (2048, 8192, 16, 32, 8, 128256, 1, 2048), "8b": (4096, 14336, 32, 32, 8, 128256, 1, 2048)}
+BIG = ("1b", "8b")  # bf16, activations recomputed, one way at a time
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="70m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ratios", type=float, nargs="+", help="shares of key neurons; by default 0.01 0.05 0.2, at a big size 0.05")
+    parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, help="by default all, at a big size element")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2, help="of torch, on the CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ledger", type=Path, default=Path("data/results/training.jsonl"))
+    parser.add_argument("--figure", type=Path, default=Path("figures/training"), help="without its ending")
+    parser.add_argument("--way", help=argparse.SUPPRESS)  # in a process of its own
+    args = parser.parse_args()
+    args.ratios = args.ratios or ([.05] if args.size in BIG else [.01, .05, .2])
+    args.granularities = args.granularities or (["element"] if args.size in BIG else list(GRANULARITIES))
+    return args
+
+
+def names(args) -> list[str]:
+    "The ways, dense first. A dense optimizer does not fit where a big model does."
+    sparse = [f"key-neuron {ratio:.0%} {granularity}" for ratio in args.ratios for granularity in args.granularities]
+    return ["no optimizer", "lora", *sparse] if args.size in BIG else ["dense", "lora", "masked 5%", *sparse]
+
+
+def build(args):
+    hidden, intermediate, layers, heads, kv, vocabulary, *_ = SIZES[args.size]
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, use_cache=False,
+                         num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=SIZES[args.size][7])
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if args.size in BIG else torch.float32)
+
+
+class Drawn(Mapping):
+    "Key neurons at random, a tensor's mask at a time. A vector's scalars are rows, and columns, of their own."
+    def __init__(self, model, ratio, granularity):
+        self.shapes, self.ratio, self.granularity = {name: p.shape for name, p in model.named_parameters()}, ratio, granularity
+    def __iter__(self): return iter(self.shapes)
+    def __len__(self): return len(self.shapes)
+    def __getitem__(self, name):
+        shape = self.shapes[name]
+        lines = shape if self.granularity == "element" or len(shape) == 1 else (shape[0], 1) if self.granularity == "row" else (1, shape[1])
+        return (torch.rand(lines) < self.ratio).expand(shape)
+
+
+class Way:
+    "A model, its optimizer, and the seconds of its steps."
+    def __init__(self, args, name):
+        kind, *rest = name.split()
+        self.model, self.masks, self.seconds, self.cuda = build(args), {}, [], args.device == "cuda"
+        if kind == "lora": self.model = with_lora(self.model)
+        if kind == "masked": self.masks = {p: m.to(p.device) for p, m in zip(self.model.parameters(), Drawn(self.model, .05, "element").values())}
+        if kind == "key-neuron": freeze(self.model, Drawn(self.model, float(rest[0][:-1])/100, rest[1]))
+        if args.size in BIG: self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        if args.size in BIG and kind == "lora": self.model.enable_input_require_grads()
+        self.model.train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        decay = 0. if kind == "masked" else .1  # it would move frozen scalars
+        self.optimizer = None if kind == "no" else torch.optim.AdamW(self.trained, lr=5e-5, weight_decay=decay, fused=True)
+
+    def step(self, ids):
+        self.wait()
+        start = time.perf_counter()
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        for p, mask in self.masks.items(): p.grad.mul_(mask)
+        if self.optimizer:
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.)
+            self.optimizer.step()
+        for p in self.trained: p.grad = None
+        self.wait()
+        self.seconds.append(time.perf_counter() - start)
+
+    def wait(self):
+        if self.cuda: torch.cuda.synchronize()
+
+    def state(self) -> dict:
+        "Bytes kept beside the weights that the forward reads."
+        kept = state_bytes(self.model, self.optimizer) if self.optimizer else dict(gradients=sum(p.nbytes for p in self.trained))
+        beside = sum(p.nbytes for n, p in self.model.named_parameters() if ".lora_" in n)
+        return kept | dict(masters=kept.get("masters", 0) + beside, masks=sum(m.nbytes for m in self.masks.values()))
+
+
+def with_lora(model):
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+def batch(args):
+    vocabulary, sequences, length = SIZES[args.size][5:]
+    return torch.randint(vocabulary, (sequences, length), device=args.device)
+
+
+def resident(field) -> int: # bytes: VmRSS now, or VmHWM at most
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])*1024
+
+
+def forget_peak():
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass  # then building the model counts as well
+
+
+def alone(args):
+    "One way in this process: its peak, its state and its times, as JSON."
+    warm = argparse.Namespace(**vars(args) | dict(size="1m", device="cpu"))
+    Way(warm, "lora").step(batch(warm)); gc.collect()  # what is imported late does not count
+    level = torch.cuda.memory_allocated() if args.device == "cuda" else resident("VmRSS")
+    way = Way(args, args.way)
+    forget_peak()
+    for _ in range(1 + (args.rounds if args.size in BIG else 2)): way.step(batch(args))
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")
+    print(json.dumps(dict(peak=peak - level, state=way.state(), seconds=way.seconds[1:], trained=sum(p.numel() for p in way.trained))))
+
+
+def measure_alone(args, name) -> dict:
+    command = [sys.executable, __file__, "--way", name, *(f"--{k}={v}" for k, v in vars(args).items() if k in ("size", "device", "rounds", "threads", "seed"))]
+    environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_=str(2**20))  # what is freed is given back, and not counted
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode: sys.exit(f"{name}: ended with {done.returncode}; what it printed is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_times(args, bar) -> dict[str, list[float]]:
+    "Seconds of each step, the ways in turn. The first round warms up."
+    ids, ways = batch(args), {}
+    for name in names(args):
+        ways[name] = Way(args, name)
+        bar.update()
+    for _ in range(args.rounds + 1):
+        for way in ways.values():
+            way.step(ids)
+            bar.update()
+    return {name: way.seconds[1:] for name, way in ways.items()}
+
+
+def measure(args) -> dict[str, dict]:
+    big, ways = args.size in BIG, names(args)
+    with tqdm(total=len(ways)*(1 if big else args.rounds + 3), unit="step", desc=f"{args.size} on {args.device}") as bar:
+        times = {} if big else measure_times(args, bar)
+        gc.collect()
+        found = {}
+        for name in ways:
+            found[name] = measure_alone(args, name)
+            found[name]["seconds"] = times.get(name, found[name]["seconds"])
+            bar.update()
+    return found
+
+
+def told(name, row, dense, tokens) -> str:
+    time, first = statistics.median(row["seconds"]), statistics.median(dense["seconds"])
+    state, all_state = sum(row["state"].values()), sum(dense["state"].values())
+    goal = GOALS.get(name, {})
+    against = lambda ratio, what: f"{ratio:.3f}" + (f" (goal {goal[what]})" if what in goal else "")
+    return (f"{name:24} {row['trained']/1e6:9.2f} M trained  step {time:8.3f} s = {against(time/first, 'time'):18} best {min(row['seconds'])/min(dense['seconds']):.3f}"
+            f"  {tokens/time:9.1f} tokens/s  peak {row['peak']/1e6:9.1f} MB = {row['peak']/dense['peak']:.3f}"
+            f"  state {state/1e6:8.1f} MB = {against(state/all_state, 'state')}")
+
+
+def ledger_rows(args, found, load) -> list[dict]:
+    "A row for each number."
+    shared = dict(study="training", scale=args.size, language="none", task="step", seed=args.seed, versions=versions(), commit=commit(), seconds=None)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
+    setting = dict(device=args.device, name=device, threads=args.threads if args.device == "cpu" else None, load=load)
+    rows = []
+    for name, row in found.items():
+        spread = statistics.stdev(row["seconds"]) if len(row["seconds"]) > 1 else None
+        numbers = dict(step_s=(statistics.median(row["seconds"]), spread, len(row["seconds"])), peak_bytes=(row["peak"], None, 1),
+                       state_bytes=(sum(row["state"].values()), None, 1))
+        rows += [shared | dict(method=name, setting=setting, metric=metric, value=value, stderr=error, n=n) for metric, (value, error, n) in numbers.items()]
+    return rows
+
+
+def figure(args, found):
+    "Three panels: step time, peak memory, state; each in its unit, with the ratio to the first way beside the bar."
+    from matplotlib.figure import Figure
+    with style():
+        fig = Figure(figsize=(8, .6 + .26*len(found)))
+        axes, first = fig.subplots(1, 3, sharey=True), next(iter(found.values()))
+        numbers = {"step (s)": lambda r: statistics.median(r["seconds"]), "peak memory (MB)": lambda r: r["peak"]/1e6,
+                   "gradients, moments, masters, places (MB)": lambda r: sum(r["state"].values())/1e6}
+        for ax, (label, number) in zip(axes, numbers.items()):
+            values = [number(row) for row in found.values()]
+            colours = ["#8C8C8C" if not name.startswith("key") else "#12284C" for name in found]
+            ax.barh(range(len(found)), values, color=colours)
+            for y, value in enumerate(values): ax.annotate(f" {value/number(first):.2f}", (value, y), va="center", fontsize=6)
+            ax.set(xlabel=label, yticks=range(len(found)), yticklabels=list(found), xlim=(0, 1.15*max(values)))
+            ax.invert_yaxis() if ax is axes[0] else None
+            ax.grid(axis="x"); ax.grid(axis="y", visible=False)
+    return fig
+
+
+def main():
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.way: return alone(args)
+    load = [round(os.getloadavg()[0], 2)]
+    found = measure(args)
+    load.append(round(os.getloadavg()[0], 2))
+    tokens, first = SIZES[args.size][6]*SIZES[args.size][7], next(iter(found))
+    print(f"load {load[0]} before, {load[1]} after; {args.threads} threads of torch, {os.cpu_count()} cores; ratios to: {first}")
+    for name, row in found.items(): print(told(name, row, found[first], tokens))
+    rows = ledger_rows(args, found, load)
+    print(append(args.ledger, rows), "rows are new in", args.ledger)
+    print(*save(figure(args, found), args.figure, rows), sep="\n")
+
+
+if __name__ == "__main__": main()

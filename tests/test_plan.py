@@ -1,0 +1,141 @@
+"""`maet plan` against the measured peak of real training: a Llama of 50 M parameters in each mode, each in a process of its own.
+
+Measured are the peak of what torch's allocator gave out during a step, and the peak of the resident set above its level before loading."""
+import ctypes, gc, json, os, sys, warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maet.settings import load
+from maet.tensors import MaetError
+from maet.training import Training, train
+
+VOCABULARY, LENGTH, STEPS = 16000, 128, 3
+CASES = {  # settings; share of key neurons and granularity
+    "dense": (dict(mode="dense", batch_tokens=2*LENGTH), ()),
+    "dense, accumulated": (dict(mode="dense", batch_tokens=8*LENGTH, device_batch=4), ()),
+    "lora": (dict(mode="lora", batch_tokens=4*LENGTH), ()),
+    "key-neuron": (dict(mode="key-neuron", batch_tokens=4*LENGTH), (.05, "element")),
+    "key-neuron, recomputed": (dict(mode="key-neuron", batch_tokens=8*LENGTH, activation_checkpointing=True), (.05, "row"))}
+
+
+def training(case: str) -> Training:
+    settings = CASES[case][0]
+    return Training(**settings, tokens=STEPS*settings["batch_tokens"], sequence_length=LENGTH, save_every=1000)
+
+
+def config(**more) -> LlamaConfig:
+    size = dict(vocab_size=VOCABULARY, hidden_size=640, intermediate_size=1760, num_hidden_layers=6, num_attention_heads=10, num_key_value_heads=5)
+    return LlamaConfig(**size | more, max_position_embeddings=LENGTH, dtype="float32")
+
+
+def masks(shapes: dict, ratio: float, granularity: str) -> dict:
+    lines = lambda shape: shape if granularity == "element" or len(shape) == 1 else (shape[0], 1)
+    return {name: (torch.rand(lines(shape)) < ratio).expand(shape) for name, shape in shapes.items()}
+
+
+class Measured:
+    "Peaks in bytes, as training goes by; to be given to `train` as its `progress`."
+    def __init__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        self.level, self.resident, self.allocated = resident("VmRSS"), 0, 0
+
+    def __call__(self, step, steps, loss):
+        if step < STEPS: self.resident = resident("VmHWM") - self.level  # the profiler's own memory comes later
+        if step == STEPS - 1:
+            self.before = sum(s.nbytes() for s in {s.data_ptr(): s for s in map(lambda t: t.untyped_storage(), tensors())}.values())
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self.profiler.__enter__()
+        if step == STEPS:
+            self.profiler.__exit__(None, None, None)
+            alive = 0
+            events = [e for e in self.profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+            for event in sorted(events, key=lambda e: e.start_ns()):
+                alive += event.nbytes()
+                self.allocated = max(self.allocated, self.before + alive)
+
+
+def tensors() -> list:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)]
+
+
+def resident(field: str) -> int: # bytes: VmRSS now, VmHWM at most
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])*1024
+
+
+def measure(case: str, folder: Path) -> dict:
+    "In a fork: one run, measured."
+    keys = None
+    if ratio := CASES[case][1]:
+        from maet.checkpoints import Checkpoint
+        from maet.deltas import Keys, save_keys
+        base = Checkpoint(folder/"base")
+        save_keys(folder/f"{case}.keys", masks({name: base.shape(name) for name in base.names}, *ratio), base)
+        keys = Keys(folder/f"{case}.keys", base)
+    corpus, measured = torch.randint(VOCABULARY, (64, LENGTH), dtype=torch.int32), Measured()
+    train(folder/"base", corpus, folder/case, training(case), keys, None, measured, folder/f"{case}.work")
+    return dict(resident=measured.resident, allocated=measured.allocated)
+
+
+def main(folder: Path):
+    "Import and try everything once; then a fork for each case, so that all begin at the same level."
+    torch.manual_seed(0)
+    for name, model in dict(base=config(), small=config(hidden_size=40, intermediate_size=40, num_hidden_layers=1, vocab_size=50)).items():
+        LlamaForCausalLM(model).save_pretrained(folder/name)
+    tiny = Training(mode="lora", tokens=2*LENGTH, batch_tokens=LENGTH, sequence_length=LENGTH)
+    train(folder/"small", torch.ones(4, LENGTH, dtype=torch.int32), folder/"tried", tiny)
+    gc.collect()
+    for case in CASES:
+        if not os.fork():
+            try: (folder/f"{case}.json").write_text(json.dumps(measure(case, folder)))
+            finally: os._exit(0)
+        os.wait()
+    print(json.dumps({case: json.loads((folder/f"{case}.json").read_text()) for case in CASES}))
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    import subprocess
+    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1",  # a fork may have no threads
+                                    MALLOC_MMAP_THRESHOLD_=str(2**20))  # what torch gives back is given back, and not counted
+    done = subprocess.run([sys.executable, __file__, tmp_path_factory.mktemp("plan")], env=environment, capture_output=True, text=True, timeout=900)
+    assert not done.returncode, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident sets are read from Linux's /proc")
+@pytest.mark.parametrize("case", CASES)
+def test_peak_is_within_a_tenth_of_the_measured_one(peaks, case):
+    from maet.plan import memory, rehearse
+    planned = sum(memory(rehearse(config(), training(case), 1, *CASES[case][1])).values())
+    allocated, held = peaks[case]["allocated"], peaks[case]["resident"]
+    print(f"{case}: planned {planned/1e6:.1f} MB, allocated {allocated/1e6:.1f} MB, resident {held/1e6:.1f} MB")
+    assert abs(planned/allocated - 1) < .05, (planned, allocated)
+    assert abs(planned/held - 1) < .1, (planned, held)
+
+
+def test_too_little_memory_is_one_line():
+    from maet.plan import Cluster, fits
+    with pytest.raises(MaetError, match="dense training needs .* GB on each of 2 devices, and one has 0.1 GB; try") as said:
+        fits(config(), training("dense"), 1e8, Cluster(gpus=2, zero=2))
+    assert "\n" not in str(said.value)
+    with pytest.raises(MaetError, match="3 ranks with .* cannot share"): fits(config(), training("dense"), 1e12, Cluster(gpus=3, zero=2))
+
+
+def test_the_paper_s_recipe_is_planned_without_its_base_or_corpora():
+    from maet.pipeline import Recipe
+    from maet.plan import Cluster, describe, plan
+    recipe = load(Recipe, "8b")
+    assert not Path(recipe.base).exists()
+    rows = plan(recipe, Cluster("H100", 8, zero=2), config())
+    assert sum(row["mode"] == "key-neuron" for row in rows) == 7 and all(row["fits"] for row in rows if row["mode"])
+    assert "key-neuron" in describe(recipe, Cluster("H100", 8, zero=2), config())
+    with pytest.raises(MaetError, match="config.json: no such file"): plan(recipe)
+
+
+if __name__ == "__main__": main(Path(sys.argv[1]))
