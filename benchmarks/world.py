@@ -4,27 +4,27 @@ a merge scores plays no part in choosing the world. All on the dev part; rows go
 
     python benchmarks/world.py --out runs/world"""
 import argparse, json, math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from maet.checkpoints import Checkpoint
-from maet.corpora import Source, corpus
+from maet.corpora import Source, corpus, corpus
 from maet.deltas import apply_delta, open_delta
 from maet.evaluation import average, by_level, examine
 from maet.ledger import append, commit, versions
 from maet.miniworld import LANGUAGES
-from maet.pipeline import Pipeline, Progress, Recipe, Store, expert, token_ids, trained
+from maet.pipeline import Pipeline, Progress, Recipe, Store, expert, trained
 from maet.settings import load
 
 
 @torch.no_grad()
 def loss(model: Path, text: Path, run: Pipeline) -> tuple[float, float, int]:  # nats a token, standard error, sequences
     "Mean loss on held-out prose."
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     network = AutoModelForCausalLM.from_pretrained(model, local_files_only=True).eval()
-    ids = token_ids(run.base, [Source(text)], replace(run.recipe.training, tokens=16_384)).long()
+    tokenizer, t = AutoTokenizer.from_pretrained(run.base, local_files_only=True), run.recipe.training
+    ids = corpus([Source(text)], tokenizer, 16_384, t.sequence_length, t.seed).ids.long()
     each = torch.tensor([network(input_ids=row[None], labels=row[None]).loss for row in ids])
     return each.mean().item(), each.std().item() / math.sqrt(len(each)), len(each)
 
