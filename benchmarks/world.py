@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from maet.checkpoints import Checkpoint
-from maet.corpora import Source, corpus, corpus
+from maet.corpora import Source, corpus
 from maet.deltas import apply_delta, open_delta
 from maet.evaluation import average, by_level, examine
 from maet.ledger import append, commit, versions
