@@ -6,13 +6,12 @@
 __all__ = ['Pair', 'Document', 'KINDS', 'BLOCK', 'UNFILLED', 'CHUNK', 'FORMAT', 'Source', 'columns', 'look_up', 'fill', 'kept',
            'document', 'kind_of', 'local_files', 'opened', 'Piece', 'pieces', 'parse', 'read_files', 'permutation',
            'Index', 'batch', 'in_blocks', 'Gzipped', 'in_a_line', 'open_dataset', 'there', 'Rows', 'reader',
-           'documents', 'shuffled', 'Encoded', 'encode', 'template', 'answers', 'encode_chat', 'encoded', 'Position',
-           'mixture', 'pack', 'pack_whole', 'Tokens', 'sequences', 'corpus', 'Table', 'finish', 'read_meta',
-           'open_tokens', 'save_tokens', 'identity', 'fingerprint', 'check', 'write_tokens']
+           'documents', 'check', 'shuffled', 'Encoded', 'encode', 'template', 'answers', 'encode_chat', 'encoded',
+           'Position', 'mixture', 'pack', 'pack_whole', 'Tokens', 'sequences', 'corpus', 'Table', 'finish', 'read_meta',
+           'open_tokens', 'save_tokens', 'identity', 'fingerprint', 'write_tokens', 'catalogue', 'stand_in']
 
 # %% ../nbs/03_corpora.ipynb #da4b9237
-import glob, gzip, hashlib, json, logging, os, random, re, shutil, struct, tempfile
-from bisect import bisect_right
+import glob, gzip, hashlib, json, logging, os, random, re, shutil, struct, tempfile, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,6 +49,8 @@ class Source:
     def __post_init__(self):
         if (self.prompt is None) != (self.completion is None): raise MaetError(f"{self.path}: prompt and completion come together")
         if self.messages and self.prompt: raise MaetError(f"{self.path}: it has messages and prompt; one of them says what is learnt")
+        if self.remote and "/" not in str(self.path)[5:]: raise MaetError(f"{self.path}: a dataset of the hub is hf://owner/name")
+        if (self.name or self.revision) and not self.remote: raise MaetError(f"{self.path}: name and revision are a hub dataset's, which begins with hf://")
 
     @property
     def remote(self) -> bool:
@@ -96,7 +98,7 @@ Document = str | Pair | list[dict]     # by the kind of its source
 def document(row, source: Source, where: str) -> Document | None:
     "What a row says, or None if there is nothing in it or `where` leaves it out. Raises MaetError, which says `where`, for a column that lacks."
     try:
-        if not kept(row, source.where or {}): return None
+        if source.where and not kept(row, source.where): return None
         if source.messages: return _chat(look_up(row, source.messages), where)
         if source.prompt: return pair if (pair := (fill(source.prompt, row), fill(source.completion, row)))[1].strip() else None
         return fill(source.text, row).strip() or None
@@ -126,6 +128,7 @@ def local_files(source: Source) -> list[Path]: # sorted, at least one, all of on
     if not found: raise MaetError(f"{path}: no {', '.join(KINDS)} file there")
     kinds = {kind_of(p) for p in found}
     if len(kinds) > 1 or None in kinds: raise MaetError(f"{path}: a corpus is a .jsonl or a .txt file (also .gz), or .parquet files; all of one kind")
+    if ".txt" in found[0].suffixes and (source.masked or source.where): raise MaetError(f"{path}: a .txt file has no columns; a .jsonl file has")
     return found
 
 @contextmanager
@@ -133,7 +136,7 @@ def opened(path: Path):
     "A file of text, as bytes. Raises MaetError where it cannot be read."
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file: yield file
-    except (OSError, EOFError) as e: raise MaetError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    except (OSError, EOFError, zlib.error) as e: raise MaetError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
 # %% ../nbs/03_corpora.ipynb #fa35e192
 class Piece(NamedTuple):
@@ -158,6 +161,7 @@ def pieces(file, paragraphs: bool, number: int = 1, start: int = 0) -> Iterator[
             held, first = [], (number + 1, start)
     if held: yield Piece(*first, b"".join(held))
 
+# %% ../nbs/03_corpora.ipynb #f1abd670
 def parse(piece: Piece, path: Path, source: Source) -> Document | None:
     "The document in a piece, None if it is empty or not wanted. Raises MaetError that names the line."
     where, lines = f"{path}: line {piece.number}", ".jsonl" in path.suffixes
@@ -169,16 +173,20 @@ def parse(piece: Piece, path: Path, source: Source) -> Document | None:
     except json.JSONDecodeError as e: raise MaetError(f"{where} is not JSON ({e.msg}): one object in a line is wanted") from None
     return document(row, source, where)
 
+def _bar(title: str, total: int, unit: str, **more) -> tqdm: # nothing is seen in the first two seconds
+    return tqdm(desc=title, total=total, unit=unit, unit_scale=True, delay=2, leave=False, **more)
+
 def read_files(source: Source, files: list[Path]) -> Iterator[tuple[int, Piece, Document]]: # number of the file, place in it, document
     "All documents of text files, in order. A bar shows how far it is after two seconds."
-    with tqdm(total=sum(p.stat().st_size for p in files if p.is_file()), desc=f"reading {Path(source.path).name}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    with _bar(f"reading {Path(source.path).name}", size, "B") as bar:
         for n, path in enumerate(files):
             with opened(path) as file:
                 for piece in pieces(file, ".txt" in path.suffixes):
                     bar.update(len(piece.data))
                     if found := parse(piece, path, source): yield n, piece, found
 
-# %% ../nbs/03_corpora.ipynb #0716d970
+# %% ../nbs/03_corpora.ipynb #9e6a55b6
 def permutation(n: int, seed: str): # -> memoryview of n int64, to be read from its end
     "0 to n-1, shuffled as random.sample does it (CPython's algorithm), in a temporary file."
     order = np.memmap(tempfile.TemporaryFile(), np.int64, "w+", shape=n)
@@ -209,7 +217,7 @@ class Index:
         "All documents are one block, which needs no place."
         if len(self): yield self, start
 
-# %% ../nbs/03_corpora.ipynb #91032ad7
+# %% ../nbs/03_corpora.ipynb #472b07b9
 BLOCK = 10_000, 1 << 26  # documents, characters
 
 def batch(documents: Iterator, most: int, characters: int) -> list:
@@ -247,7 +255,7 @@ class Gzipped:
                     if found := parse(piece, path, self.source): yield found
             number, start = 1, 0
 
-# %% ../nbs/03_corpora.ipynb #12c6fc06
+# %% ../nbs/03_corpora.ipynb #d435a6cd
 def _datasets():
     try: import datasets
     except ImportError: raise MaetError("a dataset of the hub and parquet files need the datasets library: pip install 'maet[corpora]'") from None
@@ -256,15 +264,17 @@ def _datasets():
     return datasets
 
 @contextmanager
-def in_a_line(source: Source):
-    "What the library raises, as one line: MaetError for what is asked, ConnectionError for a network that fails on the way."
+def in_a_line(source: Source, on_the_way: bool = False):
+    "What the library raises, as one line: MaetError; ConnectionError where the hub is lost on the way, which is not the fault of a recipe."
     try: yield
     except MaetError: raise
     except Exception as e:
-        said, name = " ".join(str(e).split())[:300], str(source.path).removeprefix("hf://")
+        said, name = " ".join(str(e).split())[:300] or type(e).__name__, str(source.path).removeprefix("hf://")
+        if on_the_way and source.remote and isinstance(e, OSError):
+            raise ConnectionError(f"{source.path}: reading stopped ({said}); start again, and it goes on from there") from e
         if isinstance(e, ConnectionError):
             said += f"; without a network: hf download --repo-type dataset {name} --local-dir DIR where there is one, and hf:///DIR"
-        raise MaetError(f"{source.path}: {said or type(e).__name__}") from e
+        raise MaetError(f"{source.path}: {said}") from e
 
 def open_dataset(source: Source): # -> datasets.IterableDataset
     "A stream of rows. Raises MaetError: no such dataset, configuration, split or column, or no network."
@@ -286,7 +296,7 @@ def there(has: Mapping, name: str) -> bool:
     except KeyError: return False
     return True
 
-# %% ../nbs/03_corpora.ipynb #d435a6cd
+# %% ../nbs/03_corpora.ipynb #4d134bc0
 class Rows:
     "The documents of a dataset; each time through, its files come in another order."
     def __init__(self, source: Source): self.source, self.data = source, open_dataset(source)
@@ -306,39 +316,48 @@ class Rows:
     def read(self, data=None) -> Iterator[Document]:
         "Documents in the order of `data`. A row whose text is null has none."
         wanted = [name for name in columns(self.source) if name not in (self.source.where or {})]
-        with in_a_line(self.source):
+        with in_a_line(self.source, on_the_way=True):
             for row in self.data if data is None else data:
                 if any(look_up(row, name) is None for name in wanted if there(row, name)): continue
                 if found := document(row, self.source, f"{self.source.path}: a row"): yield found
 
-# %% ../nbs/03_corpora.ipynb #bc33ea4e
+# %% ../nbs/03_corpora.ipynb #0a57cb53
+def _as_rows(source: Source) -> bool: return source.remote or kind_of(local_files(source)[0]) == ".parquet"
+
 def reader(source: Source) -> Index | Gzipped | Rows:
     "What reads a source. Raises MaetError for a source that cannot be read, before anything is made from it."
-    if source.remote: return Rows(source)
-    return {".jsonl": Index, ".txt": Index, ".parquet": Rows}.get(kind_of(local_files(source)[0]), Gzipped)(source)
+    if _as_rows(source): return Rows(source)
+    return (Gzipped if kind_of(local_files(source)[0]).endswith(".gz") else Index)(source)
 
 def documents(source: Source | str | Path) -> Iterator[Document]: # a str; or a (prompt, completion) or messages, if the source says so
     "All documents once, in the order of the files. Raises MaetError, also if there is none."
-    source, found = source if isinstance(source, Source) else Source(source), None
-    if source.remote or kind_of(local_files(source)[0]) == ".parquet": stream = Rows(source).read()
+    source = source if isinstance(source, Source) else Source(source)
+    if _as_rows(source): stream = Rows(source).read()
     else: stream = (found for _, _, found in read_files(source, local_files(source)))
+    found = None
     for found in stream: yield found
     if found is None: raise MaetError(f"{source.path}: no document in it")
 
-def shuffled(source: Source, seed: str, position: list | None = None # epoch, beginning of the block, documents of it that were had
+def check(source: Source) -> None:
+    "Read local text to its end; of a dataset, where columns have types, the first document. Raises MaetError."
+    for _ in documents(source):
+        if _as_rows(source): break
+
+def shuffled(read: Index | Gzipped | Rows, seed: str,
+             position: list | None = None # epoch, beginning of the block, documents of it that were had
              ) -> Iterator[tuple[Document, list]]: # a document, and the position behind it
     "Documents for ever: every epoch has each of them once, in an order of its own."
-    read, (first, start, had) = reader(source), position or (0, None, 0)
+    first, start, had = position or (0, None, 0)
     for epoch in counter(first):
         empty = start is None
         for block, began in read.blocks(f"{seed}/{epoch}", start):
             order = permutation(len(block), f"{seed}/{epoch}" if began is None else f"{seed}/{epoch}/{began[0]}")
             for n in range(had, len(order)): yield block[order[-1 - n]], [epoch, began, n + 1]
             had, empty = 0, False
-        if empty: raise MaetError(f"{source.path}: no document in it")
+        if empty: raise MaetError(f"{read.source.path}: no document in it")
         start = None
 
-# %% ../nbs/03_corpora.ipynb #22d200f8
+# %% ../nbs/03_corpora.ipynb #63266754
 class Encoded(NamedTuple):
     "A document as token ids."
     ids: np.ndarray      # (n,) int32
@@ -356,7 +375,7 @@ def encode(found: list[Document], source: Source, tokenizer) -> list[Encoded]:
     if not source.prompt: return [_encoded(text + [tokenizer.eos_token_id]) for text in ids(found)]
     return [_encoded(p + c + [tokenizer.eos_token_id], len(p)) for p, c in zip(*map(ids, zip(*found)))]
 
-# %% ../nbs/03_corpora.ipynb #b6692ea5
+# %% ../nbs/03_corpora.ipynb #f1f836cb
 def template(tokenizer) -> str:
     "The chat template. Raises MaetError if there is none."
     try: return tokenizer.get_chat_template()
@@ -383,19 +402,19 @@ def encode_chat(messages: list[dict], tokenizer) -> Encoded:
     else:
         render = lambda some, ask=False: tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=ask)
         got = tokenizer(render(messages), add_special_tokens=False, return_offsets_mapping=True)
-        begins, spans = np.array(got["offset_mapping"])[:, 0], answers(messages, render)
-        ids, trained = got["input_ids"], np.any([(a <= begins) & (begins < b) for a, b in spans], 0)
+        begins, ends = np.array(got["offset_mapping"]).T
+        ids, trained = got["input_ids"], np.any([(a < ends) & (begins < b) for a, b in answers(messages, render)], 0)
     if not trained.any(): raise MaetError("this chat template marks nothing as the assistant's: look at its {% generation %}")
     return Encoded(np.array(ids, np.int32), trained)
 
-# %% ../nbs/03_corpora.ipynb #972a67c4
+# %% ../nbs/03_corpora.ipynb #fc074d50
 def encoded(stream: Iterator[tuple[Document, list]], source: Source, tokenizer) -> Iterator[tuple[Encoded, list]]:
     "Documents as tokens, each with the position behind it. They go to the tokenizer in batches."
     while held := batch(stream, 256, 1 << 22):
         found, positions = zip(*held)
         yield from zip(encode(list(found), source, tokenizer), positions)
 
-# %% ../nbs/03_corpora.ipynb #5b384ce3
+# %% ../nbs/03_corpora.ipynb #ca3512f4
 @dataclass
 class Position:
     "Where a mixture and its packing stand: another process can go on from here."
@@ -430,7 +449,7 @@ def mixture(streams: list[Iterator[tuple[Encoded, list]]], # one a source
         position.documents[s] += 1
         yield taken
 
-# %% ../nbs/03_corpora.ipynb #761f22b2
+# %% ../nbs/03_corpora.ipynb #92cfceb3
 UNFILLED = 32  # sequences that are being filled at once
 
 def _joined(*parts: Encoded) -> Encoded: return Encoded(*map(np.concatenate, zip(*parts)))
@@ -461,7 +480,7 @@ def pack_whole(documents: Iterable[Encoded], length: int, unfilled: list[Encoded
             unfilled.append(part if best is None else _joined(unfilled.pop(best), part))
         yield from full()
 
-# %% ../nbs/03_corpora.ipynb #98fbc42f
+# %% ../nbs/03_corpora.ipynb #fb644351
 class Tokens(NamedTuple):
     "Sequences of token ids, in memory or mapped into it: do not write to them."
     ids: Tensor                    # (sequences, length), int32
@@ -472,7 +491,8 @@ def sequences(sources: list[Source], tokenizer, length: int, seed: int, whole_do
     "What a training run sees, in order, from a position on, which is kept up to date. Raises MaetError for a bad source."
     if tokenizer.eos_token_id is None: raise MaetError("the tokenizer has no end-of-text token (eos_token): set one")
     if any(s.messages for s in sources): template(tokenizer)
-    streams = [encoded(shuffled(s, f"{seed}/{n}", position.sources[n]), s, tokenizer) for n, s in enumerate(sources)]
+    readers = [reader(s) for s in sources]  # what cannot be read is found here
+    streams = [encoded(shuffled(r, f"{seed}/{n}", position.sources[n]), r.source, tokenizer) for n, r in enumerate(readers)]
     mixed, padding = mixture(streams, [s.share for s in sources], position), getattr(tokenizer, "pad_token_id", None)
     if whole_documents: packed = pack_whole(mixed, length, position.unfilled, tokenizer.eos_token_id if padding is None else padding)
     else: packed = pack(mixed, length, position.unfilled)
@@ -488,13 +508,21 @@ def corpus(sources: list[Source], tokenizer, # a transformers tokenizer with an 
     "Read, mix and pack in memory; `write_tokens` is for what does not fit there. Raises MaetError for a bad source or budget."
     many = _many(tokens, length)
     ids, trained = np.empty((many, length), np.int32), np.empty((many, length), bool)
-    for n, one in enumerate(islice(sequences(sources, tokenizer, length, seed, whole_documents, Position.start(len(sources))), many)): ids[n], trained[n] = one
+    rows = sequences(sources, tokenizer, length, seed, whole_documents, Position.start(len(sources)))
+    for n, one in enumerate(islice(rows, many)): ids[n], trained[n] = one
     return Tokens(torch.from_numpy(ids), None if trained.all() else torch.from_numpy(trained))
 
-# %% ../nbs/03_corpora.ipynb #827bfc45
+# %% ../nbs/03_corpora.ipynb #64e095fe
 CHUNK = 1 << 20            # tokens
 FORMAT = "maet tokens 1"
 
+def _replace(path: Path, text: str) -> None: # whole or not at all
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    os.replace(new, path)
+
+# %% ../nbs/03_corpora.ipynb #2e01e174
 class Table:
     "A table that is being written; what an earlier process wrote for the same `made` is there already."
     def __init__(self, out: str | Path, shape: tuple[int, int], masked: bool, made: str):
@@ -502,23 +530,27 @@ class Table:
         self.part, self.noted = (self.out.parent / f".{self.out.name}.{end}" for end in ("part", "position"))
         self.begin = -(-(4096 + 4 * len(made)) // 4096) * 4096  # of the ids: the header and its length are before
         self.size = self.begin + shape[0] * shape[1] * (5 if masked else 4)
-        self.note = self._found() or self._new()
+        self.note = self._found() or self._fresh()
 
     def _found(self) -> dict | None:
         try: note = json.loads(self.noted.read_text(encoding="utf-8"))
         except (OSError, ValueError): return None
         return note if note["made"] == self.made and self.part.exists() and self.part.stat().st_size == self.size else None
 
-    def _new(self) -> dict:
+    def _fresh(self) -> dict:
+        began = hashlib.sha256(repr((self.shape, self.masked)).encode()).hexdigest()
+        return dict(made=self.made, rows=0, hash=began, trained=0, position=None)
+
+    def _begin(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.out.parent).free
         if free < self.size: raise MaetError(f"{self.out}: {self.size:,} bytes of tokens do not fit on the disk, which has {free:,} free")
         with open(self.part, "wb") as file: file.truncate(self.size)
-        return dict(made=self.made, rows=0, hash=hashlib.sha256(repr((self.shape, self.masked)).encode()).hexdigest(), trained=0, position=None)
 
     def append(self, ids: np.ndarray, trained: np.ndarray, position: dict | None = None) -> None:
         "Write rows, then note that they are there and the position behind them."
         rows, (many, length) = self.note["rows"], self.shape
+        if not rows: self._begin()
         pieces = [(self.begin + rows * length * 4, ids.tobytes())]
         if self.masked: pieces.append((self.begin + many * length * 4 + rows * length, trained.tobytes()))
         with open(self.part, "r+b") as file:
@@ -526,12 +558,9 @@ class Table:
             file.flush(); os.fsync(file.fileno())
         chained = hashlib.sha256(b"".join([self.note["hash"].encode(), *(data for _, data in pieces)])).hexdigest()
         self.note |= dict(rows=rows + len(ids), hash=chained, trained=self.note["trained"] + int(trained.sum()), position=position)
-        new = self.noted.with_suffix(".new")
-        new.write_text(json.dumps(self.note), encoding="utf-8")
-        sync(new)
-        os.replace(new, self.noted)
+        _replace(self.noted, json.dumps(self.note))
 
-# %% ../nbs/03_corpora.ipynb #64e095fe
+# %% ../nbs/03_corpora.ipynb #e1822db4
 def _header(table: Table) -> bytes:
     (many, length), note = table.shape, table.note
     position = note["position"] or dict(used=[], documents=[], sources=[])
@@ -550,6 +579,7 @@ def finish(table: Table) -> Path:
     table.noted.unlink(missing_ok=True)
     return table.out
 
+# %% ../nbs/03_corpora.ipynb #b7eb6c68
 def read_meta(path: str | Path) -> dict[str, str]:
     "What a table says of itself: `made`, `used`, `trained`, `identity`. Raises MaetError for a file that is no table."
     from safetensors import SafetensorError, safe_open
@@ -570,29 +600,30 @@ def save_tokens(out: str | Path, tokens: Tokens) -> Path:
     many, length = tokens.ids.shape
     trained = torch.ones(many, length, dtype=torch.bool) if tokens.trained is None else tokens.trained
     table = Table(out, (many, length), tokens.trained is not None, "in memory")
-    table.note = table._new()
+    table.note = table._fresh()
     for start in range(0, many, step := max(1, CHUNK // length)):
         table.append(*(part[start:start + step].numpy() for part in (tokens.ids.int(), trained)))
     return finish(table)
 
-# %% ../nbs/03_corpora.ipynb #b7eb6c68
+# %% ../nbs/03_corpora.ipynb #80e28a51
 @cache
 def _digest(path: Path, size: int, changed: int) -> str: # sha256 of a file; size and time of change, so that a new one is read again
     content = hashlib.sha256()
-    with open(path, "rb") as file, tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=2, leave=False) as bar:
-        while data := file.read(1 << 22): content.update(data); bar.update(len(data))
+    with open(path, "rb") as file, _bar(f"reading {path.name}", size, "B") as bar:
+        while data := file.read(1 << 20): content.update(data); bar.update(len(data))
     return content.hexdigest()
 
+def _content(files: list[Path]) -> str:
+    try: digests = [_digest(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except OSError as e: raise MaetError(f"{e.filename}: cannot be read ({e.strerror})") from None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
 def identity(source: Source) -> str:
-    "What a source says, whatever it is called and whatever its share is. Raises MaetError."
+    "What a source says: the content of local files, the names of a hub dataset. Not its share. Raises MaetError."
     what = {k: v for k, v in asdict(source).items() if v is not None and k not in ("path", "share")}
-    if source.remote: return f"{source.path} {json.dumps(what, sort_keys=True, ensure_ascii=False)}"
-    content = hashlib.sha256()
-    for path in local_files(source):
-        try: content.update(_digest(path, (stat := path.stat()).st_size, stat.st_mtime_ns).encode())
-        except OSError as e: raise MaetError(f"{path}: cannot be read ({e.strerror})") from None
-    del what["split"]
-    return f"{content.hexdigest()[:16]} {json.dumps(what, sort_keys=True, ensure_ascii=False)}"
+    place = Path(str(source.path).removeprefix("hf://"))
+    if source.remote and place.is_dir(): what["files"] = sorted((str(p.relative_to(place)), p.stat().st_size) for p in place.rglob("*") if p.is_file())
+    return f"{source.path if source.remote else _content(local_files(source))} {json.dumps(what, sort_keys=True, ensure_ascii=False)}"
 
 def fingerprint(tokenizer) -> str:
     "What a tokenizer does, as a hash."
@@ -600,12 +631,7 @@ def fingerprint(tokenizer) -> str:
     said = [fast.to_str() if fast else type(tokenizer).__name__, tokenizer.eos_token_id, str(getattr(tokenizer, "chat_template", None))]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
-def check(source: Source) -> None:
-    "Read local text to its end, of a dataset the columns and the first document. Raises MaetError: before anything is made from it."
-    for _ in documents(source):
-        if isinstance(source, Source) and source.remote: break
-
-# %% ../nbs/03_corpora.ipynb #c5b76da3
+# %% ../nbs/03_corpora.ipynb #54ceb912
 def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transformers tokenizer with an end-of-text token
                  tokens: int, length: int,                          # the budget, padding included, and the length of a sequence
                  seed: int, whole_documents: bool = False,
@@ -614,14 +640,13 @@ def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transfor
     """Read, mix and pack into a table, in memory that does not grow with it. A table of the same sources and settings that is there
     is kept; one that was begun is gone on with. Raises MaetError for a bad source or budget, ConnectionError when the hub is lost on the way."""
     many, step = _many(tokens, length), max(1, CHUNK // length)
-    made = json.dumps(dict(sources=[[identity(s), s.share] for s in sources], tokenizer=fingerprint(tokenizer), tokens=tokens,
+    made = json.dumps(dict(format=FORMAT, sources=[[identity(s), s.share] for s in sources], tokenizer=fingerprint(tokenizer), tokens=tokens,
                            length=length, seed=seed, whole_documents=whole_documents), ensure_ascii=False)
     if Path(out).exists() and read_meta(out)["made"] == made: return Path(out)
     table = Table(out, (many, length), whole_documents or any(s.masked for s in sources), made)
     position = Position.read(table.note["position"]) if table.note["position"] else Position.start(len(sources))
     rows = sequences(sources, tokenizer, length, seed, whole_documents, position)
-    with tqdm(total=many * length, initial=table.note["rows"] * length, desc=f"writing {table.out.name}", unit="token", unit_scale=True, delay=2, leave=False,
-              disable=progress is not None) as bar:
+    with _bar(f"writing {table.out.name}", many * length, "token", initial=table.note["rows"] * length, disable=progress is not None) as bar:
         while (have := table.note["rows"]) < many:
             some = list(islice(rows, min(step, many - have)))
             table.append(*map(np.stack, zip(*some)), position.note())
@@ -629,9 +654,14 @@ def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transfor
             if progress: progress(table.note["rows"] * length, many * length)
     return finish(table)
 
-# %% ../nbs/03_corpora.ipynb #8effee40
-Source.field = property(lambda self: self.text)  # transition: room 16 as it was
-Source.__getitem__ = lambda self, part: (self.path, self.share, self.text)[part]
-_documents, _corpus = documents, corpus
-def documents(source, text="text"): return list(_documents(source if isinstance(source, Source) else Source(source, text=text)))
-def corpus(*given, **more): return _corpus(*given, **more).ids
+# %% ../nbs/03_corpora.ipynb #6c1e671f
+def catalogue() -> dict[str, list[dict]]:
+    "Corpus -> rows, the best first: source, for, licence, format, seen."
+    listed = yaml.safe_load((package_files("maet") / "catalogue" / "corpora.yml").read_text(encoding="utf-8"))
+    return {name: rows for name, rows in listed.items() if name != "unusable"}
+
+def stand_in(corpus: str, share: float = 1.0, choice: int = 0) -> Source:
+    "A source of the catalogue. Raises MaetError for a corpus that is not in it."
+    rows = catalogue()
+    if corpus not in rows: raise MaetError(f"{corpus}: not in the catalogue, which has {', '.join(rows)}")
+    return Source(**rows[corpus][choice]["source"], share=share)

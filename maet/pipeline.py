@@ -105,6 +105,7 @@ class Exam:
     mgsm: str | None = None   # or the folder of MGSM as it is published
     batch_size: int = 128
     limit: int | None = None  # first so many items only
+    shots: int | None = None  # worked examples before each item; none: as many as the exam has by itself
 
 @dataclass
 class Recipe:

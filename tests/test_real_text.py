@@ -8,9 +8,9 @@ import torch
 
 import maet.corpora
 from maet.corpora import Source, corpus, documents, open_tokens, read_meta, write_tokens
-from maet.evaluation import read_exam
-from maet.pipeline import Recipe, load, make_tokenizer
-from maet.study import mgsm_exams
+from maet.evaluation import mgsm_exams, read_exam
+from maet.pipeline import Recipe, make_tokenizer
+from maet.settings import load
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -30,7 +30,7 @@ def tokenizer():
 
 def test_mgsm_as_it_is_published(tmp_path):
     mgsm_exams(DATA / "mgsm", LANGUAGES, tmp_path)
-    exams = {l: read_exam(tmp_path, "mgsm", l) for l in LANGUAGES}
+    exams = {l: read_exam(tmp_path, "mgsm_direct", l) for l in LANGUAGES}
     assert all(len(rows) == 150 for rows in exams.values())
     assert all([r["target"] for r in exams[l]] == [r["target"] for r in exams["en"]] for l in LANGUAGES)  # row n is the same problem
     assert all(len(read_exam(tmp_path, "bits_per_byte", l)) == 8 for l in LANGUAGES)
