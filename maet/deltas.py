@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Part', 'VERSION', 'STATISTICS', 'pack_bits', 'unpack_bits', 'Packed', 'ones', 'count_ones', 'ranks', 'common_shape',
            'add_to', 'add_packed', 'combine', 'dot_flat', 'common_values', 'dot', 'squares', 'norm', 'cosine',
-           'as_cosine', 'joined', 'Lazy', 'piece_of', 'label', 'read_label', 'read_shapes', 'our_file', 'Keys',
-           'bits_of', 'made', 'save_keys', 'read_keys', 'keys_meta', 'Pack', 'open_pack', 'pack_file', 'stored_part',
-           'add_parts', 'save_pack', 'shaped', 'fits', 'Difference', 'as_bits', 'open_delta', 'added', 'apply_delta',
-           'Where', 'Statistic', 'statistic', 'values_of', 'add_up', 'asked_for', 'shapes_of', 'accumulate_into',
-           'scan', 'answer', 'cosines']
+           'as_cosine', 'joined', 'Lazy', 'piece_of', 'terms_of', 'shapes_of', 'Sum', 'label', 'read_label',
+           'read_shapes', 'our_file', 'Keys', 'bits_of', 'made', 'save_keys', 'read_keys', 'keys_meta', 'Pack',
+           'open_pack', 'pack_file', 'stored_part', 'add_parts', 'save_pack', 'shaped', 'same_shape', 'fits',
+           'Difference', 'open_delta', 'added', 'plus', 'apply_delta', 'Where', 'Statistic', 'statistic', 'values_of',
+           'add_up', 'asked_for', 'accumulate_into', 'scan', 'nothing', 'cosines', 'check_pack', 'pack_card',
+           'push_pack', 'pull_pack']
 
 # %% ../nbs/02_deltas.ipynb #da4b9237
 from .checkpoints import (FLOATS, PIECE, Checkpoint, Shard, Writer, all_finite, finite, header_room, identity, in_order,
                               local, narrow, pieces, progress_bar, same_tensors, some, whole, write_checkpoint)
-from .tensors import MaetError
+from .tensors import MaetError, place
 
 # %% ../nbs/02_deltas.ipynb #77de68da
-import json, threading
+import json, shutil, threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def joined(parts: list, # of one tensor in order: all Packed, or all Tensor; at 
     return Packed(torch.cat([p.mask for p in parts]), torch.cat([p.values for p in parts]), shape)
 
 class Lazy(Mapping):
-    "A mapping from tensor names. A child sets `shapes` (name -> shape) and has `piece(name, start, stop)`, which may be called in threads."
+    "A mapping from tensor names. A child sets `shapes` and has `piece(name, start, stop)`, which may be called in threads."
     shapes: dict[str, tuple]
 
     def __getitem__(self, name):
@@ -216,6 +217,29 @@ def piece_of(delta: Mapping[str, Part], # lazy, or parts in memory
     return part.slice(start, stop) if isinstance(part, Packed) else part.flatten()[start:stop]
 
 # %% ../nbs/02_deltas.ipynb #bc33ea4e
+def terms_of(delta: Mapping[str, Part], name: str, start: int, stop: int) -> list[tuple[float, Part]]: # (factor, flat part)
+    "A piece of a delta as the sum that it is; nothing if the delta lacks the tensor."
+    if name not in delta: return []
+    if hasattr(delta, "terms"): return delta.terms(name, start, stop)
+    return [(1., piece_of(delta, name, start, stop))]
+
+def shapes_of(deltas: Iterable[Mapping[str, Part]]) -> dict[str, tuple]:
+    "The shape of every tensor that one of the deltas has."
+    return {n: tuple(delta.shapes[n] if hasattr(delta, "shapes") else delta[n].shape) for delta in deltas for n in delta}
+
+class Sum(Lazy):
+    "A weighted sum of deltas. It has the tensors that one of them has."
+    def __init__(self, weighted: Iterable[tuple[float, Mapping[str, Part]]]): # (factor, delta)
+        self.weighted = [(float(factor), delta) for factor, delta in weighted]
+        self.shapes = shapes_of(delta for _, delta in self.weighted)
+        self.identity = identity("sum", *self.weighted)
+
+    def terms(self, name, start, stop):
+        return [(outer * inner, part) for outer, delta in self.weighted for inner, part in terms_of(delta, name, start, stop)]
+
+    def piece(self, name, start, stop): return combine(self.terms(name, start, stop))
+
+# %% ../nbs/02_deltas.ipynb #22d200f8
 VERSION = 2  # of both formats; raised when an old reader would misread. 2: the fingerprint is made of pieces
 
 def label(what: str,               # "keys" or "pack"
@@ -227,13 +251,14 @@ def label(what: str,               # "keys" or "pack"
           ) -> dict[str, str]:
     "The metadata of a file of ours."
     owner = "0" * 64 if draft else base.fingerprint if isinstance(base, Checkpoint) else base
-    known = {"maet": what, "version": VERSION, "shapes": {n: list(s) for n, s in shapes.items()}, "counts": counts, "base": owner}
-    if isinstance(base, Checkpoint): known["base_id"] = base.path.resolve().name
+    known = {"maet": what, "version": VERSION, "base": owner, "counts": counts}
+    known["shapes"] = {n: list(s) for n, s in shapes.items()}
+    if isinstance(base, Checkpoint): known["base_id"] = base.id
     taken = sorted(known.keys() & meta.keys())
     if taken: raise MaetError(f"{what}: {', '.join(taken)} is written by maet itself; choose another name for this entry")
     return {key: json.dumps(value) for key, value in (known | dict(meta)).items()}
 
-# %% ../nbs/02_deltas.ipynb #0a57cb53
+# %% ../nbs/02_deltas.ipynb #63266754
 def read_label(shard: Shard, what: str, base: Checkpoint | None) -> dict:
     "The metadata of a file of ours. Another kind of file, another version, another base: MaetError."
     path, raw = shard.path, shard.metadata
@@ -241,7 +266,7 @@ def read_label(shard: Shard, what: str, base: Checkpoint | None) -> dict:
     try: meta = {key: json.loads(value) for key, value in raw.items()}
     except ValueError: raise MaetError(f"{path}: its metadata are damaged; write it again") from None
     version, owner = meta.get("version"), str(meta.get("base"))
-    if version != VERSION: raise MaetError(f"{path}: has version {version}, this maet reads {VERSION}; write it again with this maet")
+    if version != VERSION: raise MaetError(f"{path}: has version {version}, this maet reads {VERSION}; write it again with it")
     if base is not None: base.belongs(owner, path)
     return meta
 
@@ -256,7 +281,7 @@ def read_shapes(path: Path, meta: Mapping, base: Checkpoint | None) -> dict[str,
     if wrong: raise MaetError(f"{path}: {some(wrong)} not as in {base.path}; write it again")
     return shapes
 
-# %% ../nbs/02_deltas.ipynb #22d200f8
+# %% ../nbs/02_deltas.ipynb #b6692ea5
 def our_file(path: str | Path, what: str) -> Shard:
     "Open a keys or pack file."
     if not Path(path).is_file(): raise MaetError(f"{path}: no such file; give a {what} file that maet wrote")
@@ -283,7 +308,7 @@ def bits_of(masks: Mapping[str, Tensor], name: str, start: int, stop: int) -> Te
     "A piece of a mask, packed, from keys in a file or bools in memory."
     return masks.bits(name, start, stop) if hasattr(masks, "bits") else pack_bits(piece_of(masks, name, start, stop))
 
-# %% ../nbs/02_deltas.ipynb #cb4e5208
+# %% ../nbs/02_deltas.ipynb #972a67c4
 def made(shapes: Mapping[str, tuple], make: Callable, what: str,
          ) -> Iterator[tuple[str, Iterator]]: # tensor name; its results in order
     "make(name, start, stop) for every piece of every tensor. A tensor's results must be taken before the next tensor's."
@@ -324,7 +349,7 @@ def keys_meta(path: str | Path) -> dict:
     "What a keys file says of itself."
     return Keys(path).meta
 
-# %% ../nbs/02_deltas.ipynb #5b384ce3
+# %% ../nbs/02_deltas.ipynb #761f22b2
 class Pack(Lazy):
     """A stored delta: name -> Part. `base` is its base's fingerprint, `meta` what was saved with it.
 
@@ -342,7 +367,7 @@ class Pack(Lazy):
         wrong = {n for n, _ in expected.items() ^ stored.items()}
         if wrong: raise MaetError(f"{self.path}: {some(wrong)} do not fit its shapes; write it again")
 
-# %% ../nbs/02_deltas.ipynb #af3e1334
+# %% ../nbs/02_deltas.ipynb #0286dd55
 def _starts(self, name: str) -> list[int]: # one more than pieces
     "How many values stand before each piece of a packed tensor, and how many there are."
     with self.lock:
@@ -369,7 +394,7 @@ def _pack_piece(self, name: str, start: int, stop: int) -> Part:
 
 Pack.piece = _pack_piece
 
-# %% ../nbs/02_deltas.ipynb #761f22b2
+# %% ../nbs/02_deltas.ipynb #98fbc42f
 def open_pack(path: str | Path) -> Pack:
     "Open a pack, of whatever base: a file, or a folder or hub id that holds one."
     return Pack(pack_file(local(path)))
@@ -380,7 +405,7 @@ def pack_file(path: Path) -> Path:
     if len(files) == 1: return files[0]
     raise MaetError(f"{path}: holds {len(files)} safetensors files; give the one that is the pack")
 
-# %% ../nbs/02_deltas.ipynb #92cfceb3
+# %% ../nbs/02_deltas.ipynb #fb644351
 def stored_part(part: Part, dtype: torch.dtype | None, name: str, path: str | Path, shape: tuple) -> Part:
     "A part as it goes into a pack: float64 as float32, anything in `dtype` if there is one."
     values = shaped(path, name, part, shape).values if isinstance(part, Packed) else shaped(path, name, part, shape)
@@ -397,7 +422,7 @@ def add_parts(writer: Writer, name: str, shape: tuple, parts: Iterator[Part]) ->
     else: writer.add(name, shape, dtype, parts)
     return prod(writer.entries[name + "#values" * packed][0]["shape"])
 
-# %% ../nbs/02_deltas.ipynb #0286dd55
+# %% ../nbs/02_deltas.ipynb #fe2ef495
 def save_pack(path: str | Path,          # the file to be
               delta: Mapping[str, Part], # by tensor name; every piece is asked for once, in threads
               base: Checkpoint,          # what the delta belongs to
@@ -416,23 +441,24 @@ def save_pack(path: str | Path,          # the file to be
         writer.metadata = label("pack", base, shapes, counts, meta)
         base.confirm()
 
-# %% ../nbs/02_deltas.ipynb #98fbc42f
+# %% ../nbs/02_deltas.ipynb #827bfc45
 def shaped(path: str | Path, name: str, part: Part, shape: tuple) -> Part:
     "Pass a part on, or raise a MaetError that names it if it has not the base's shape."
-    if tuple(part.shape) == shape: return part
-    raise MaetError(f"{path}: {name} has shape {tuple(part.shape)} in the delta, {shape} in the base; give its own base")
+    same_shape(path, name, tuple(part.shape), shape)
+    return part
+
+def same_shape(path: str | Path, name: str, in_delta: tuple, in_base: tuple) -> None:
+    if in_delta == in_base: return
+    raise MaetError(f"{path}: {name} has shape {in_delta} in the delta, {in_base} in the base; give its own base")
 
 def fits(path: str | Path, delta: Mapping[str, Part], base: Checkpoint) -> None:
     "Raise a MaetError if a delta names a tensor that the base lacks, or has in another shape."
     unknown = set(delta) - set(base.names)
     if unknown: raise MaetError(f"{path}: the base {base.path} has no {some(unknown)}; give the base of this delta")
-    for name in delta:
-        if hasattr(delta, "shapes") or isinstance(delta, dict):
-            shape = delta.shapes[name] if hasattr(delta, "shapes") else delta[name].shape
-            if tuple(shape) != base.shape(name):
-                raise MaetError(f"{path}: {name} has shape {tuple(shape)} in the delta, {base.shape(name)} in the base; give its own base")
+    if hasattr(delta, "shapes") or isinstance(delta, dict):  # otherwise to ask for a shape is to make the tensor
+        for name, shape in shapes_of([delta]).items(): same_shape(path, name, shape, base.shape(name))
 
-# %% ../nbs/02_deltas.ipynb #c5b76da3
+# %% ../nbs/02_deltas.ipynb #54ceb912
 class Difference(Lazy):
     """Tuned minus base: name -> float32 Part, computed when asked for. With `keys` only at the key neurons, and Packed.
 
@@ -449,9 +475,11 @@ class Difference(Lazy):
         "Raise a MaetError if a tensor that has no difference differs."
         kinds = {self.base.dtype(name), self.tuned.dtype(name)}
         if kinds <= set(FLOATS): return
-        at = pieces(self.base.size(name))
-        if len(kinds) == 1 and all(torch.equal(as_bits(self.base.piece(name, *a)), as_bits(self.tuned.piece(name, *a))) for a in at): return
-        raise MaetError(f"{self.tuned.path}: {name} is {' and '.join(map(str, kinds))} and differs from the base; dequantize both")
+        def bits(checkpoint, at): return checkpoint.piece(name, *at).view(torch.uint8)
+        places = pieces(self.base.size(name))
+        if len(kinds) == 1 and all(torch.equal(bits(self.base, at), bits(self.tuned, at)) for at in places): return
+        said = " and ".join(sorted(map(str, kinds)))
+        raise MaetError(f"{self.tuned.path}: {name} is {said} and differs from the base; dequantize both")
 
     def piece(self, name: str, start: int, stop: int) -> Part:
         before, after = self.base.piece(name, start, stop), self.tuned.piece(name, start, stop)
@@ -464,13 +492,7 @@ class Difference(Lazy):
         bits = bits_of(self.masks, name, start, stop)
         return Packed(bits, moved[ones(bits)], moved.shape)
 
-    def chunks(self, name: str, size: int = PIECE) -> Iterator[tuple[int, Part]]:
-        "Pairs (start, piece of at most `size` scalars) in C order."
-        for start, stop in pieces(self.base.size(name), size): yield start, self.piece(name, start, stop)
-
-def as_bits(tensor: Tensor) -> Tensor: return tensor.view(torch.uint8)
-
-# %% ../nbs/02_deltas.ipynb #9109c85a
+# %% ../nbs/02_deltas.ipynb #e6c3dd63
 def open_delta(model: str | Path, # a checkpoint or a pack: a folder, a file, or a hub id
                base: Checkpoint,  # what it is a delta to
                ) -> Mapping[str, Part]: # by tensor name; what it lacks is zero
@@ -480,13 +502,23 @@ def open_delta(model: str | Path, # a checkpoint or a pack: a folder, a file, or
     if path.is_dir() and len(list(path.glob("*.safetensors"))) == 1 or path.is_file(): return Pack(pack_file(path), base)
     raise MaetError(f"{model}: no checkpoint folder and no pack; check the path")
 
-# %% ../nbs/02_deltas.ipynb #e6c3dd63
+# %% ../nbs/02_deltas.ipynb #a17554a0
 def added(base: Tensor, # any float dtype
           part: Part,   # of the same shape
           ) -> Tensor:  # float32, or float64 if `base` is; not yet rounded
     "base + delta."
     common_shape((base, part))
     return add_to(base.to(torch.promote_types(base.dtype, torch.float32), copy=True), 1., part)
+
+def plus(base: Tensor,                       # flat, any float dtype
+         terms: list[tuple[float, Part]],    # (factor, part of the same shape), at least one
+         ) -> Tensor: # float32, or float64 if `base` is; not yet rounded
+    "base + the sum of terms, which is taken first: it is small."
+    if len(terms) == 1 and terms[0][0] == 1: return added(base, terms[0][1])
+    common_shape((base, *(part for _, part in terms)))
+    change = torch.full(base.shape, -0.)  # -0 + x is x, also for x = -0: what no term touches keeps its bits
+    for factor, part in terms: add_to(change, factor, part)
+    return base.to(torch.promote_types(base.dtype, torch.float32), copy=True).add_(change)
 
 def apply_delta(out: str | Path,           # a new folder
                 base: Checkpoint,
@@ -495,15 +527,16 @@ def apply_delta(out: str | Path,           # a new folder
                 dtype: torch.dtype | None = None,             # of float tensors; None: as in the base
                 max_shard_size: int | str | None = None,      # bytes, or as "5GB"; None: as in the base
                 ) -> Checkpoint:           # the new one
-    "Write base + delta: all of it or nothing. Holds a few pieces at a time. Killed and called again, it keeps finished shards."
+    "Write base + delta: all of it or nothing. Holds a few pieces at a time. Finished shards survive a kill."
     fits(out, delta, base)
     def piece(name, *at):
-        before, part = base.piece(name, *at), piece_of(delta, name, *at)
-        return before if part is None else added(before, shaped(out, name, part, tuple(before.shape)))
+        before, terms = base.piece(name, *at), terms_of(delta, name, *at)
+        for _, part in terms: shaped(out, name, part, tuple(before.shape))
+        return plus(before, terms) if terms else before
     which = identity("apply", base, delta, dtype, extra_files, max_shard_size)
     return write_checkpoint(out, base, piece, dtype, extra_files, max_shard_size, which)
 
-# %% ../nbs/02_deltas.ipynb #b7103ca2
+# %% ../nbs/02_deltas.ipynb #1f1362ea
 class Where(NamedTuple):
     "A piece and the tensor that it is of."
     name: str
@@ -524,7 +557,7 @@ def statistic(name: str, of: int = 1, length: Callable | None = None) -> Callabl
     def enter(measure): STATISTICS[name] = Statistic(of, measure, length); return measure
     return enter
 
-# %% ../nbs/02_deltas.ipynb #d02560dd
+# %% ../nbs/02_deltas.ipynb #450ddec8
 def values_of(part: Part) -> Tensor:
     "The scalars of a part that are not known to be zero: flat, float32."
     return (part.values if isinstance(part, Packed) else part.flatten()).float()
@@ -548,7 +581,7 @@ def _rows(a, where):
     total.index_add_(0, (positions + where.start) // columns - first, values_of(a).abs().double())
     return first, total
 
-# %% ../nbs/02_deltas.ipynb #35e995c1
+# %% ../nbs/02_deltas.ipynb #d321d6f7
 def asked_for(wanted: Iterable[str], names: Iterable[str], pairs: Iterable[tuple] | None) -> list[tuple]:
     "(statistic, delta) and (statistic, delta, delta) for all that is asked for. An unknown statistic: MaetError."
     wanted, names = list(wanted), list(names)
@@ -557,17 +590,14 @@ def asked_for(wanted: Iterable[str], names: Iterable[str], pairs: Iterable[tuple
     pairs = list(combinations(names, 2) if pairs is None else pairs)
     return [(w, *group) for w in wanted for group in (pairs if STATISTICS[w].of == 2 else zip(names))]
 
-def shapes_of(deltas: Iterable[Mapping[str, Part]]) -> dict[str, tuple]:
-    "The shape of every tensor that one of the deltas has."
-    return {n: tuple(delta.shapes[n] if hasattr(delta, "shapes") else delta[n].shape) for delta in deltas for n in delta}
-
 def accumulate_into(totals: dict, key, value, length: int | None) -> None:
     "Add what a piece gave."
     if length is None: totals[key] = totals[key] + value if key in totals else value
-    elif value is None: totals.setdefault(key, torch.zeros(length, dtype=torch.float64))
-    else: totals.setdefault(key, torch.zeros(length, dtype=value[1].dtype))[value[0]:value[0] + len(value[1])] += value[1]
+    else:
+        start, part = value
+        totals.setdefault(key, torch.zeros(length, dtype=part.dtype))[start:start + len(part)] += part
 
-# %% ../nbs/02_deltas.ipynb #1f1362ea
+# %% ../nbs/02_deltas.ipynb #eb4ac303
 def scan(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
          wanted: Iterable[str],                     # statistics, names in STATISTICS
          shapes: Mapping[str, tuple] | None = None, # the tensors to look at; None: all that a delta has
@@ -581,9 +611,10 @@ def scan(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
     jobs = [Where(n, *at, shape) for n, shape in shapes.items() for at in pieces(prod(shape)) or [(0, 0)]]
     def work(where):
         parts = {d: piece_of(delta, *where[:3]) for d, delta in deltas.items()}
-        return where, [answer(parts, question, where) for question in questions]
-    found = {question: {} for question in questions}
-    with progress_bar(sum(job.stop - job.start for job in jobs), "scan") as bar, closing(in_order(work, jobs, workers)) as results:
+        parts = {d: nothing(where) if part is None else part for d, part in parts.items()}
+        return where, [STATISTICS[q[0]].measure(*(parts[d] for d in q[1:]), where) for q in questions]
+    found, total = {question: {} for question in questions}, sum(map(prod, shapes.values()))
+    with progress_bar(total, "scan") as bar, closing(in_order(work, jobs, workers)) as results:
         for where, answers in results:
             bar.update(where.stop - where.start)
             for question, value in zip(questions, answers):
@@ -591,15 +622,69 @@ def scan(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
                 accumulate_into(found[question], by(where.name), value, length and length(where.shape))
     return found
 
-def answer(parts: Mapping[str, Part | None], question: tuple, where: Where):
-    "What one piece adds to one statistic; a part that is absent is zero."
-    one = STATISTICS[question[0]]
-    looked = [parts[name] for name in question[1:]]
-    if question[0] == "distance" and None in looked: return sum(add_up(values_of(part).abs()) for part in looked if part is not None)
-    if None in looked: return None if one.length else 0.
-    return one.measure(*looked, where)
+def nothing(where: Where) -> Packed:
+    "A piece of a tensor that a delta lacks."
+    size = where.stop - where.start
+    return Packed(torch.zeros(-(-size // 8), dtype=torch.uint8), torch.empty(0), (size,))
 
 def cosines(found: Mapping[tuple, Mapping], # of `scan` with dot and squares
             a: str, b: str) -> dict:        # what `by` gave -> cosine in [-1, 1]; 0 where one of them is all zeros
     "Cosines of two deltas from the sums of a scan."
     return {key: as_cosine(dot, found["squares", a][key], found["squares", b][key]) for key, dot in found["dot", a, b].items()}
+
+# %% ../nbs/02_deltas.ipynb #76546f9a
+def check_pack(path: str | Path,               # a file, a folder or a hub id
+               base: Checkpoint | None = None, # to be compared in full, if given
+               ) -> dict: # file, base, base_id, tensors, packed, scalars, stored, density, bytes, kinds, meta
+    "Read a pack from end to end; `kinds` is how much is stored of each. Raises a MaetError for whatever is wrong."
+    pack = Pack(pack_file(local(path)), base)
+    kinds, stored = {}, 0
+    for name, parts in made(pack.shapes, pack.piece, f"checking {pack.path.name}"):
+        count = sum(part.count if isinstance(part, Packed) else part.numel() for part in parts)
+        kinds[place(name).kind], stored = kinds.get(place(name).kind, 0) + count, stored + count
+        told = pack.meta["counts"].get(name)
+        if told != count: raise MaetError(f"{pack.path}: {name} has {count} values where its metadata say {told}; write it again")
+    if base: base.confirm()
+    scalars = sum(map(prod, pack.shapes.values()))
+    ours = ("maet", "version", "base", "base_id", "shapes", "counts")
+    return dict(file=str(pack.path), base=pack.base, base_id=pack.meta.get("base_id"), tensors=len(pack),
+                packed=len(pack.sparse), scalars=scalars, stored=stored, density=stored / scalars if scalars else 0.,
+                bytes=pack.path.stat().st_size, kinds=kinds,
+                meta={key: value for key, value in pack.meta.items() if key not in ours})
+
+# %% ../nbs/02_deltas.ipynb #1352246e
+def pack_card(checked: Mapping) -> str: # of `check_pack`
+    "The text of a model card."
+    from huggingface_hub import ModelCard, ModelCardData
+    meta, base = checked["meta"], checked["base_id"]
+    data = ModelCardData(base_model=base, license=meta.get("licence"), library_name="maet", tags=["maet", "pack", "merge"])
+    rows = [f"| {key} | {json.dumps(value)} |" for key, value in sorted(meta.items()) if not isinstance(value, Mapping)]
+    text = (f"# A pack of {base or 'a base'}\n\nA delta to be added to its base by maet: "
+            f"{checked['stored']:,} of {checked['scalars']:,} scalars ({checked['density']:.2%}), "
+            f"{checked['bytes']:,} bytes.\n\n"
+            f"The base's fingerprint is `{checked['base']}`.\n\n| entry | value |\n| --- | --- |\n" + "\n".join(rows))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+def push_pack(path: str | Path,      # the file
+              name: str,             # owner/name on the hub
+              private: bool = False, # if the repository has to be made
+              ) -> str:              # its address
+    "Check a pack and upload it with a card. Raises a one-line MaetError for whatever goes wrong."
+    from huggingface_hub import CommitOperationAdd, HfApi
+    card = pack_card(check_pack(path))
+    try:
+        HfApi().create_repo(name, private=private, exist_ok=True)
+        files = [CommitOperationAdd("pack.safetensors", str(path)), CommitOperationAdd("README.md", card.encode())]
+        return str(HfApi().create_commit(name, files, commit_message="A pack").repo_url)
+    except Exception as error:  # whatever the network, the hub or its checks of names say
+        said = str(error).strip().partition("\n")[0]
+        raise MaetError(f"{name}: the hub does not take {path} ({said}); check name, rights and network") from None
+
+def pull_pack(name: str,             # owner/name[@revision] on the hub
+              out: str | Path,       # the file to be
+              base: Checkpoint | None = None) -> Pack:
+    "Download a pack, check it and put it in its place. Raises a one-line MaetError for whatever goes wrong."
+    file = pack_file(local(name))
+    check_pack(file, base)
+    with whole(out) as part: shutil.copyfile(file, part)
+    return Pack(out, base)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SIMILARITIES', 'ROUNDINGS', 'multilingual_weights', 'similarity', 'select_count', 'select', 'change', 'transfer',
-           'MaetTransfer']
+           'Multilingual', 'MaetTransfer']
 
 # %% ../nbs/15_transfer.ipynb #77de68da
 from .ability import weighted
-from .deltas import Part, added, cosine, dot
+from .checkpoints import identity
+from .deltas import Lazy, Part, added, cosine, cosines, dot, piece_of, scan, shapes_of
 from .tensors import MaetError, of_kinds
 
 # %% ../nbs/15_transfer.ipynb #1b645389
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor
@@ -109,33 +110,35 @@ class _Inputs:
         if unknown: raise MaetError(f"transfer: the base has no tensor {unknown[0]}; give deltas to this base")
 
 # %% ../nbs/15_transfer.ipynb #cb4e5208
-def _changed(names: Sequence[str], ability: Mapping[str, Part], languages: Sequence[Mapping[str, Part]],
-             selected: set[str]) -> dict[str, None]:
-    "Names of the tensors that Eq. 5 changes, in the order of `names`; a dict, to be looked up fast."
-    spoken = {name for delta in languages for name in delta}
-    able = set(ability) & selected
-    return dict.fromkeys(name for name in names if name in spoken or name in able)
+class Multilingual(Lazy):
+    "R_Lang of a whole model, name -> Part, computed when asked for. Raises MaetError unless there is one weight a language."
+    def __init__(self, languages: Sequence[Mapping[str, Part]], # R(L_i)
+                 mu: Sequence[float]):                          # one weight a language
+        multilingual_weights([None] * len(languages), mu)
+        self.languages, self.mu, self.shapes = languages, mu, shapes_of(languages)
+
+    @property
+    def identity(self) -> str: return identity("Eq. 3", *self.languages, self.mu)
+
+    def piece(self, name: str, start: int, stop: int) -> Part: # of the flat tensor; start is a multiple of 8
+        return multilingual_weights([piece_of(delta, name, start, stop) for delta in self.languages], self.mu)
 
 # %% ../nbs/15_transfer.ipynb #972a67c4
-class MaetTransfer(_Inputs, Mapping):
+class MaetTransfer(_Inputs, Lazy):
     "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError for bad parameters."
-    def __contains__(self, name) -> bool: return name in self.changed  # without computing the tensor
-    def __iter__(self) -> Iterator[str]: return iter(self.changed)
-    def __len__(self) -> int: return len(self.changed)
-
-    def __getitem__(self, name: str) -> Part:
-        if name not in self.changed: raise KeyError(name)
-        selected = name in self.selected
-        return change(self.ability.get(name) if selected else None, self.language(name), selected, self.gamma, self.eta)
-
-    def language(self, name: str) -> Part | None:
-        "R_Lang of one tensor."
-        return multilingual_weights([delta.get(name) for delta in self.languages], self.mu)
+    @cached_property
+    def language(self) -> Multilingual:
+        "R_Lang."
+        return Multilingual(self.languages, self.mu)
 
     @cached_property
     def similarities(self) -> dict[str, float]:
-        "V of every tensor, in one pass."
-        return {name: similarity(self.ability.get(name), self.language(name), self.similarity) for name in self.names}
+        "V of every tensor, in one scan. What ability or languages did not change has 0."
+        shared = {name: shape for name, shape in self.language.shapes.items() if name in self.ability}
+        wanted = ["dot", "squares"] if self.similarity == "cosine" else ["dot"]
+        found = scan({"ability": self.ability, "language": self.language}, wanted, shared)
+        values = cosines(found, "ability", "language") if self.similarity == "cosine" else found["dot", "ability", "language"]
+        return {name: values.get(name, 0.) for name in self.names}
 
     @cached_property
     def selected(self) -> set[str]:
@@ -144,4 +147,18 @@ class MaetTransfer(_Inputs, Mapping):
         return {name for name in last if of_kinds(name, self.kinds)}
 
     @cached_property
-    def changed(self) -> dict[str, None]: return _changed(self.names, self.ability, self.languages, self.selected)
+    def shapes(self) -> dict[str, tuple]:
+        "The tensors that change: those that a language changed, and those of T that the ability changed."
+        known = shapes_of([self.language, self.ability])
+        return {name: known[name] for name in self.names
+                if name in self.language or name in self.ability and name in self.selected}
+
+    @property
+    def identity(self) -> str:
+        settings = self.gamma, self.eta, self.select_ratio, self.similarity, self.kinds, self.rounding
+        return identity("Eq. 5", self.ability, self.language, *settings)
+
+    def piece(self, name: str, start: int, stop: int) -> Part: # of the flat tensor; start is a multiple of 8
+        selected = name in self.selected
+        ability = piece_of(self.ability, name, start, stop) if selected else None
+        return change(ability, piece_of(self.language, name, start, stop), selected, self.gamma, self.eta)
