@@ -4,7 +4,7 @@
     python benchmarks/training.py --size 8b --device cuda        LLaMA-3 8B's shapes, random weights, one GPU, against no optimizer at all
 
 A step is forward, backward, clipping and a fused AdamW step on the same batch. Times: a round takes one step of each way in one process, so
-whatever else the machine does slows all alike; printed are medians and their ratios to dense. Memory: each way once more in a process of its own;
+whatever else the machine does slows all alike; printed are medians, of the steps and of their ratios to dense in the same round. Memory: each way once more in a process of its own;
 on a GPU the allocator's peak, on a CPU the resident set's, both above the level before the model is built. State: gradients, moments, and
 whatever is kept beside the weights that the forward reads. A size that fills a GPU is timed in those processes too. Rows go to --ledger,
 the figure to --figure."""
@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maet.ledger import append, commit, versions
 from maet.plots import save, style
-from maet.training import Training, freeze, state_bytes
+from maet.plan import Cluster, modes
+from maet.training import Training, prepare, state_bytes
 
-GOALS = {"key-neuron 5% element": dict(state=.12, time=1.), "key-neuron 5% row": dict(state=.12, time=.78)}  # of dense
+GOALS = {"dense": {"key-neuron 5% element": dict(state=.12, time=1.), "key-neuron 5% row": dict(state=.12, time=.78)},  # of dense
+         "no optimizer": {"key-neuron 5% element": dict(time=1.25)}}  # 0.8 of its tokens a second; at 8b no more than 40 GB
 GRANULARITIES = ("element", "row", "column")
 SIZES = {  # hidden, intermediate, layers, heads, heads of keys and values, vocabulary; sequences, length
     "1m": (128, 352, 4, 4, 4, 1000, 4, 64), "70m": (640, 1760, 10, 10, 10, 16000, 4, 128), "150m": (768, 2112, 14, 12, 12, 24000, 4, 128),
@@ -52,13 +54,16 @@ def names(args) -> list[str]:
     return ["no optimizer", "lora", *sparse] if args.size in BIG else ["dense", "lora", "masked 5%", *sparse]
 
 
+def config(args) -> LlamaConfig:
+    hidden, intermediate, layers, heads, kv, vocabulary, _, length = SIZES[args.size]
+    return LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, use_cache=False,
+                       num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=length,
+                       dtype="bfloat16" if args.size in BIG else "float32")
+
+
 def build(args):
-    hidden, intermediate, layers, heads, kv, vocabulary, *_ = SIZES[args.size]
     torch.manual_seed(args.seed)
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, use_cache=False,
-                         num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=SIZES[args.size][7])
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if args.size in BIG else torch.float32)
+    with torch.device(args.device): return AutoModelForCausalLM.from_config(config(args), dtype=config(args).dtype)
 
 
 class Drawn(Mapping):
@@ -78,11 +83,10 @@ class Way:
     def __init__(self, args, name):
         kind, *rest = name.split()
         self.model, self.masks, self.seconds, self.cuda = build(args), {}, [], args.device == "cuda"
-        if kind == "lora": self.model = with_lora(self.model)
-        if kind == "masked": self.masks = {p: m.to(p.device) for p, m in zip(self.model.parameters(), Drawn(self.model, .05, "element").values())}
-        if kind == "key-neuron": freeze(self.model, Drawn(self.model, float(rest[0][:-1])/100, rest[1]))
-        if args.size in BIG: self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        if args.size in BIG and kind == "lora": self.model.enable_input_require_grads()
+        training = Training(mode=kind if kind in ("lora", "key-neuron") else "dense", activation_checkpointing=args.size in BIG)
+        keys = Drawn(self.model, float(rest[0][:-1])/100, rest[1]) if kind == "key-neuron" else None
+        if kind == "masked": self.masks = dict(zip(self.model.parameters(), Drawn(self.model, .05, "element").values()))
+        self.model = prepare(self.model, training, keys)
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         decay = 0. if kind == "masked" else .1  # it would move frozen scalars
@@ -108,11 +112,6 @@ class Way:
         kept = state_bytes(self.model, self.optimizer) if self.optimizer else dict(gradients=sum(p.nbytes for p in self.trained))
         beside = sum(p.nbytes for n, p in self.model.named_parameters() if ".lora_" in n)
         return kept | dict(masters=kept.get("masters", 0) + beside, masks=sum(m.nbytes for m in self.masks.values()))
-
-
-def with_lora(model):
-    from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
 def batch(args):
@@ -176,14 +175,26 @@ def measure(args) -> dict[str, dict]:
     return found
 
 
-def told(name, row, dense, tokens) -> str:
-    time, first = statistics.median(row["seconds"]), statistics.median(dense["seconds"])
+def time_ratio(row, dense) -> float:
+    "Of the same round, in the median; apart from each other there are no rounds."
+    return statistics.median(a/b for a, b in zip(row["seconds"], dense["seconds"]))
+
+
+def told(name, row, first, dense, tokens) -> str: # first: name of what is compared with, here called dense
+    time, ratio = statistics.median(row["seconds"]), time_ratio(row, dense)
     state, all_state = sum(row["state"].values()), sum(dense["state"].values())
-    goal = GOALS.get(name, {})
+    goal = GOALS[first].get(name, {})
     against = lambda ratio, what: f"{ratio:.3f}" + (f" (goal {goal[what]})" if what in goal else "")
-    return (f"{name:24} {row['trained']/1e6:9.2f} M trained  step {time:8.3f} s = {against(time/first, 'time'):18} best {min(row['seconds'])/min(dense['seconds']):.3f}"
+    return (f"{name:24} {row['trained']/1e6:9.2f} M trained  step {time:8.3f} s = {against(ratio, 'time'):18} best {min(row['seconds'])/min(dense['seconds']):.3f}"
             f"  {tokens/time:9.1f} tokens/s  peak {row['peak']/1e6:9.1f} MB = {row['peak']/dense['peak']:.3f}"
             f"  state {state/1e6:8.1f} MB = {against(state/all_state, 'state')}")
+
+
+def needs(args) -> str:
+    "What each mode would need on one GPU, by maet.plan."
+    sequences, length = SIZES[args.size][6:]
+    training = Training(tokens=length*sequences, batch_tokens=length*sequences, sequence_length=length, precision="bfloat16", activation_checkpointing=True)
+    return "by maet.plan one GPU needs " + ", ".join(f"{row['memory']/1e9:.1f} GB for {row['mode']}" for row in modes(config(args), training, Cluster()))
 
 
 def ledger_rows(args, found, load) -> list[dict]:
@@ -201,20 +212,21 @@ def ledger_rows(args, found, load) -> list[dict]:
 
 
 def figure(args, found):
-    "Three panels: step time, peak memory, state; each in its unit, with the ratio to the first way beside the bar."
+    "Three panels: step time, peak memory, state (gradients, moments, masters, places, masks); beside a bar its ratio to the first way."
     from matplotlib.figure import Figure
     with style():
         fig = Figure(figsize=(8, .6 + .26*len(found)))
         axes, first = fig.subplots(1, 3, sharey=True), next(iter(found.values()))
+        axes[0].invert_yaxis()
         numbers = {"step (s)": lambda r: statistics.median(r["seconds"]), "peak memory (MB)": lambda r: r["peak"]/1e6,
-                   "gradients, moments, masters, places (MB)": lambda r: sum(r["state"].values())/1e6}
+                   "state (MB)": lambda r: sum(r["state"].values())/1e6}
         for ax, (label, number) in zip(axes, numbers.items()):
             values = [number(row) for row in found.values()]
             colours = ["#8C8C8C" if not name.startswith("key") else "#12284C" for name in found]
             ax.barh(range(len(found)), values, color=colours)
-            for y, value in enumerate(values): ax.annotate(f" {value/number(first):.2f}", (value, y), va="center", fontsize=6)
+            ratios = [time_ratio(row, first) for row in found.values()] if "step" in label else [value/values[0] for value in values]
+            for y, (value, ratio) in enumerate(zip(values, ratios)): ax.annotate(f" {ratio:.2f}", (value, y), va="center", fontsize=6)
             ax.set(xlabel=label, yticks=range(len(found)), yticklabels=list(found), xlim=(0, 1.15*max(values)))
-            ax.invert_yaxis() if ax is axes[0] else None
             ax.grid(axis="x"); ax.grid(axis="y", visible=False)
     return fig
 
@@ -228,7 +240,8 @@ def main():
     load.append(round(os.getloadavg()[0], 2))
     tokens, first = SIZES[args.size][6]*SIZES[args.size][7], next(iter(found))
     print(f"load {load[0]} before, {load[1]} after; {args.threads} threads of torch, {os.cpu_count()} cores; ratios to: {first}")
-    for name, row in found.items(): print(told(name, row, found[first], tokens))
+    for name, row in found.items(): print(told(name, row, first, found[first], tokens))
+    if args.size in BIG: print(needs(args))
     rows = ledger_rows(args, found, load)
     print(append(args.ledger, rows), "rows are new in", args.ledger)
     print(*save(figure(args, found), args.figure, rows), sep="\n")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'HERE', 'SECTIONS', 'LAUNCHER', 'RANKS', 'PASSED', 'SLURM', 'SILENCE', 'Launch', 'machines', 'world_size',
            'deepspeed_config', 'write_config', 'read_config', 'Job', 'read_job', 'KeysUnion', 'Recorder', 'curve',
-           'perform', 'take', 'running', 'command', 'guard', 'main', 'check', 'start', 'RankError', 'failure', 'follow',
-           'stop', 'run_job']
+           'inputs', 'perform', 'take', 'running', 'command', 'Orphan', 'guard', 'main', 'check', 'start', 'RankError',
+           'failure', 'follow', 'stop', 'run_job']
 
 # %% ../nbs/11_launch.ipynb #da4b9237
 import fcntl, hashlib, importlib.util, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, traceback
@@ -232,16 +232,20 @@ def _callback(job, show):
         if _first(): show([record(step, steps, loss)])
     return told
 
+def inputs(job: Job) -> dict: # corpus, held_out, keys
+    "The opened files of a job. MaetError: one is not there, or is not what it should be."
+    base = Checkpoint(job.base)
+    return dict(corpus=open_tokens(job.tokens), held_out=open_tokens(job.held_out) if job.held_out else None,
+                keys=KeysUnion(job.keys, base) if job.keys else None)
+
 def perform(job: Job,
             deepspeed: dict | None = None, # config, where this process is a rank
             show: Callable[[list], None] = lambda lines: None, # is given each new line of progress.jsonl
             ) -> dict: # the report of `train`
     "Do a job, as one rank of it or alone. Called again after a kill it goes on."
     Path(job.work).mkdir(parents=True, exist_ok=True)
-    keys = KeysUnion(job.keys, Checkpoint(job.base)) if job.keys else None
-    held_out = open_tokens(job.held_out) if job.held_out else None
-    report = train(job.base, open_tokens(job.tokens), job.out, job.training, keys=keys, held_out=held_out,
-                   progress=_callback(job, show), work=Path(job.work)/"checkpoints", deepspeed=deepspeed)
+    report = train(job.base, out=job.out, training=job.training, **inputs(job), progress=_callback(job, show),
+                   work=Path(job.work)/"checkpoints", deepspeed=deepspeed)
     if _first(): _write(Path(job.work)/"report.json", report)
     return report
 
@@ -274,12 +278,14 @@ def take(work: Path) -> int: # file descriptor; to be closed
     except MaetError: os.close(mine); raise
     return mine
 
-def running(work: str | Path) -> bool: # is a launcher alive?
-    work = Path(work)
-    if not (work/LAUNCHER).exists(): return False
-    if (opened := _lock(work/LAUNCHER, fcntl.LOCK_SH)) is None: return True
+def _held(path, how=fcntl.LOCK_SH): # does somebody hold a lock? LOCK_EX sees a share too
+    if not path.exists(): return False
+    if (opened := _lock(path, how)) is None: return True
     os.close(opened)
     return False
+
+def running(work: str | Path) -> bool: # is a launcher alive?
+    return _held(Path(work)/LAUNCHER)
 
 # %% ../nbs/11_launch.ipynb #63266754
 def _here(count):
@@ -334,13 +340,19 @@ def _prepare(logs, names, env):
 def _alone(work, launcher): # True if a rank of this launcher has nobody left to work for
     return not running(work) or (_read(work/"launcher.json") or {}).get("id") != launcher
 
+class Orphan(RuntimeError):
+    "What a rank says that ends for want of a launcher."
+
 def guard(work: Path, launcher: str) -> None:
     "Hold a share of the ranks' lock, and end this process when its launcher is gone."
     def watch():
-        while not _alone(work, launcher): time.sleep(.5)
-        print("maet: the launcher is gone, this rank ends", file=sys.stderr, flush=True)
+        while not _alone(work, launcher): time.sleep(.2)
+        _last_words(Orphan("the launcher is gone, this rank ends"), work/"logs"/launcher)
         os._exit(1)
-    if _lock(work/RANKS, fcntl.LOCK_SH) is None or _alone(work, launcher): os._exit(1)
+    for _ in range(20):
+        if _lock(work/RANKS, fcntl.LOCK_SH) is not None: break
+        time.sleep(.1)
+    else: os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 def _last_words(error, logs):
@@ -352,9 +364,12 @@ def _last_words(error, logs):
 # %% ../nbs/11_launch.ipynb #5b384ce3
 SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID", LOCAL_SIZE="SLURM_NTASKS_PER_NODE")
 
-def _introduce():
-    "Make the environment what DeepSpeed and the Trainer expect of a rank."
+def _numbered():
+    "A rank's number under the name that DeepSpeed and the Trainer know."
     if "RANK" not in os.environ: os.environ.update({ours: os.environ[its] for ours, its in SLURM.items() if its in os.environ})
+
+def _cpu_alone():
+    "Without a GPU: gloo, and nothing compiled."
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
     if get_accelerator().device_name() != "cpu": return
@@ -363,13 +378,14 @@ def _introduce():
 
 def main(arguments: list[str] | None = None) -> None:
     "The rank's program: `rank.py CONFIG JOB.json ...`, in turn; with `--launcher ID` it ends with its launcher."
+    _numbered()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     launcher = [arguments.pop(0), arguments.pop(0)][1] if arguments[0] == "--launcher" else None
     config, *jobs = arguments
     logs = Path(jobs[0]).parent/"logs"/launcher if launcher else None
     try:
         if launcher: guard(logs.parents[1], launcher)
-        _introduce()
+        _cpu_alone()
         for job in jobs: perform(read_job(job), read_config(config))
     except Exception as error:
         _last_words(error, logs)
@@ -389,7 +405,7 @@ def _port(launch):
 
 def check(job: Job, launch: Launch) -> None:
     "MaetError for all that can be known to be wrong before a rank is started."
-    check_ranks(job.training, world_size(launch))
+    check_ranks(job.training, world_size(launch)), inputs(job)
     if not launch.apart: return
     if importlib.util.find_spec("deepspeed") is None:
         raise MaetError("deepspeed: not installed; pip install deepspeed, or leave out zero and train in this process")
@@ -448,20 +464,21 @@ def failure(work: Path) -> Exception:
     for error in errors:
         if error["ours"]: return MaetError(error["said"])
     for error in errors:
-        if not SILENCE.search(error["said"]):
+        if error["kind"] != "Orphan" and not SILENCE.search(error["said"]):
             return RankError(f"rank {error['rank']} failed; its last lines:\n{_tail(_log(logs, error['rank']))}")
     return _killed(work, logs, known, errors)
 
 def _killed(work, logs, known, errors):
     "Nobody said why. Say what can be known: who fell silent, and the last lines of what it left."
     again, launcher = "called again, it goes on from the newest whole checkpoint", logs/"launcher.log"
-    silent = sorted(set(range(known.get("ranks", 0))) - {e["rank"] for e in errors})
-    codes = {int(code) for code in re.findall(r"return code = -(\d+)", launcher.read_text(errors="replace") if launcher.exists() else "")}
-    ended = f" ({', '.join(signal.Signals(code).name for code in codes)})" if codes else ""
+    if any(error["kind"] == "Orphan" for error in errors): return RankError(f"{work}: the launcher was killed or crashed; {again}")
+    silent = sorted(set(range(known.get("ranks", 0))) - {error["rank"] for error in errors})
     for log in (_log(logs, rank) for rank in silent):
         if log and "Traceback" in _tail(log, 99): return RankError(f"{log}: this rank failed; its last lines:\n{_tail(log)}")
-    if codes or errors: return RankError(f"{work}: rank {' or '.join(map(str, silent))} was killed or crashed{ended}; {again}")
-    return RankError(f"{work}: the launcher ended, or was ended, before its work; {again}\n{_tail(launcher)}".rstrip())
+    codes = {int(code) for code in re.findall(r"return code = -(\d+)", launcher.read_text(errors="replace") if launcher.exists() else "")}
+    ended = f" ({', '.join(signal.Signals(code).name for code in codes)})" if codes else ""
+    if errors or codes: return RankError(f"{work}: rank {' or '.join(map(str, silent))} was killed or crashed{ended}; {again}")
+    return RankError(f"{work}: the launcher ended before its work, or was killed; {again}\n{_tail(launcher)}".rstrip())
 
 # %% ../nbs/11_launch.ipynb #fb644351
 def _said(line): # what the bar says of a step
@@ -515,7 +532,7 @@ def follow(work: str | Path, # folder of a job
     try:
         with _shown(work, progress) as show:
             while alive:
-                alive = running(work)  # looked at before the news, so that the last news is seen
+                alive = running(work) or _held(work/RANKS, fcntl.LOCK_EX)  # before the news, so that the last of it is seen
                 news, seen = _news(work/"progress.jsonl", seen)
                 show(news)
                 if alive: time.sleep(.2)

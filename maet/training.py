@@ -12,7 +12,7 @@ __all__ = ['MODES', 'SCHEDULES', 'PRECISIONS', 'ATTENTIONS', 'MARK', 'Training',
 # %% ../nbs/10_training.ipynb #da4b9237
 import copy, functools, hashlib, itertools, json, math, os, re, shutil, time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -61,6 +61,12 @@ def _whole(least, default): # a whole number, `least` or more; with a default of
         ", or none" if default is None else "")
     return _setting(default, int, lambda v: v >= least, must)
 
+def _flag(default, must="true or false"): return _setting(default, bool, lambda v: True, must)
+
+def _check_names(settings, known):
+    if unknown := sorted(set(settings) - set(known)):
+        raise MaetError(f"training: unknown key {', '.join(map(str, unknown))}; known keys: {', '.join(known)}")
+
 def _one_of(choices, default):
     must = f"{', '.join(choices[:-1])} or {choices[-1]}" + (", or none" if default is None else "")
     return _setting(default, str, choices.__contains__, must)
@@ -73,7 +79,7 @@ class Training:
     tokens: int = _whole(1, 2_000_000_000)        # paper: 2B
     batch_tokens: int = _whole(1, 1_000_000)      # a step, over all ranks; paper: 1M
     sequence_length: int = _whole(2, 2048)        # tokens
-    whole_documents: bool = _setting(False, bool, lambda v: True, "true or false")               # none is cut by a sequence's end; the rest is padded (03)
+    whole_documents: bool = _flag(False)          # none is cut by a sequence's end; the rest is padded (room 03)
     device_batch: int = _whole(1, None)           # sequences at once on a rank; none: all that a step has for it
     learning_rate: float = _setting(5e-5, float, lambda v: 0 < v < 1, "above 0 and below 1")      # paper: 5e-5
     schedule: str = _one_of(tuple(SCHEDULES), "cosine")
@@ -88,12 +94,12 @@ class Training:
     eval_every: int = _whole(1, None)             # steps
     precision: str = _one_of(PRECISIONS, None)    # what the forward computes in; none: see "Loading the base"
     attention: str = _one_of(ATTENTIONS, None)    # none: transformers' choice for the model
-    activation_checkpointing: bool = _setting(False, bool, lambda v: True, "true or false")
+    activation_checkpointing: bool = _flag(False)
     lora_rank: int = _whole(1, 16)
     lora_alpha: float = _setting(32., float, lambda v: 0 < v < math.inf, "above 0")               # scale: alpha / rank
     lora_dropout: float = _setting(0., float, lambda v: 0 <= v < 1, "0 or more and below 1")
     lora_targets: str = _setting("all-linear", str, bool, "all-linear, or a list of module names")
-    lora_merge: bool = _setting(True, bool, lambda v: True, "true (a checkpoint) or false (an adapter)")
+    lora_merge: bool = _flag(True, "true (a checkpoint) or false (an adapter)")
     save_samples: int = _whole(1, None)           # sequences between two candidates for `keep`
     keep: int = _whole(1, None)                   # how many candidates, the best by score
 
@@ -104,9 +110,7 @@ class Training:
     @classmethod
     def of(cls, settings: Mapping): # as read from a recipe
         "Settings from a recipe; an unknown key is a MaetError that lists the known ones."
-        known = [setting.name for setting in fields(cls)]
-        if unknown := sorted(set(settings) - set(known)):
-            raise MaetError(f"training: unknown key {', '.join(map(str, unknown))}; known keys: {', '.join(known)}")
+        _check_names(settings, [setting.name for setting in fields(cls)])
         return cls(**settings)
 
 # %% ../nbs/10_training.ipynb #0ade7c2c
@@ -297,7 +301,7 @@ def base_dtype(base: Checkpoint) -> torch.dtype: # that most of its scalars have
 def weight_dtype(training: Training, stored: torch.dtype, deepspeed: Mapping | None = None) -> torch.dtype:
     "What the weights of the model are loaded in; `stored` is the base's own."
     if training.mode == "dense":
-        return torch.bfloat16 if deepspeed and training.precision == "bfloat16" else torch.float32
+        return torch.bfloat16 if training.precision == "bfloat16" and _zero(deepspeed or {}) else torch.float32
     return torch.float32 if training.precision == "float32" else stored
 
 def _autocast(training, stored, deepspeed, device):
@@ -410,9 +414,10 @@ class MaetTrainer:
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
         if "loss" not in logs: return
-        if not math.isfinite(logs["loss"]):
-            raise MaetError(f"training: the loss is {logs['loss']} at step {self.state.global_step}; "
-                            "lower learning_rate or max_grad_norm")
+        skipped = self.deepspeed and self.deepspeed.skipped_steps  # DeepSpeed takes no step where a gradient is not finite
+        if skipped or not math.isfinite(logs["loss"]):
+            what = "a gradient is not finite" if skipped else f"the loss is {logs['loss']}"
+            raise MaetError(f"training: {what} at step {self.state.global_step}; lower learning_rate or max_grad_norm")
         self.watch.check()
         if self.candidates: self.candidates.offer(self.state.global_step, self.held_out_loss)
         if self.progress and rank() == 0: self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
@@ -494,7 +499,9 @@ def _arguments(training, work, evaluation, deepspeed=None):
         optim="adamw_torch_fused", learning_rate=training.learning_rate, weight_decay=training.weight_decay,
         adam_beta1=training.beta1, adam_beta2=training.beta2, max_grad_norm=training.max_grad_norm,
         **_schedule(training), **evaluation,
-        deepspeed=deepspeed, accelerator_config=dict(use_configured_state=bool(deepspeed)), bf16=bool(deepspeed) and training.mode == "dense" and training.precision == "bfloat16",
+        deepspeed=deepspeed, accelerator_config=dict(use_configured_state=bool(deepspeed)),
+        bf16=weight_dtype(training, None, deepspeed) == torch.bfloat16,
+        use_cpu=bool(deepspeed) and not torch.cuda.is_available(),
         save_strategy="steps", save_steps=training.save_every, logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available())
@@ -527,15 +534,21 @@ def _collected(model):
         if rank() == 0: found[id(p)] = tensor
     return found
 
-def _gathered_checkpoint(place, model, base): # all ranks
+def _parameters(model, base): # tensor name -> parameter, of those that a model has: some checkpoints store buffers too
+    found = {}
+    for name in base.names:
+        with suppress(MaetError): found[name] = parameter_of(model, name)
+    return found
+
+def _gathered_checkpoint(place, parameters, base): # all ranks
     "Dense weights as a checkpoint, a file a tensor. Only rank 0 writes it, and has it."
     if rank() == 0:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         shutil.copy(base.path/"config.json", place)
-    files = {name: f"{number}.safetensors" for number, name in enumerate(base.names)}
+    files = {name: f"{number}.safetensors" for number, name in enumerate(parameters)}
     for name, file in files.items():
-        tensor = whole_of(parameter_of(model, name))
+        tensor = whole_of(parameters[name])
         if rank() == 0: save_file({name: narrow(tensor.cpu(), base.dtype(name), name, place).contiguous()}, place/file)
     if rank(): return None
     (place/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
@@ -554,16 +567,19 @@ def lora_layers(model, # a PeftModel
         found[name] = layer
     return found
 
-def _lora_delta(layer, trained): # a layer of peft's, what is trained
-    "The whole product, float32, in the shape of the layer's weight."
+def _product(layer, trained, start, stop): # a layer of peft's, what is trained
+    "Scalars start to stop of alpha / r B A, flat, float32: only the rows that they lie in are multiplied."
     a, b = (trained[id(part["default"].weight)].float() for part in (layer.lora_A, layer.lora_B))
-    product = b @ a * layer.scaling["default"]
-    return product.t() if layer.fan_in_fan_out else product
+    left, right = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
+    first, width = start//right.shape[1], right.shape[1]
+    rows = left[first:-(-stop//width)] @ right * layer.scaling["default"]
+    return rows.flatten()[start - first*width:stop - first*width]
 
-def _merged(base, layers, trained): # tensor name -> the tensor that a merged checkpoint has
-    def tensor(name):
-        return base.read(name).float() + _lora_delta(layers[name], trained) if name in layers else base.read(name)
-    return tensor
+def _merged(base, layers, trained): # -> the pieces of a merged checkpoint
+    def piece(name, start, stop):
+        own = base.piece(name, start, stop)
+        return own.float() + _product(layers[name], trained, start, stop) if name in layers else own
+    return piece
 
 def _write_adapter(out, model, trained):
     "An adapter that peft loads."
@@ -576,22 +592,24 @@ def _write_adapter(out, model, trained):
         config.save_pretrained(str(place))
 
 # %% ../nbs/10_training.ipynb #64e095fe
-def _write_dense(out, model, base, work):
-    if not any(sharded(p) or hasattr(p, "_hp_mapping") for p in model.parameters()):
-        if rank() == 0: write_checkpoint(out, base, lambda name: parameter_of(model, name).detach().cpu())
-        return
-    gathered = _gathered_checkpoint(work/"gathered", model, base)
+def _write_dense(out, model, base, work, identity):
+    parameters, source = _parameters(model, base), None
+    if any(sharded(p) or hasattr(p, "_hp_mapping") for p in parameters.values()):
+        source = _gathered_checkpoint(work/"gathered", parameters, base)
+    def piece(name, start, stop):
+        if name not in parameters: return base.piece(name, start, stop)
+        return source.piece(name, start, stop) if source else parameters[name].detach().reshape(-1)[start:stop].cpu()
     if rank() == 0:
-        write_checkpoint(out, base, gathered.read)
-        shutil.rmtree(gathered.path)
+        write_checkpoint(out, base, piece, identity=identity)
+        shutil.rmtree(work/"gathered", ignore_errors=True)
 
-def write_expert(out, model, base, training, keys, work, plain=False): # all ranks; plain: as a checkpoint in any case
-    "What a run has come to, whole or not at all."
-    if training.mode == "dense": return _write_dense(out, model, base, work)
+def write_expert(out, model, base, training, keys, work, identity, plain=False): # all ranks; plain: in any case a checkpoint
+    "What a run has come to, whole or not at all. `identity` says what run and step it is of."
+    if training.mode == "dense": return _write_dense(out, model, base, work, identity)
     trained = _collected(model)
     if rank(): return
     if training.mode == "lora" and (plain or training.lora_merge):
-        write_checkpoint(out, base, _merged(base, lora_layers(model, base), trained))
+        write_checkpoint(out, base, _merged(base, lora_layers(model, base), trained), identity=identity)
     elif training.mode == "lora": _write_adapter(out, model, trained)
     else:
         delta = expert_delta(model, base, keys, lambda p: trained[id(p)])
@@ -717,18 +735,16 @@ def _size(tensors): # bytes; each tensor once
     return sum(t.numel()*t.element_size() for t in {id(t): t for t in tensors}.values())
 
 def state_bytes(model, optimizer) -> dict: # bytes of each, after at least one step
-    "Gradients, moments, masters (float32 values beside what the forward reads) and the key neurons' places."
-    zero, stage = None, 0
-    while hasattr(optimizer, "optimizer"): # wrappers of accelerate and DeepSpeed around torch's own
-        zero, optimizer = optimizer, optimizer.optimizer
-        stage = max(stage, 3 if hasattr(zero, "fp16_partitioned_groups") else 2 if getattr(zero, "partition_gradients", False) else 0)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    masters = [p for p in own if all(p is not q for q in trained.values())] or [
-        p for name, p in trained.items() if name.endswith(VALUES)]
+    "Gradients, moments, masters (float32 numbers beside those that the forward reads) and the key neurons' places."
+    held = {n: p.ds_tensor if sharded(p) else p for n, p in model.named_parameters() if p.requires_grad}
+    zero, share = None, list(held.values())
+    while hasattr(optimizer, "optimizer"): zero, optimizer = optimizer, optimizer.optimizer  # DeepSpeed's around torch's
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"): share = getattr(zero, name, share)
+    reduced = sharded(next(model.parameters())) or getattr(zero, "partition_gradients", False)
+    masters = [t for t in share if all(t is not p for p in held.values())] + [p for n, p in held.items() if n.endswith(VALUES)]
     moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     places = [b for name, b in model.named_buffers() if re.search(f"_key_({'|'.join(Block._fields)})$", name)]
-    return dict(gradients=_size(own if stage >= 2 else trained.values()), moments=_size(moments), places=_size(places),
+    return dict(gradients=_size(share if reduced else held.values()), moments=_size(moments), places=_size(places),
                 masters=_size(masters))
 
 def peak_memory() -> int: # bytes
@@ -805,7 +821,8 @@ def train(base: str | Path,            # checkpoint folder
     last = from_rank_0(lambda: newest_whole(work, run))
     model = _model(base, training, keys, deepspeed)
     trainer = _trainer(model, corpus, held_out, training, work, not last, deepspeed)
-    def write(path, plain): write_expert(path, model, base, training, keys, work, plain)
+    def write(path, plain):
+        write_expert(path, model, base, training, keys, work, f"{run} {trainer.state.global_step} {path.name}", plain)
     candidates = Candidates(work/"candidates", training, write, score) if training.keep else None
     autocast = _autocast(training, base_dtype(base), deepspeed, trainer.args.device)
     trainer.follow(run, progress, _mark(last)["seconds"] if last else 0., autocast, candidates)

@@ -16,8 +16,8 @@ VOCABULARY, LENGTH, STEPS = 16000, 128, 3
 CASES = {  # settings; share of key neurons and granularity
     "dense": (dict(mode="dense", batch_tokens=2*LENGTH), ()),
     "dense, accumulated": (dict(mode="dense", batch_tokens=8*LENGTH, device_batch=4), ()),
-    "lora": (dict(mode="lora", batch_tokens=4*LENGTH), ()),
-    "key-neuron": (dict(mode="key-neuron", batch_tokens=4*LENGTH), (.05, "element")),
+    "lora": (dict(mode="lora", batch_tokens=6*LENGTH), ()),
+    "key-neuron": (dict(mode="key-neuron", batch_tokens=6*LENGTH), (.05, "element")),
     "key-neuron, recomputed": (dict(mode="key-neuron", batch_tokens=8*LENGTH, activation_checkpointing=True), (.05, "row"))}
 
 
@@ -102,7 +102,7 @@ def main(folder: Path):
 def peaks(tmp_path_factory):
     import subprocess
     environment = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS="1",  # a fork may have no threads
-                                    MALLOC_MMAP_THRESHOLD_=str(2**20))  # what torch gives back is given back, and not counted
+                                    MALLOC_MMAP_THRESHOLD_=str(2**16))  # what torch gives back is given back, and not counted
     done = subprocess.run([sys.executable, __file__, tmp_path_factory.mktemp("plan")], env=environment, capture_output=True, text=True, timeout=900)
     assert not done.returncode, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
