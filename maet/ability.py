@@ -6,8 +6,8 @@
 __all__ = ['weighted', 'ability_weights', 'Ability', 'save_ability']
 
 # %% ../nbs/14_ability.ipynb #77de68da
-from .checkpoints import Checkpoint, identity
-from .deltas import Lazy, Part, combine, open_delta, piece_of, save_pack, shapes_of
+from .checkpoints import Checkpoint
+from .deltas import Part, Sum, combine, open_delta, save_pack
 
 # %% ../nbs/14_ability.ipynb #1b645389
 from collections.abc import Iterable, Mapping
@@ -30,20 +30,12 @@ def ability_weights(ability: Part | None,  # Theta_{A,L0} - Theta_o of one tenso
     return weighted([(alpha, ability), (-beta, language)])
 
 # %% ../nbs/14_ability.ipynb #fa35e192
-class Ability(Lazy):
+class Ability(Sum):
     "R(A) of a whole model, name -> Part, from two deltas to one base. A tensor that neither delta has is absent."
     def __init__(self, ability: Mapping[str, Part],  # delta of the model trained on ability and language
                  language: Mapping[str, Part],       # delta of the model trained on language
                  alpha: float = 0.8, beta: float = 0.2):
-        self.ability, self.language, self.alpha, self.beta = ability, language, alpha, beta
-        self.shapes = shapes_of([ability, language])
-
-    @property
-    def identity(self) -> str: return identity("Eq. 2", self.ability, self.language, self.alpha, self.beta)
-
-    def piece(self, name: str, start: int, stop: int) -> Part: # of the flat tensor; start is a multiple of 8
-        parts = (piece_of(delta, name, start, stop) for delta in (self.ability, self.language))
-        return ability_weights(*parts, self.alpha, self.beta)
+        super().__init__([(alpha, ability), (-beta, language)])
 
 # %% ../nbs/14_ability.ipynb #b3f0c7f6
 def save_ability(out: str | Path,      # the pack to be
