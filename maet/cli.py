@@ -186,12 +186,16 @@ def evaluate(model: Model,
 
 # %% ../nbs/90_cli.ipynb #1574bddb
 def main(arguments: list[str] | None = None) -> int:
-    "The `maet` command. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."
+    "The `maet` command. Exit codes: 0 done, 1 a rank failed (its last lines on stderr), 2 bad input (one line on stderr), 130 interrupted."
     try: return app(arguments)
+    except RuntimeError as e:
+        if type(e).__name__ != "RankError": raise  # by name: what failed before torch was loaded need not load it now
+        print(f"maet: {e}", file=sys.stderr)
+        raise SystemExit(1)
     except ConnectionError as e: said = f"{e}; the same command goes on from here"
     except ImportError as e: said = f"{e}; pip install 'maet[all]' brings what training, exams and figures need"
     except ValueError as e:
-        if type(e).__name__ != "MaetError": raise  # by name: what failed before torch was loaded need not load it now
+        if type(e).__name__ != "MaetError": raise
         said = str(e)
     print(f"maet: {' '.join(said.split())}", file=sys.stderr)
     raise SystemExit(2)

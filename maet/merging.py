@@ -408,32 +408,35 @@ class Task:
             if self.found is None: self.found = self.method.first(self)
             return self.found
 
-    def of_base(self, start: int, stop: int) -> Tensor | None: # flat, as stored, not to be written into
-        "A run of the base, if one is needed: for deltas, or to make a tensor of a pack."
-        if not self.method.base and all(model.checkpoint for model in self.models): return None
-        return finite(self.base.piece(self.name, start, stop), self.name, self.base.path)
-
-    def wanted(self, model: Model, values: Tensor, base: Tensor | None) -> Tensor: # wide, not to be written into
-        "What the method works on: a delta, or a tensor. A checkpoint has tensors, a pack deltas."
-        values = values.to(wide([values]))
-        if bool(model.checkpoint) != self.method.base: return values
-        return values - base if self.method.base else values + base
-
-    def input(self, number: int, start: int, stop: int) -> Tensor: # flat, wide, not to be written into
-        "A run of one model, as the method wants it."
-        model = self.models[number]
-        return self.wanted(model, model.read(self.name, start, stop), self.of_base(start, stop))
-
-    def piece(self, start: int, stop: int) -> Tensor: # flat, wide
-        "A run of the result, not rounded yet, computed in blocks that stay in the cache."
-        base, inputs, blocks = self.of_base(start, stop), [model.read(self.name, start, stop) for model in self.models], []
-        for a in range(0, stop - start, BLOCK):
-            under = None if base is None else base[a:a + BLOCK].to(wide([base]))
-            wanted = [self.wanted(model, values[a:a + BLOCK], under) for model, values in zip(self.models, inputs)]
-            blocks.append(self.method.merge(self, start + a, under, wanted))
-        return torch.cat(blocks) if blocks else torch.zeros(0)
-
 # %% ../nbs/20_merging.ipynb #2e01e174
+def _of_base(self, start: int, stop: int) -> Tensor | None: # flat, as stored, not to be written into
+    "A run of the base, if one is needed: for deltas, or to make a tensor of a pack."
+    if not self.method.base and all(model.checkpoint for model in self.models): return None
+    return finite(self.base.piece(self.name, start, stop), self.name, self.base.path)
+
+def _wanted(self, model: Model, values: Tensor, base: Tensor | None) -> Tensor: # wide, not to be written into
+    "What the method works on: a delta, or a tensor. A checkpoint has tensors, a pack deltas."
+    values = values.to(wide([values]))
+    if bool(model.checkpoint) != self.method.base: return values
+    return values - base if self.method.base else values + base
+
+def _input(self, number: int, start: int, stop: int) -> Tensor: # flat, wide, not to be written into
+    "A run of one model, as the method wants it."
+    model = self.models[number]
+    return self.wanted(model, model.read(self.name, start, stop), self.of_base(start, stop))
+
+def _piece(self, start: int, stop: int) -> Tensor: # flat, wide
+    "A run of the result, not rounded yet, computed in blocks that stay in the cache."
+    base, inputs, blocks = self.of_base(start, stop), [model.read(self.name, start, stop) for model in self.models], []
+    for a in range(0, stop - start, BLOCK):
+        under = None if base is None else base[a:a + BLOCK].to(wide([base]))
+        wanted = [self.wanted(model, values[a:a + BLOCK], under) for model, values in zip(self.models, inputs)]
+        blocks.append(self.method.merge(self, start + a, under, wanted))
+    return torch.cat(blocks) if blocks else torch.zeros(0)
+
+Task.of_base, Task.wanted, Task.input, Task.piece = _of_base, _wanted, _input, _piece
+
+# %% ../nbs/20_merging.ipynb #b7eb6c68
 class Thin(NamedTuple):
     "How a delta is thinned."
     keep: Callable | None = None  # (flat delta, where it starts) -> the same with zeros
@@ -475,7 +478,7 @@ def turning(task: Task) -> tuple[float, float]:
     dot, *squares = sums(task, products)
     return slerp_factors(task.shared["t"], dot, tuple(np.sqrt(squares)))
 
-# %% ../nbs/20_merging.ipynb #b7eb6c68
+# %% ../nbs/20_merging.ipynb #c5b76da3
 class Whole:
     "What must be known of whole models, found once, by reading them."
     def __init__(self, tasks: Mapping[str, "Task"]): self.tasks, self.lock, self.found = tasks, threading.Lock(), {}
@@ -515,7 +518,7 @@ class Whole:
             return magnitude_weight(changes, {name: task.base.shape(name) for name, task in self.tasks.items()})
         return self.once(model.where, find=find)
 
-# %% ../nbs/20_merging.ipynb #a9334987
+# %% ../nbs/20_merging.ipynb #80e28a51
 def thinned(task: Task, start: int, deltas: list[Tensor]) -> list[Tensor]:
     "The deltas with zeros where they are trimmed or dropped, rescaled."
     kept = [thin.keep(delta, start) if thin.keep else delta for thin, delta in zip(task.known, deltas)]
@@ -538,7 +541,7 @@ def elected(task: Task, start: int, base: Tensor, deltas: list[Tensor]) -> Tenso
     deltas, s = thinned(task, start, deltas), task.shared
     return base + agreed(deltas, task.of_each("weight"), s["normalize"], s["lambda"], s["elect"])
 
-# %% ../nbs/20_merging.ipynb #80e28a51
+# %% ../nbs/20_merging.ipynb #54ceb912
 @dataclass
 class Entry:
     "A model and its parameters."
@@ -576,7 +579,7 @@ def name_unsupported(content, where: str) -> None:
         if key in UNSUPPORTED: raise MaetError(f"{where}: {key}: {UNSUPPORTED[key]}")
         if key != "parameters": name_unsupported(value, where)
 
-# %% ../nbs/20_merging.ipynb #8effee40
+# %% ../nbs/20_merging.ipynb #9109c85a
 def read_file(content: Mapping, where: str) -> Mergekit:
     "The file, checked as far as that is possible without opening a model."
     name_unsupported(content, where)
@@ -600,7 +603,7 @@ def spans(file: Mergekit, layers: int, where: str) -> list[tuple[range, Slice]]:
             return [(range(*bounds), part) for bounds, part in zip(ranges, file.slices)]
     raise MaetError(f"{where}: slices: only slices that make up the model's layers 0 to {layers} in order are supported, each with one range for all sources")
 
-# %% ../nbs/20_merging.ipynb #667be543
+# %% ../nbs/20_merging.ipynb #e6c3dd63
 def read_parameters(given: Mapping | None, known: Mapping[str, Parameter], where: str) -> dict[str, list[Choice]]:
     "The parameters of one place of a file. Raises MaetError for one that the method does not read."
     unknown = [key for key in given or {} if key not in known]
@@ -621,7 +624,7 @@ def depth_of(name: str, parts: list[tuple[range, Any]]) -> tuple[float, Any]:
         if layer in layers: return ((layer - layers[0]) / (len(layers) - 1) if len(layers) > 1 else 1.), part
     return 0., parts[0 if kind == "embed" else -1][1]
 
-# %% ../nbs/20_merging.ipynb #6c1e671f
+# %% ../nbs/20_merging.ipynb #a17554a0
 def vocabulary(path: Path) -> str:
     "The tokens of a checkpoint and their numbers, as one text. Raises MaetError if it has no tokenizer.json."
     try: content = json.loads((path/"tokenizer.json").read_text(encoding="utf-8"))
@@ -636,7 +639,7 @@ def same_vocabularies(paths: Sequence[Path]) -> None:
         if vocabulary(path) != vocabulary(first):
             raise MaetError(f"{path}: its vocabulary is not that of {first}; models of different tokenizers cannot be merged here")
 
-# %% ../nbs/20_merging.ipynb #a17554a0
+# %% ../nbs/20_merging.ipynb #2a459380
 DTYPE_WORDS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 def out_dtype(file: Mergekit, like: Checkpoint, models: Sequence[Model], where: str) -> torch.dtype | None: # None: as in `like`
@@ -660,7 +663,7 @@ class Mixture:
     content: Mapping              # of the file
     resumable: bool = True        # does `content` determine the result?
 
-# %% ../nbs/20_merging.ipynb #c66c6517
+# %% ../nbs/20_merging.ipynb #59129aac
 def _copied(self, name: str, start: int, stop: int) -> Tensor:
     "What is not float is not merged: it must be the same everywhere."
     here = self.like.piece(name, start, stop)
@@ -669,7 +672,7 @@ def _copied(self, name: str, start: int, stop: int) -> Tensor:
             raise MaetError(f"{model.where}: {name} is {here.dtype} and differs from {self.like.path}; only floats can be merged")
     return here
 
-def _piece(self, name: str, start: int, stop: int) -> Tensor:
+def _run(self, name: str, start: int, stop: int) -> Tensor:
     "A run of a tensor of the result."
     return self.tasks[name].piece(start, stop) if name in self.tasks else _copied(self, name, start, stop)
 
@@ -678,7 +681,7 @@ def _write(self, out: str | Path) -> Checkpoint:
     known = identity(self.content, self.like, *(model.checkpoint or model.delta for model in self.models)) if self.resumable else ""
     return write_checkpoint(out, self.like, self.piece, self.dtype, origin(self.content, self.method), identity=known)
 
-Mixture.piece, Mixture.write = _piece, _write
+Mixture.piece, Mixture.write = _run, _write
 
 def origin(content: Mapping, method: Method) -> dict[str, str]: # file name -> text
     "What a merged checkpoint says of itself: a model card, and all that is needed to make it again."
@@ -690,7 +693,7 @@ def origin(content: Mapping, method: Method) -> dict[str, str]: # file name -> t
     card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge` with [{method.name}]({method.paper}), without training, from:\n\n"
     return {"maet_config.yml": text, "README.md": str(ModelCard(f"{card}```yaml\n{text}```\n"))}
 
-# %% ../nbs/20_merging.ipynb #59129aac
+# %% ../nbs/20_merging.ipynb #b4c96d80
 def ingredients(file: Mergekit, entries: list[Entry], method: Method, where: str) -> list[Entry]:
     "The models of one slice in order. Raises MaetError for a model that is there twice, or too few of them."
     names = [entry.model for entry in entries]
@@ -704,7 +707,7 @@ def ingredients(file: Mergekit, entries: list[Entry], method: Method, where: str
     if entries: return entries
     raise MaetError(f"{where}: there is no model beside the base; give one")
 
-# %% ../nbs/20_merging.ipynb #4d89d294
+# %% ../nbs/20_merging.ipynb #a72b2006
 def open_models(method: Method, content: Mapping, where: str, mask: Callable = random_mask) -> Mixture:
     "Read a file in mergekit's language and open what it names."
     file = read_file(content, where)
@@ -720,7 +723,7 @@ def open_models(method: Method, content: Mapping, where: str, mask: Callable = r
     tasks = make_tasks(file, method, like, parts, models, where, mask)
     return Mixture(method, like, list(models.values()), tasks, out_dtype(file, like, list(models.values()), where), content, mask is random_mask)
 
-# %% ../nbs/20_merging.ipynb #b4c96d80
+# %% ../nbs/20_merging.ipynb #b7103ca2
 def make_tasks(file: Mergekit, method: Method, like: Checkpoint, parts: list[tuple[range, Slice]], models: Mapping[str, Model],
                where: str, mask: Callable) -> dict[str, Task]:
     "All parameters of all tensors. Raises MaetError for one that is missing."
@@ -740,7 +743,7 @@ def make_tasks(file: Mergekit, method: Method, like: Checkpoint, parts: list[tup
                            each, shared, partial(mask, shared.get("seed", 0)), whole)
     return tasks
 
-# %% ../nbs/20_merging.ipynb #b7103ca2
+# %% ../nbs/20_merging.ipynb #c097638f
 def thin_readings(task: Task, number: int) -> int:
     "How often TIES and DARE read a model's tensor before they merge it."
     if task.each[number]["density"] == 1: return 0
@@ -771,7 +774,7 @@ add_method(delta_method("dare_ties", "https://arxiv.org/abs/2311.03099", merge=e
 add_method(Method("slerp", "https://en.wikipedia.org/wiki/Slerp", open_models, turned, {}, {"t": Parameter(as_number)}, models=2,
                   first=turning, readings=lambda task, number: 1))
 
-# %% ../nbs/20_merging.ipynb #c097638f
+# %% ../nbs/20_merging.ipynb #1f1362ea
 @dataclass(eq=False)
 class Transferred:
     "Eq. 3-5, ready to be written."
@@ -793,7 +796,7 @@ def open_maet(method: Method, content: Mapping, where: str, mask: Callable) -> T
 
 add_method(Method("maet", "https://arxiv.org/abs/2410.07825", open_maet))
 
-# %% ../nbs/20_merging.ipynb #1f1362ea
+# %% ../nbs/20_merging.ipynb #d54ad009
 def stored_bytes(path: Path) -> int:
     "Bytes of a pack, or of a checkpoint's tensors."
     return path.stat().st_size if path.is_file() else sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
@@ -815,7 +818,7 @@ def readable(count: float) -> str:
         count, unit = count / 1000, "TB"
     return f"{count:.3g} {unit}"
 
-# %% ../nbs/20_merging.ipynb #450ddec8
+# %% ../nbs/20_merging.ipynb #d321d6f7
 def plan(opened: Mixture | Transferred, out: str | Path) -> str:
     "What will be read, written and held, as a table."
     readings, like = opened.readings(), opened.like
@@ -823,7 +826,7 @@ def plan(opened: Mixture | Transferred, out: str | Path) -> str:
     written = sum(prod(like.shape(name)) * width[name] for name in like.names)
     held = (8 if opened.method.first else 3) * cores() * (len(readings) + 2) * 4 * PIECE  # as measured; a first reading has threads of its own
     rows = [("method", opened.method.name, opened.method.paper, ""), *(("read", model, readable(count), f"{times} x") for model, count, times in readings),
-            ("write", str(out), readable(written), f"{len(like.shards)} shards, {str(opened.dtype or 'dtypes of ' + like.path.name).removeprefix('torch.')}"),
+            ("write", str(out), readable(written), f"{len(like.shards)} shard{'s'[:len(like.shards) > 1]}, {str(opened.dtype or 'dtypes of ' + like.path.name).removeprefix('torch.')}"),
             ("hold", "", f"about {readable(held)}", "beside Python itself; it does not grow with the model")]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)

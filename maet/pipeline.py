@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMAT', 'World', 'Phase', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability', 'Exam', 'Recipe', 'quiet', 'Store',
            'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'digest', 'plain', 'Texts', 'named', 'tokens',
-           'trained_from', 'backbone', 'Run', 'train_run', 'make_base', 'Part', 'Parameters', 'Merge', 'merge',
-           'origin', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred', 'rival',
-           'models', 'jobs', 'work', 'side_by_side']
+           'trained_from', 'backbone', 'Run', 'workshop', 'train_run', 'make_base', 'Part', 'Parameters', 'Merge',
+           'merge', 'origin', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred',
+           'rival', 'models', 'jobs', 'work', 'side_by_side']
 
 # %% ../nbs/16_pipeline.ipynb #da4b9237
 import hashlib, json, math, multiprocessing, os, shutil, signal, threading, time
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .tensors import MaetError
 from .checkpoints import Checkpoint, local, sync
-from .deltas import apply_delta, open_delta
+from .deltas import Keys, apply_delta, open_delta
 from .corpora import Source, check, documents, identity, write_tokens
 from .miniworld import ABILITIES, LANGUAGES, write_world
 from .settings import load, recipes, strict
@@ -327,19 +327,30 @@ class Run:
     held_out_tokens: int = 65_536
     launch: Launch = field(default_factory=Launch)
 
+@contextmanager
+def workshop(out: Path):
+    "A folder beside `out` for a command that goes on after a kill. Bad input leaves none, unless there was one before."
+    work, new = out.parent / f".{out.name}.work", not (out.parent / f".{out.name}.work").exists()
+    if out.exists(): raise MaetError(f"{out}: exists; choose a new place")
+    try: work.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise MaetError(f"{out}: cannot be written ({e.strerror})") from None
+    try: yield work
+    except MaetError:
+        if new: shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
 def train_run(r: Run, out: str | Path) -> dict: # losses, held_out, steps, tokens, trained, bytes, seconds (10)
     "A checkpoint folder, or with keys a pack file, at `out`. Called again after a kill, it goes on."
     from transformers import AutoTokenizer
-    out, base, t = Path(out), local(r.base), r.training
-    if out.exists(): raise MaetError(f"{out}: exists; choose a new place")
-    work = out.parent / f".{out.name}.work"
-    for source in (*r.corpora, *r.held_out): check(source)
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    table = lambda name, sources, size: str(write_tokens(work / f"{name}.safetensors", sources, tokenizer, size, t.sequence_length, t.seed, t.whole_documents))
-    held_out = table("held_out", r.held_out, r.held_out_tokens) if r.held_out else None
-    report = run_job(Job(str(base), table("tokens", r.corpora, t.tokens), str(out), str(work / "job"), t, r.keys, held_out), r.launch)
-    shutil.rmtree(work)
-    return report
+    base, t = local(r.base), r.training
+    with workshop(Path(out)) as work:
+        tokenizer, start = AutoTokenizer.from_pretrained(base, local_files_only=True), Checkpoint(base)
+        for file in r.keys: Keys(file, start)
+        for source in (*r.corpora, *r.held_out): check(source)
+        def table(name, sources, size): return str(write_tokens(work / name, sources, tokenizer, size, t.sequence_length, t.seed, t.whole_documents))
+        held_out = table("held_out.safetensors", r.held_out, r.held_out_tokens) if r.held_out else None
+        return run_job(Job(str(base), table("tokens.safetensors", r.corpora, t.tokens), str(out), str(work / "job"), t, r.keys, held_out), r.launch)
 
 def make_base(r: Base, out: str | Path) -> None:
     "A backbone at `out`; its stages lie beside it while it is made."

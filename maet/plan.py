@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'SAME', 'BUCKET', 'IN_USE', 'PREFETCHED', 'GPUS', 'UNITS', 'ADVICE', 'Watch', 'expected_block',
            'trained_form', 'stored', 'Rehearsal', 'rehearse', 'shares', 'memory', 'GPU', 'gpu', 'seconds', 'operations',
-           'disk', 'Cluster', 'computes_in', 'plan_run', 'stages', 'config_of', 'plan', 'modes', 'sized', 'describe',
-           'read', 'cluster_of', 'device_memory', 'must_fit']
+           'disk', 'Cluster', 'computes_in', 'plan_run', 'stages', 'config_of', 'trainings', 'plan', 'modes', 'sized',
+           'describe', 'read', 'cluster_of', 'device_memory', 'must_fit']
 
 # %% ../nbs/17_plan.ipynb #da4b9237
 import copy, json, math, os, weakref
@@ -108,6 +108,8 @@ def expected_block(shape: tuple,      # of a tensor
 def trained_form(config, training: Training, ratio: float, granularity: str, spread: bool = False): # spread: by ZeRO
     "The model as room 10 trains it, on the meta device. `config`: a PretrainedConfig."
     model = meta_model(config).to(room.weight_dtype(training, stored(config), _ZERO if spread else None))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding): module.padding_idx = None  # which rows are padding is a question of numbers
     if training.attention == "eager": model.set_attn_implementation("eager")
     with torch.device("meta"):
         if training.mode != "key-neuron": return room.prepare(model, training).train()
@@ -162,6 +164,7 @@ class Rehearsal(NamedTuple):
     @property
     def timeline(self) -> np.ndarray: return np.concatenate(self.timelines)
 
+# %% ../nbs/17_plan.ipynb #9e6a55b6
 def _prepared(model, watch, accumulated: bool):
     "The optimizer with its moments, everything marked by its kind."
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -191,7 +194,7 @@ def _step(model, optimizer, ids, clip: float, autocast=nullcontext, lap=lambda: 
     optimizer.step()
     optimizer.zero_grad()
 
-# %% ../nbs/17_plan.ipynb #9e6a55b6
+# %% ../nbs/17_plan.ipynb #b3f0c7f6
 def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spread) -> Rehearsal:
     from torch._subclasses.fake_tensor import FakeTensorMode
     model = trained_form(config, training, ratio, granularity, spread)
@@ -205,7 +208,7 @@ def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spr
     return Rehearsal(tuple(timelines), watch.flops, sequences, scalars, sum(p.numel() for p in trained),
                      sum(p.numel()*p.element_size() for p in trained), int(watch.timeline[0][KINDS.index("weights")]))
 
-# %% ../nbs/17_plan.ipynb #91032ad7
+# %% ../nbs/17_plan.ipynb #472b07b9
 def _repeats(config) -> bool:
     "Has every layer tensors of the same shapes, and is it of the same type?"
     layers = {}
@@ -236,7 +239,7 @@ def _deep(config, *form) -> Rehearsal:
     numbers = {name: _stretched(getattr(two, name), getattr(three, name), times) for name in two._fields[1:] if name != "sequences"}
     return two._replace(timelines=timelines, **numbers)
 
-# %% ../nbs/17_plan.ipynb #12c6fc06
+# %% ../nbs/17_plan.ipynb #d435a6cd
 def rehearse(config,              # PretrainedConfig of the base
              training: Training,
              gpus: int = 1,       # that share a batch
@@ -248,7 +251,7 @@ def rehearse(config,              # PretrainedConfig of the base
     check_ranks(training, gpus)
     sequences = at_once(training, gpus)
     spread = spread and training.mode == "dense"  # nothing else differs
-    form = sequences, batch_sequences(training) > sequences*gpus, ratio, granularity, spread
+    form = sequences, batch_sequences(training) > sequences*gpus, *((ratio, granularity) if training.mode == "key-neuron" else (0., "")), spread
     text = json.dumps([config.to_dict(), {k: v for k, v in asdict(training).items() if k not in SAME}, form], default=str, sort_keys=True)
     if text not in _KNOWN:
         try: _KNOWN[text] = _deep(config, training, *form)
@@ -256,10 +259,11 @@ def rehearse(config,              # PretrainedConfig of the base
             raise MaetError(f"plan: a step of {config.model_type} cannot be rehearsed ({str(e).splitlines()[0][:80]}); measure one") from e
     return _KNOWN[text]
 
-SAME = set("tokens batch_tokens learning_rate schedule warmup_steps decay_steps weight_decay beta1 beta2 seed save_every eval_every".split()) # change no shape
+SAME = set("""tokens batch_tokens whole_documents learning_rate schedule warmup_steps decay_steps weight_decay beta1 beta2 seed save_every
+    eval_every save_samples keep lora_alpha lora_merge""".split())  # change no shape
 _KNOWN = {}
 
-# %% ../nbs/17_plan.ipynb #22d200f8
+# %% ../nbs/17_plan.ipynb #63266754
 BUCKET = 5*10**8                      # scalars: DeepSpeed's reduce_bucket_size
 IN_USE, PREFETCHED = 10**9, 5*10**7   # scalars: its stage3_max_live_parameters, and what it gathers at once
 
@@ -292,7 +296,7 @@ def memory(r: Rehearsal, zero: int | None = None, gpus: int = 1, offload: bool =
     held = dict(zip(KINDS, timeline[at].tolist())) | always
     return held | dict(buffers=float(buffers[at]))
 
-# %% ../nbs/17_plan.ipynb #b6692ea5
+# %% ../nbs/17_plan.ipynb #f1f836cb
 class GPU(NamedTuple):
     bf16: float    # TFLOP/s, dense
     float32: float # TFLOP/s, as torch multiplies by default
@@ -312,7 +316,7 @@ def gpu(name: str) -> GPU:
     if name not in GPUS: raise MaetError(f"plan: no GPU {name!r} in the table; there are {', '.join(GPUS)}")
     return GPUS[name]
 
-# %% ../nbs/17_plan.ipynb #fc074d50
+# %% ../nbs/17_plan.ipynb #cb7a1d77
 def seconds(r: Rehearsal, training: Training, name: str, gpus: int = 1, utilisation: float = .4, float32: bool = False) -> float:
     "How long the run takes on so many of the GPU called `name`."
     if not 0 < utilisation <= 1: raise MaetError(f"plan: utilisation is {utilisation}, it must be above 0 and at most 1")
@@ -321,7 +325,7 @@ def seconds(r: Rehearsal, training: Training, name: str, gpus: int = 1, utilisat
 def operations(r: Rehearsal, training: Training) -> float: # floating point operations of the whole run, all GPUs
     return r.flops*total_tokens(training)/(r.sequences*training.sequence_length)
 
-# %% ../nbs/17_plan.ipynb #ca3512f4
+# %% ../nbs/17_plan.ipynb #af3e1334
 def _size(scalars: int, trained: int, item: int, mode: str) -> int: # bytes of an expert
     return scalars*item if mode != "key-neuron" else 4*trained + -(-scalars//8)
 
@@ -329,12 +333,13 @@ def disk(r: Rehearsal, training: Training, item: int = 2, keys: int = 0) -> dict
     "Bytes that a run reads, writes, leaves, and has beside that while it runs."
     steps, saved = total_steps(training), 12*r.trained
     base, ids, masks = r.scalars*item, 4*total_tokens(training), keys*-(-r.scalars//8)
-    result = _size(r.scalars, r.trained, item, training.mode)
+    expert, candidates = _size(r.scalars, r.trained, item, training.mode), 1
+    if training.keep: candidates = -(-steps*batch_sequences(training)//training.save_samples)
     passes = 3 if training.mode == "key-neuron" else 2  # fingerprint, load; and what the values were before
-    return dict(read=passes*base + ids + masks, write=ids + result + saved*-(-steps//training.save_every), result=result + ids,
-                meanwhile=saved*min(2, -(-steps//training.save_every)))
+    return dict(read=passes*base + ids + masks, write=candidates*expert + saved*-(-steps//training.save_every),
+                result=min(training.keep or 1, candidates)*expert, meanwhile=saved*min(2, -(-steps//training.save_every)))
 
-# %% ../nbs/17_plan.ipynb #761f22b2
+# %% ../nbs/17_plan.ipynb #92cfceb3
 @dataclass
 class Cluster:
     "Where a run would go."
@@ -359,7 +364,7 @@ def plan_run(stage: str, config, training: Training, cluster: Cluster, ratio: fl
                 steps=total_steps(training), flops=operations(r, training), seconds=time, **moved, memory=sum(held.values()),
                 fits=sum(held.values()) <= gpu(cluster.gpu).memory*1e9, **held)
 
-# %% ../nbs/17_plan.ipynb #0286dd55
+# %% ../nbs/17_plan.ipynb #98fbc42f
 class _Noted(Store):
     "A dry store that notes what the stages would be made of."
     def __init__(self):
@@ -388,7 +393,7 @@ def stages(recipe: Recipe | Base) -> list[tuple[str, dict]]: # name and inputs o
         for ability in recipe.abilities: models(_Unread(recipe, store), ability)
     return list(store.noted.values())
 
-# %% ../nbs/17_plan.ipynb #fb644351
+# %% ../nbs/17_plan.ipynb #fe2ef495
 def config_of(what: Recipe | Run | Base):
     "The base's config. Raises MaetError where there is none."
     from transformers import LlamaConfig
@@ -397,12 +402,14 @@ def config_of(what: Recipe | Run | Base):
     try: return LlamaConfig(vocab_size=base.vocabulary, dtype="float32", **base.model)
     except (TypeError, ValueError) as e: raise MaetError(f"base.model: {str(e).splitlines()[0]}") from None
 
-def _other(name: str, scalars: int, item: int, pack: int) -> dict[str, int]:
+def _other(name: str, inputs: dict, scalars: int, item: int, pack: int) -> dict[str, int]:
     "Bytes of a stage that trains nothing."
-    base, masks, kind = scalars*item, -(-scalars//8), name.split(".")[0]
-    read, result = dict(keys=(2*base, masks), ability=(2*pack, pack), maet=(base + 8*pack, base), start=(0, base)).get(kind, (0, 0))
+    base, masks, packs = scalars*item, -(-scalars//8), 1 + len(inputs.get("experts", ()))
+    known = dict(tokens=(0, 4*inputs.get("tokens", 0)), keys=(2*base, masks), ability=(2*pack, pack), maet=(base + 2*packs*pack, base), start=(0, base))
+    read, result = known.get(name.split(".")[0], (0, 0))
     return dict(read=read, write=result, result=result, meanwhile=0)
 
+# %% ../nbs/17_plan.ipynb #827bfc45
 def _sparse(inputs: dict, locate: Locate | None) -> tuple: # the last arguments of plan_run
     "Two masks meet in an unknown number of places: none is the most that a union can hold."
     keys = len(inputs.get("keys") or ())
@@ -411,27 +418,34 @@ def _sparse(inputs: dict, locate: Locate | None) -> tuple: # the last arguments 
 def _saved_keys(files: list) -> tuple:
     "The same of keys files that are there."
     metas = [keys_meta(path) for path in files]
-    return (min(1., sum(float(m["ratio"]) for m in metas)), metas[0]["granularity"], len(files)) if files else ()
+    share = sum(sum(m["counts"].values())/sum(map(math.prod, m["shapes"].values())) for m in metas)
+    return (min(1., share), metas[0].get("granularity", "element"), len(files)) if files else ()
+
+def trainings(what: Recipe | Run | Base) -> list[tuple]: # (stage, Training, and if sparse: ratio, granularity, number of keys files)
+    "All that a recipe would train."
+    if isinstance(what, Run): return [("train", what.training, *_saved_keys(what.keys))]
+    locate = getattr(what, "locate", None)
+    return [(name, Training.of(inputs["training"]), *_sparse(inputs, locate)) for name, inputs in stages(what) if "training" in inputs]
 
 def plan(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None) -> list[dict]: # a row for each stage
     "What it would train, read, write and hold. Starts nothing. `config`: of the base, where the base is not here."
     config = config_of(what) if config is None else config
-    if isinstance(what, Run): return [plan_run("train", config, what.training, cluster, *_saved_keys(what.keys))]
-    locate, item = getattr(what, "locate", None), stored(config).itemsize
+    locate, item, runs = getattr(what, "locate", None), stored(config).itemsize, iter(trainings(what))
     scalars = sum(math.prod(shape) for shape in shapes(config).values())
     pack = _size(scalars, int(2*locate.ratio*scalars), item, "key-neuron") if locate else 0
-    rows = []
-    for name, inputs in stages(what):
-        if "training" not in inputs: rows.append(dict(stage=name, mode=None, **_other(name, scalars, item, pack)))
-        else: rows.append(plan_run(name, config, Training.of(inputs["training"]), cluster, *_sparse(inputs, locate)))
-    return rows
+    names = [("tokens", dict(tokens=what.training.tokens)), ("train", dict(training=None))] if isinstance(what, Run) else stages(what)
+    def row(name, inputs):
+        if "training" not in inputs: return dict(stage=name, mode=None, **_other(name, inputs, scalars, item, pack))
+        stage, training, *sparse = next(runs)
+        return plan_run(stage, config, training, cluster, *sparse)
+    return [row(*stage) for stage in names]
 
-# %% ../nbs/17_plan.ipynb #827bfc45
+# %% ../nbs/17_plan.ipynb #2e01e174
 def modes(config, training: Training, cluster: Cluster = Cluster(), ratio: float = .05, granularity: str = "element") -> list[dict]:
     "A row for each mode of training."
     return [plan_run(mode, config, replace(training, mode=mode), cluster, ratio, granularity) for mode in MODES]
 
-# %% ../nbs/17_plan.ipynb #2e01e174
+# %% ../nbs/17_plan.ipynb #b7eb6c68
 def sized(number: float) -> str: # bytes
     "As people read it: 1 GB is 10**9 bytes."
     unit = next((u for u, at_least in UNITS.items() if number >= at_least), "B")
@@ -455,7 +469,7 @@ def _stages_table(rows: list[dict]) -> str:
         body.append([name, f"{len(same)} x", r["mode"] or "", *numbers, *(sized(r[k]) for k in ("read", "write", "result")), *fit])
     return _aligned([head, *body])
 
-# %% ../nbs/17_plan.ipynb #e1822db4
+# %% ../nbs/17_plan.ipynb #a9334987
 def _memory_table(rows: list[dict]) -> str:
     kinds = [*KINDS, "buffers"]
     seen = {(r["mode"], r["ratio"], r["memory"]): r for r in rows if r["mode"]}
@@ -479,7 +493,7 @@ def _totals(rows: list[dict], cluster: Cluster) -> list[str]:
             f"reads {sized(total['read'])}, writes {sized(total['write'])}; on disk {sized(total['result'])} in the end, "
             f"{sized(max(r['meanwhile'] for r in rows))} more while it trains"]
 
-# %% ../nbs/17_plan.ipynb #8effee40
+# %% ../nbs/17_plan.ipynb #9109c85a
 def read(source: str | Path) -> Recipe | Run | Base: # a file, or the name of a shipped one
     "A recipe of whatever command it is for."
     content = read_yaml(source)
@@ -504,7 +518,15 @@ def must_fit(what: Recipe | Run | Base) -> None:
     "Raises MaetError, in one line, if a training of it cannot fit on the devices of this machine."
     cluster, config = cluster_of(what), config_of(what)
     device = device_memory(max(machines(getattr(what, "launch", Launch())).values()))
-    worst = max(plan(what, cluster, config), key=lambda row: row.get("memory", 0))
-    if worst["memory"] > device:
-        raise MaetError(f"plan: {worst['stage']} ({worst['mode']}) needs {worst['memory']/1e9:.1f} GB on each of {cluster.gpus} devices, "
-                        f"and one has {device/1e9:.1f} GB; {ADVICE}")
+    need, stage, mode = max(_needs(what, cluster, config))
+    if need > device:
+        raise MaetError(f"plan: {stage} ({mode}) needs {need/1e9:.1f} GB on each of {cluster.gpus} devices, and one has {device/1e9:.1f} GB; {ADVICE}")
+
+def _needs(what, cluster, config):
+    "(bytes, stage, mode) of all that is trained. More key neurons need more, so of runs that differ in that alone the largest will do."
+    runs = {}
+    for stage, training, *sparse in sorted(trainings(what), key=lambda run: run[2:3]):
+        runs[json.dumps([v for k, v in asdict(training).items() if k not in SAME])] = stage, training, sparse[:2]
+    for stage, training, sparse in runs.values():
+        r = rehearse(config, training, cluster.gpus, *sparse, spread=bool(cluster.zero))
+        yield sum(memory(r, cluster.zero, cluster.gpus, cluster.offload).values()), stage, training.mode

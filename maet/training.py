@@ -322,9 +322,10 @@ def _no_bars():
 
 @contextmanager
 def _in_shards(deepspeed, dtype):
-    "Inside, transformers loads models in shards if the stage is 3. It asks a config that it knows by a weak reference."
-    if not deepspeed or _zero(deepspeed) != 3: yield; return
+    "Inside, transformers loads models in shards if the stage is 3. It asks the config that was made last, if that still lives."
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    unset_hf_deepspeed_config()
+    if _zero(deepspeed or {}) != 3: yield; return
     known = HfDeepSpeedConfig(dict(train_micro_batch_size_per_gpu=1, bf16=dict(enabled=dtype == torch.bfloat16),
                                    zero_optimization=deepspeed["zero_optimization"]))
     try: yield
@@ -372,7 +373,9 @@ def prepare(model, # as `load_base` returns it
             keys: Mapping[str, Tensor] | None = None): # key-neuron: tensor name -> bool mask
     "The model that is trained: what the mode freezes is frozen, and what it adds is there."
     model.config.use_cache = False
-    if training.activation_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if training.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
+        enable(dict(use_reentrant=False))
     if training.mode == "key-neuron": return freeze(model, keys)
     return _with_lora(model, training) if training.mode == "lora" else model
 

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['SIMILARITIES', 'ROUNDINGS', 'multilingual_weights', 'similarity', 'select_count', 'select', 'change', 'transfer',
-           'Multilingual', 'MaetTransfer']
+           'addends', 'addends_to_scan', 'dots', 'MaetTransfer']
 
 # %% ../nbs/15_transfer.ipynb #77de68da
 from .ability import weighted
 from .checkpoints import identity
-from .deltas import Lazy, Part, added, cosine, cosines, dot, piece_of, scan, shapes_of
+from .deltas import Lazy, Pack, Part, Sum, added, combine, cosine, cosines, dot, scan, shapes_of, terms_of
 from .tensors import MaetError, of_kinds
 
 # %% ../nbs/15_transfer.ipynb #1b645389
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import floor
 
 import torch
@@ -110,34 +111,37 @@ class _Inputs:
         if unknown: raise MaetError(f"transfer: the base has no tensor {unknown[0]}; give deltas to this base")
 
 # %% ../nbs/15_transfer.ipynb #cb4e5208
-class Multilingual(Lazy):
-    "R_Lang of a whole model, name -> Part, computed when asked for. Raises MaetError unless there is one weight a language."
-    def __init__(self, languages: Sequence[Mapping[str, Part]], # R(L_i)
-                 mu: Sequence[float]):                          # one weight a language
-        multilingual_weights([None] * len(languages), mu)
-        self.languages, self.mu, self.shapes = languages, mu, shapes_of(languages)
+def addends(delta: Mapping[str, Part], factor: float = 1.) -> list[tuple[float, Mapping[str, Part]]]:
+    "The deltas that a sum is made of, with their factors; a delta that is no sum is its only addend."
+    if not isinstance(delta, Sum): return [(factor, delta)]
+    return [found for own, inner in delta.weighted for found in addends(inner, factor * own)]
 
-    @property
-    def identity(self) -> str: return identity("Eq. 3", *self.languages, self.mu)
+def addends_to_scan(delta: Mapping[str, Part]) -> list[tuple[float, Mapping[str, Part]]]:
+    "Each pack for itself, and one sum of all the others."
+    rest = [(factor, inner) for factor, inner in addends(delta) if not isinstance(inner, Pack)]
+    return [(factor, inner) for factor, inner in addends(delta) if isinstance(inner, Pack)] + [(1., Sum(rest))] * bool(rest)
 
-    def piece(self, name: str, start: int, stop: int) -> Part: # of the flat tensor; start is a multiple of 8
-        return multilingual_weights([piece_of(delta, name, start, stop) for delta in self.languages], self.mu)
+def dots(a: Mapping[str, Part], b: Mapping[str, Part], # deltas
+         shapes: Mapping[str, tuple],                  # of the tensors to look at
+         ) -> dict[str, float]:                        # tensor name -> dot product
+    "Dot products of two deltas, tensor by tensor, in one scan."
+    sides = [{f"{side}{n}": addend for n, addend in enumerate(addends_to_scan(delta))} for side, delta in zip("ab", (a, b))]
+    factors = {name: factor for side in sides for name, (factor, _) in side.items()}
+    found = scan({name: delta for side in sides for name, (_, delta) in side.items()}, ["dot"], shapes, pairs=product(*sides))
+    return {name: sum(factors[x] * factors[y] * values[name] for (_, x, y), values in found.items()) for name in shapes}
 
 # %% ../nbs/15_transfer.ipynb #972a67c4
 class MaetTransfer(_Inputs, Lazy):
     "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError for bad parameters."
     @cached_property
-    def language(self) -> Multilingual:
-        "R_Lang."
-        return Multilingual(self.languages, self.mu)
+    def language(self) -> Sum: return Sum(zip(self.mu, self.languages)) # R_Lang, Eq. 3 for a whole model
 
     @cached_property
     def similarities(self) -> dict[str, float]:
         "V of every tensor, in one scan. What ability or languages did not change has 0."
         shared = {name: shape for name, shape in self.language.shapes.items() if name in self.ability}
-        wanted = ["dot", "squares"] if self.similarity == "cosine" else ["dot"]
-        found = scan({"ability": self.ability, "language": self.language}, wanted, shared)
-        values = cosines(found, "ability", "language") if self.similarity == "cosine" else found["dot", "ability", "language"]
+        if self.similarity == "dot": values = dots(self.ability, self.language, shared)
+        else: values = cosines(scan({"a": self.ability, "b": self.language}, ["dot", "squares"], shared), "a", "b")
         return {name: values.get(name, 0.) for name in self.names}
 
     @cached_property
@@ -158,7 +162,10 @@ class MaetTransfer(_Inputs, Lazy):
         settings = self.gamma, self.eta, self.select_ratio, self.similarity, self.kinds, self.rounding
         return identity("Eq. 5", self.ability, self.language, *settings)
 
-    def piece(self, name: str, start: int, stop: int) -> Part: # of the flat tensor; start is a multiple of 8
-        selected = name in self.selected
-        ability = piece_of(self.ability, name, start, stop) if selected else None
-        return change(ability, piece_of(self.language, name, start, stop), selected, self.gamma, self.eta)
+    def terms(self, name: str, start: int, stop: int) -> list[tuple[float, Part]]: # (factor, flat part)
+        "Eq. 5 as the sum that it is."
+        if name not in self.selected: return terms_of(self.language, name, start, stop)
+        sides = (self.gamma, self.ability), (self.eta, self.language)
+        return [(outer * inner, part) for outer, delta in sides for inner, part in terms_of(delta, name, start, stop)]
+
+    def piece(self, name: str, start: int, stop: int) -> Part: return combine(self.terms(name, start, stop))

@@ -89,7 +89,7 @@ def test_mergekit_itself(tmp_path, monkeypatch):
     for recipe in RECIPES:
         found, dtype = ours(recipe, record), torch.bfloat16 if recipe.endswith("bfloat16") else torch.float32
         assert_equal(found, record.of(recipe), dtype)
-        if recipe.startswith("dare"): continue
+        if recipe not in ("linear-bfloat16", "ties-filters", "slerp-slices"): continue  # its start alone takes seconds
         subprocess.run([MERGEKIT, "recipe.yml", "theirs", "--no-write-model-card", "--no-copy-tokenizer"], env=environment, check=True, capture_output=True)
         assert_equal(found, {k: t for file in Path("theirs").glob("*.safetensors") for k, t in load_file(file).items()}, dtype)
         shutil.rmtree("theirs")
