@@ -83,6 +83,7 @@ def train(recipe: Annotated[Path, typer.Argument(help="YAML: base, corpora, trai
     must_fit(run)
     with resumable(): train_run(run, out)
 
+# %% ../nbs/90_cli.ipynb #b1d57811
 @app.command()
 def plan(recipe: Annotated[str, typer.Argument(help="YAML of `maet run`, `maet train` or `maet base`, or a shipped one such as 8b.yml.")],
          gpu: Annotated[str, typer.Option(help="One of the table in room 17: A100-80, H100, H200, L4 ...")] = "H100",
@@ -112,7 +113,7 @@ def locate(base: Model, tuned: Model, out: Out,
     found = locate(Checkpoint(base), Checkpoint(tuned), ratio, granularity, out)
     typer.echo(f"{out}: {found['neurons']['key']} of {found['neurons']['all']} neurons, importance from {found['threshold']:.3g}")
 
-# %% ../nbs/90_cli.ipynb #17ba0791
+# %% ../nbs/90_cli.ipynb #7b52009b
 @app.command()
 def pack(base: Annotated[Optional[str], typer.Argument(help="The checkpoint before training: a folder or a hub id.")] = None,
          tuned: Annotated[Optional[str], typer.Argument(help="The checkpoint after it.")] = None,
@@ -147,9 +148,9 @@ def extract(base: Annotated[str, typer.Option(help="The checkpoint that both exp
     from maet.ability import save_ability
     save_ability(out, base, ability, minus, alpha, beta)
 
-# %% ../nbs/90_cli.ipynb #7b52009b
+# %% ../nbs/90_cli.ipynb #bd307a3e
 @app.command()
-def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, linear, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
+def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, linear, magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
           out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")],
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be read, written and held.")] = False):
     """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that AutoModelForCausalLM loads.
@@ -159,7 +160,7 @@ def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's langua
     done = merge(recipe, out, dry_run)
     if dry_run: typer.echo(done)
 
-# %% ../nbs/90_cli.ipynb #fa35e192
+# %% ../nbs/90_cli.ipynb #f1abd670
 @app.command(name="eval")
 def evaluate(model: Model,
              data: Annotated[Optional[Path], typer.Option(help="Folder with <task>/<language>.jsonl; without it, the hub.")] = None,
@@ -184,7 +185,7 @@ def evaluate(model: Model,
                                device=device, dtype=dtype, backend=backend, backend_args=backend_args, chat_template=chat_template, allow_code=allow_code):
         typer.echo(line)
 
-# %% ../nbs/90_cli.ipynb #1574bddb
+# %% ../nbs/90_cli.ipynb #0716d970
 def main(arguments: list[str] | None = None) -> int:
     "The `maet` command. Exit codes: 0 done, 1 a rank failed (its last lines on stderr), 2 bad input (one line on stderr), 130 interrupted."
     try: return app(arguments)
@@ -200,6 +201,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"maet: {' '.join(said.split())}", file=sys.stderr)
     raise SystemExit(2)
 
-# %% ../nbs/90_cli.ipynb #0716d970
+# %% ../nbs/90_cli.ipynb #9e6a55b6
 #| eval: false
 if __name__ == "__main__": main()

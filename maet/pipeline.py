@@ -327,6 +327,7 @@ class Run:
     held_out_tokens: int = 65_536
     launch: Launch = field(default_factory=Launch)
 
+# %% ../nbs/16_pipeline.ipynb #bc33ea4e
 @contextmanager
 def workshop(out: Path):
     "A folder beside `out` for a command that goes on after a kill. Bad input leaves none, unless there was one before."
@@ -363,7 +364,7 @@ def make_base(r: Base, out: str | Path) -> None:
     os.replace(made, out)
     shutil.rmtree(store.root)
 
-# %% ../nbs/16_pipeline.ipynb #bc33ea4e
+# %% ../nbs/16_pipeline.ipynb #0a57cb53
 @dataclass
 class Part:
     "A checkpoint folder or a pack, and its weight."
@@ -401,7 +402,7 @@ def origin(config: dict) -> dict[str, str]: # file name -> text
     card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge`, without training, from:\n\n```yaml\n{text}```\n"
     return {"maet_config.yml": text, "README.md": str(ModelCard(card))}
 
-# %% ../nbs/16_pipeline.ipynb #7719a1c7
+# %% ../nbs/16_pipeline.ipynb #22d200f8
 class Pipeline:
     "One recipe and one seed, in a store. The functions below give the path of a result, which is made if it is not there."
     def __init__(self, recipe: Recipe, store: Store, seed: int = 0):
@@ -420,7 +421,7 @@ class Pipeline:
         "What a model is: the name of its stage, or the fingerprint of the base."
         return self.base_identity if model == self.base else model.parent.name
 
-# %% ../nbs/16_pipeline.ipynb #63266754
+# %% ../nbs/16_pipeline.ipynb #cb4e5208
 def trained(run: Pipeline, name: str, shares: dict[str, float], training: Training, keys: tuple = ()) -> Path:
     "An expert: a checkpoint, or with keys files a pack."
     training = replace(training, seed=run.seed, mode="key-neuron" if keys else training.mode)
@@ -429,7 +430,7 @@ def trained(run: Pipeline, name: str, shares: dict[str, float], training: Traini
     return trained_from(run.store, f"{name}.{named(shares)}", run.base, run.base_identity, table, training,
                         "expert.safetensors" if keys else "expert", keys, run.recipe.launch)
 
-# %% ../nbs/16_pipeline.ipynb #b6692ea5
+# %% ../nbs/16_pipeline.ipynb #f1f836cb
 def located(run: Pipeline, corpus: str) -> Path:
     "A little dense CPT on one corpus, and the keys file of the top k1 % of what it moved."
     r, probe = run.recipe.locate, trained(run, "probe", {corpus: 1.0}, run.recipe.locate.training)
@@ -437,7 +438,7 @@ def located(run: Pipeline, corpus: str) -> Path:
     stage = run.store.stage(f"keys.{corpus.replace('/', '.')}", make, probe=probe.parent.name, ratio=r.ratio, granularity=r.granularity)
     return stage / "keys.safetensors"
 
-# %% ../nbs/16_pipeline.ipynb #972a67c4
+# %% ../nbs/16_pipeline.ipynb #fc074d50
 def expert(run: Pipeline, language: str, ability: str | None = None) -> Path:
     "A pack of key neurons: of a language, or of an ability and a language."
     general = f"general/{language}"
@@ -451,14 +452,14 @@ def language_expert(run: Pipeline, ability: str) -> Path:
     if run.recipe.extract.minus == "general": return expert(run, l0)
     return trained(run, "expert", {f"{ability}/{l0}": 1.0}, run.recipe.training, (located(run, f"general/{l0}"),))
 
-# %% ../nbs/16_pipeline.ipynb #cb7a1d77
+# %% ../nbs/16_pipeline.ipynb #5b384ce3
 def extracted(run: Pipeline, ability: str) -> Path:
     "R(A) by Eq. 2: a pack."
     experts, r = (expert(run, run.recipe.reference, ability), language_expert(run, ability)), run.recipe.extract
     make = lambda part, step: save_ability(part / "ability.safetensors", run.base, *experts, r.alpha, r.beta)
     return run.store.stage(f"ability.{ability}", make, experts=[e.parent.name for e in experts], alpha=r.alpha, beta=r.beta) / "ability.safetensors"
 
-# %% ../nbs/16_pipeline.ipynb #ca3512f4
+# %% ../nbs/16_pipeline.ipynb #af3e1334
 def transferred(run: Pipeline, ability: str) -> Path:
     "The merged checkpoint, by Eq. 3, 4 and 5."
     r, weights = run.recipe.transfer, extracted(run, ability)
@@ -480,7 +481,7 @@ def models(run: Pipeline, ability: str) -> dict[str, Path]:
     return {"base": run.base, "ability-cpt": rival(run, ability, "ability"), "full-cpt": rival(run, ability, "full"),
             "maet": transferred(run, ability)}
 
-# %% ../nbs/16_pipeline.ipynb #0286dd55
+# %% ../nbs/16_pipeline.ipynb #98fbc42f
 def jobs(run: Pipeline) -> list[Callable[[], Path]]:
     "All training of a run, the dearest first."
     r = run.recipe

@@ -6,12 +6,15 @@
 __all__ = ['KINDS', 'GROUPS', 'MaetError', 'Place', 'place', 'of_kinds', 'meta_model', 'shapes']
 
 # %% ../nbs/00_tensors.ipynb #77de68da
-import json, re
+import json, os, re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+# transformers imports DeepSpeed where it is installed, and DeepSpeed then warns on stdout if it finds no accelerator by itself
+if not torch.accelerator.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # %% ../nbs/00_tensors.ipynb #c1dfd96e
 class MaetError(ValueError):
