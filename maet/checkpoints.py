@@ -85,11 +85,11 @@ def keep_memory() -> None:
 
 def in_order(work: Callable,            # of one job, in some thread
              jobs: Iterable,
-             workers: int | None = None, # threads; None: two a core, for one of two waits for the disk
+             workers: int | None = None, # threads; None: one more than cores, for one of them waits for the disk
              window: int | None = None,  # results that may exist at most; None: twice the workers
              ) -> Iterator:              # work(job) for each job, in the order of the jobs
     "Do jobs in several threads. An exception comes out at its job's place; what has not begun is dropped."
-    workers, waiting, threads = workers or 2 * cores(), deque(), torch.get_num_threads()
+    workers, waiting, threads = workers or cores() + 1, deque(), torch.get_num_threads()
     keep_memory()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # one core, one thread
         try:
@@ -880,7 +880,7 @@ def write_checkpoint(out: str | Path,      # a new folder
                      extra_files: Mapping[str, str] | None = None, # plain file name -> text, as a model card
                      max_shard_size: int | str | None = None,      # bytes, or as "5GB"; None: as in `like`
                      identity: str = "",           # of everything that determines the result; "": finished shards are not kept
-                     workers: int | None = None,   # threads; None: two a core
+                     workers: int | None = None,   # threads; None: one more than cores
                      ) -> Checkpoint:              # the new one
     "Write a checkpoint like another with new numbers: all of it or nothing. Holds a few pieces at a time."
     for name in extra_files or {}: plain_name(name, "extra_files")

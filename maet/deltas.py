@@ -616,7 +616,7 @@ def scan(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
          shapes: Mapping[str, tuple] | None = None, # the tensors to look at; None: all that a delta has
          by: Callable = lambda name: name,          # tensor name -> what sums are kept for: the tensor, its layer, None ...
          pairs: Iterable[tuple[str, str]] | None = None, # of deltas, for statistics of two; None: every two
-         workers: int | None = None,                # threads; None: one a core
+         workers: int | None = None,                # threads; None: one more than cores
          ) -> dict[tuple, dict]:                    # (statistic, delta[, delta]) -> what `by` gave -> float or Tensor
     "Statistics of any number of deltas in one pass. Holds a few pieces of each at a time."
     shapes = shapes_of(deltas.values()) if shapes is None else shapes
