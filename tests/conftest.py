@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for a model or a data set
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other are slower than one
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 
 
