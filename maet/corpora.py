@@ -8,7 +8,7 @@ __all__ = ['Pair', 'Document', 'KINDS', 'BLOCK', 'UNFILLED', 'CHUNK', 'FORMAT', 
            'Index', 'batch', 'in_blocks', 'Gzipped', 'in_a_line', 'open_dataset', 'there', 'Rows', 'reader',
            'documents', 'check', 'shuffled', 'Encoded', 'encode', 'template', 'answers', 'encode_chat', 'encoded',
            'Position', 'mixture', 'pack', 'pack_whole', 'Tokens', 'sequences', 'corpus', 'Table', 'finish', 'read_meta',
-           'open_tokens', 'save_tokens', 'identity', 'fingerprint', 'write_tokens', 'catalogue', 'stand_in']
+           'open_tokens', 'save_tokens', 'digest', 'identity', 'fingerprint', 'write_tokens', 'catalogue', 'stand_in']
 
 # %% ../nbs/03_corpora.ipynb #da4b9237
 import glob, gzip, hashlib, json, logging, os, random, re, shutil, struct, tempfile, zlib
@@ -613,10 +613,13 @@ def _digest(path: Path, size: int, changed: int) -> str: # sha256 of a file; siz
         while data := file.read(1 << 20): content.update(data); bar.update(len(data))
     return content.hexdigest()
 
+def digest(path: str | Path) -> str:
+    "sha256 of a file, in hexadecimal; read once, as long as it does not change. Raises MaetError."
+    try: return _digest(Path(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns)
+    except OSError as e: raise MaetError(f"{path}: cannot be read ({e.strerror})") from None
+
 def _content(files: list[Path]) -> str:
-    try: digests = [_digest(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    except OSError as e: raise MaetError(f"{e.filename}: cannot be read ({e.strerror})") from None
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()[:16]
 
 def identity(source: Source) -> str:
     "What a source says: the content of local files, the names of a hub dataset. Not its share. Raises MaetError."

@@ -8,9 +8,9 @@ __all__ = ['Part', 'VERSION', 'STATISTICS', 'pack_bits', 'unpack_bits', 'Packed'
            'cosine', 'as_cosine', 'joined', 'Lazy', 'piece_of', 'terms_of', 'shapes_of', 'Sum', 'label', 'read_label',
            'read_shapes', 'our_file', 'Keys', 'bits_of', 'made', 'save_keys', 'read_keys', 'keys_meta', 'Pack',
            'open_pack', 'pack_file', 'stored_part', 'add_parts', 'save_pack', 'shaped', 'same_shape', 'fits',
-           'Difference', 'open_delta', 'added', 'plus', 'apply_delta', 'Where', 'Statistic', 'statistic', 'values_of',
-           'add_up', 'asked_for', 'accumulate_into', 'scan', 'nothing', 'cosines', 'check_pack', 'pack_card',
-           'push_pack', 'pull_pack']
+           'Difference', 'open_delta', 'added', 'plus', 'apply_delta', 'origin', 'Where', 'Statistic', 'statistic',
+           'values_of', 'add_up', 'asked_for', 'accumulate_into', 'scan', 'nothing', 'cosines', 'check_pack',
+           'pack_card', 'push_pack', 'pull_pack']
 
 # %% ../nbs/02_deltas.ipynb #da4b9237
 from .checkpoints import (FLOATS, PIECE, Checkpoint, Shard, Writer, all_finite, finite, header_room, identity, in_order,
@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 # %% ../nbs/02_deltas.ipynb #902ba3cd
@@ -549,7 +550,19 @@ def apply_delta(out: str | Path,           # a new folder
     which = identity("apply", base, delta, dtype, extra_files, max_shard_size)
     return write_checkpoint(out, base, piece, dtype, extra_files, max_shard_size, which)
 
-# %% ../nbs/02_deltas.ipynb #1f1362ea
+# %% ../nbs/02_deltas.ipynb #2a459380
+def origin(content: Mapping,   # of the recipe
+           models: list[str],  # what it names
+           method: str, paper: str, # a word and a URL
+           ) -> dict[str, str]: # file name -> text, for `extra_files`
+    "`README.md`, a model card, and `maet_config.yml`, the recipe itself."
+    from huggingface_hub import ModelCard, ModelCardData
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    data = ModelCardData(base_model=models, tags=list(dict.fromkeys(["merge", "maet", method])), library_name="transformers")
+    card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge` with [{method}]({paper}), without training, from:\n\n"
+    return {"maet_config.yml": text, "README.md": str(ModelCard(f"{card}```yaml\n{text}```\n"))}
+
+# %% ../nbs/02_deltas.ipynb #d321d6f7
 class Where(NamedTuple):
     "A piece and the tensor that it is of."
     name: str
@@ -570,7 +583,7 @@ def statistic(name: str, of: int = 1, length: Callable | None = None) -> Callabl
     def enter(measure): STATISTICS[name] = Statistic(of, measure, length); return measure
     return enter
 
-# %% ../nbs/02_deltas.ipynb #450ddec8
+# %% ../nbs/02_deltas.ipynb #eb4ac303
 def values_of(part: Part) -> Tensor:
     "The scalars of a part that are not known to be zero: flat, float32."
     return (part.values if isinstance(part, Packed) else part.flatten()).float()
@@ -594,7 +607,7 @@ def _rows(a, where):
     total.index_add_(0, (positions + where.start) // columns - first, values_of(a).abs().double())
     return first, total
 
-# %% ../nbs/02_deltas.ipynb #d321d6f7
+# %% ../nbs/02_deltas.ipynb #b888b298
 def asked_for(wanted: Iterable[str], names: Iterable[str], pairs: Iterable[tuple] | None) -> list[tuple]:
     "(statistic, delta) and (statistic, delta, delta) for all that is asked for. An unknown statistic: MaetError."
     wanted, names = list(wanted), list(names)
@@ -610,7 +623,7 @@ def accumulate_into(totals: dict, key, value, length: int | None) -> None:
         start, part = value
         totals.setdefault(key, torch.zeros(length, dtype=part.dtype))[start:start + len(part)] += part
 
-# %% ../nbs/02_deltas.ipynb #eb4ac303
+# %% ../nbs/02_deltas.ipynb #1d513c0b
 def scan(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
          wanted: Iterable[str],                     # statistics, names in STATISTICS
          shapes: Mapping[str, tuple] | None = None, # the tensors to look at; None: all that a delta has
@@ -645,7 +658,7 @@ def cosines(found: Mapping[tuple, Mapping], # of `scan` with dot and squares
     "Cosines of two deltas from the sums of a scan."
     return {key: as_cosine(dot, found["squares", a][key], found["squares", b][key]) for key, dot in found["dot", a, b].items()}
 
-# %% ../nbs/02_deltas.ipynb #76546f9a
+# %% ../nbs/02_deltas.ipynb #1352246e
 def check_pack(path: str | Path,               # a file, a folder or a hub id
                base: Checkpoint | None = None, # to be compared in full, if given
                ) -> dict: # file, base, base_id, tensors, packed, scalars, stored, density, bytes, kinds, meta
@@ -665,7 +678,7 @@ def check_pack(path: str | Path,               # a file, a folder or a hub id
                 bytes=pack.path.stat().st_size, kinds=kinds,
                 meta={key: value for key, value in pack.meta.items() if key not in ours})
 
-# %% ../nbs/02_deltas.ipynb #1352246e
+# %% ../nbs/02_deltas.ipynb #b37f6ddc
 def pack_card(checked: Mapping) -> str: # of `check_pack`
     "The text of a model card."
     from huggingface_hub import ModelCard, ModelCardData

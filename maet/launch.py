@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'HERE', 'SECTIONS', 'LAUNCHER', 'RANKS', 'PASSED', 'SLURM',
            'failure', 'follow', 'stop', 'run_job']
 
 # %% ../nbs/11_launch.ipynb #da4b9237
-import fcntl, hashlib, importlib.util, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, traceback
+import fcntl, importlib.util, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 # %% ../nbs/11_launch.ipynb #77de68da
 from .checkpoints import Checkpoint, whole
-from .corpora import open_tokens
+from .corpora import digest, open_tokens
 from .deltas import Keys
 from .settings import strict
 from .tensors import MaetError
-from .training import Training, check_ranks, peak_memory, total_steps, total_tokens, train
+from .training import DEEPSPEED, Training, check_ranks, peak_memory, total_steps, total_tokens, train
 
 # %% ../nbs/11_launch.ipynb #c1dfd96e
 STAGES = (0, 1, 2, 3)  # of ZeRO
@@ -104,10 +104,7 @@ def deepspeed_config(launch: Launch) -> dict:
     zero, memory = dict(stage=launch.zero), dict(device="cpu")
     if launch.offload: zero["offload_optimizer"] = memory
     if launch.offload and launch.zero == 3: zero["offload_param"] = memory
-    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return dict.fromkeys(auto, "auto") | dict(
-        bf16=dict(enabled="auto"), zero_optimization=zero, zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False,
-        steps_per_print=2**31 - 1)
+    return DEEPSPEED | dict(zero_optimization=zero)
 
 def write_config(path: str | Path, launch: Launch) -> Path:
     "A config to begin with, for an editor."
@@ -178,7 +175,9 @@ class KeysUnion(Mapping):
     "name -> bool mask: a scalar is in it if it is in one of the files. MaetError: keys of another base."
     def __init__(self, files: Iterable[str | Path], base: Checkpoint):
         self.files = [Keys(path, base) for path in files]
-        self.identity = hashlib.sha256(b"".join(hashlib.sha256(Path(k.path).read_bytes()).digest() for k in self.files)).hexdigest()
+
+    @property
+    def identity(self) -> str: return " ".join(digest(keys.path) for keys in self.files)
 
     def __iter__(self): return iter(dict.fromkeys(name for keys in self.files for name in keys))
     def __len__(self): return sum(1 for _ in self)
@@ -322,7 +321,6 @@ def _environment(launch, names, port):
     env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     if launch.hosts == "slurm": env |= dict(MASTER_ADDR=next(iter(names)), MASTER_PORT=str(port))
     if launch.hosts is None:
-        if not torch.accelerator.is_available(): env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)//launch.devices)))
         env.pop("CUDA_VISIBLE_DEVICES", None)  # `_here` has said it
     return env

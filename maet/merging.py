@@ -11,15 +11,13 @@ __all__ = ['METHODS', 'BLOCK', 'UNSUPPORTED', 'DTYPE_WORDS', 'WEIGHT', 'DENSITY'
            'Method', 'add_method', 'Model', 'open_model', 'Task', 'Thin', 'sums', 'rescaled', 'trimming', 'dropping',
            'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected', 'Entry', 'Slice',
            'Mergekit', 'name_unsupported', 'read_file', 'spans', 'read_parameters', 'resolve', 'depth_of', 'vocabulary',
-           'same_vocabularies', 'out_dtype', 'Mixture', 'origin', 'ingredients', 'open_models', 'make_tasks',
-           'thin_readings', 'family', 'Transferred', 'open_maet', 'stored_bytes', 'readable', 'plan', 'merge']
+           'same_vocabularies', 'out_dtype', 'Mixture', 'ingredients', 'open_models', 'make_tasks', 'thin_readings',
+           'family', 'Transferred', 'open_maet', 'stored_bytes', 'readable', 'plan', 'merge']
 
 # %% ../nbs/20_merging.ipynb #77de68da
 from .checkpoints import (FLOATS, PIECE, Checkpoint, cores, finite, identity, in_order, local, pieces, progress_bar,
                               same_tensors, some, write_checkpoint)
-from .deltas import Packed, Part, add_to, dot_flat, open_delta, piece_of
-from .pipeline import Merge
-from .pipeline import merge as merge_maet
+from .deltas import Packed, Part, add_to, dot_flat, open_delta, origin, piece_of
 from .settings import read_yaml, strict
 from .tensors import MaetError, place
 
@@ -36,7 +34,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
@@ -679,19 +676,11 @@ def _run(self, name: str, start: int, stop: int) -> Tensor:
 def _write(self, out: str | Path) -> Checkpoint:
     "All of it or nothing; killed and called again, finished shards are kept."
     known = identity(self.content, self.like, *(model.checkpoint or model.delta for model in self.models)) if self.resumable else ""
-    return write_checkpoint(out, self.like, self.piece, self.dtype, origin(self.content, self.method), identity=known)
+    named = [self.content.get("base_model"), *(model.where for model in self.models)]
+    told = origin(self.content, list(dict.fromkeys(str(model) for model in named if model)), self.method.name, self.method.paper)
+    return write_checkpoint(out, self.like, self.piece, self.dtype, told, identity=known)
 
 Mixture.piece, Mixture.write = _run, _write
-
-def origin(content: Mapping, method: Method) -> dict[str, str]: # file name -> text
-    "What a merged checkpoint says of itself: a model card, and all that is needed to make it again."
-    from huggingface_hub import ModelCard, ModelCardData
-    entries = [*(content.get("models") or []), *(entry for part in content.get("slices") or [] for entry in part["sources"])]
-    models = dict.fromkeys(str(model) for model in (content.get("base_model"), *(entry["model"] for entry in entries)) if model)
-    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
-    data = ModelCardData(base_model=list(models), tags=["merge", "maet", method.name], library_name="transformers")
-    card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge` with [{method.name}]({method.paper}), without training, from:\n\n"
-    return {"maet_config.yml": text, "README.md": str(ModelCard(f"{card}```yaml\n{text}```\n"))}
 
 # %% ../nbs/20_merging.ipynb #b4c96d80
 def ingredients(file: Mergekit, entries: list[Entry], method: Method, where: str) -> list[Entry]:
@@ -780,10 +769,12 @@ class Transferred:
     "Eq. 3-5, ready to be written."
     method: Method
     like: Checkpoint
-    recipe: Merge
+    recipe: Any        # pipeline's Merge
     dtype: None = None
 
-    def write(self, out: str | Path) -> Checkpoint: return merge_maet(self.recipe, out)
+    def write(self, out: str | Path) -> Checkpoint:
+        from maet.pipeline import merge
+        return merge(self.recipe, out)
 
     def readings(self) -> list[tuple[str, int, int]]:
         "Model, bytes, how often: the experts for the selection and for the sum."
@@ -791,6 +782,7 @@ class Transferred:
         return [(str(self.recipe.base_model), stored_bytes(self.like.path), 2), *((model, stored_bytes(local(model)), 2) for model in experts)]
 
 def open_maet(method: Method, content: Mapping, where: str, mask: Callable) -> Transferred:
+    from maet.pipeline import Merge  # here, because it brings the rooms of training with it, which no other method needs
     recipe = strict(Merge, content, where)
     return Transferred(method, Checkpoint(local(recipe.base_model)), recipe)
 

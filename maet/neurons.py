@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GRANULARITIES', 'LOW', 'WHOLE', 'BLOCK', 'neurons_of', 'moves', 'rectangles', 'squares', 'importance', 'Cut',
            'key_count', 'reach', 'histogram', 'cut', 'above', 'ranked', 'key_neurons', 'spread_piece', 'spread',
-           'union', 'Bracket', 'bracket', 'planes', 'Record', 'Survey', 'scores_of', 'over', 'survey', 'sample',
-           'settle', 'beyond', 'KeyMasks', 'line_scores', 'LineMasks', 'key_scalars', 'key_lines', 'nameless', 'locate']
+           'Bracket', 'bracket', 'planes', 'Record', 'Survey', 'scores_of', 'over', 'survey', 'sample', 'settle',
+           'beyond', 'KeyMasks', 'line_scores', 'LineMasks', 'key_scalars', 'key_lines', 'nameless', 'locate']
 
 # %% ../nbs/13_neurons.ipynb #77de68da
 from .checkpoints import Checkpoint, finite, in_order, pieces, progress_bar, room_for
@@ -175,18 +175,6 @@ def spread(mask: Tensor,      # bool, one a neuron
     if mask.numel() != count:
         raise MaetError(f"spread: {mask.numel()} neurons in the mask, {count} by {granularity} in shape {tuple(shape)}")
     return spread_piece(mask.flatten(), shape, granularity, 0, prod(shape)).view(shape)
-
-def union(a: Mapping[str, Tensor], # name -> bool
-          b: Mapping[str, Tensor], # name -> bool; a tensor that is absent has no key neuron
-          ) -> dict[str, Tensor]:  # name -> bool
-    "Neurons that are key in either. Raises MaetError if masks of one tensor differ in shape."
-    masks = dict(a.items())
-    for name, mask in b.items():
-        old = masks.get(name, torch.zeros_like(mask))
-        if old.shape != mask.shape:
-            raise MaetError(f"union: {name} has masks of shape {tuple(old.shape)} and {tuple(mask.shape)}")
-        masks[name] = old | mask
-    return masks
 
 # %% ../nbs/13_neurons.ipynb #22d200f8
 class Bracket(NamedTuple):

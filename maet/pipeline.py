@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'World', 'Phase', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability', 'Exam', 'Recipe', 'quiet', 'Store',
-           'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'digest', 'plain', 'Texts', 'named', 'tokens',
+           'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'plain', 'Texts', 'named', 'tokens',
            'trained_from', 'backbone', 'Run', 'workshop', 'train_run', 'make_base', 'Part', 'Parameters', 'Merge',
-           'merge', 'origin', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred',
-           'rival', 'models', 'jobs', 'work', 'side_by_side']
+           'merge', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred', 'rival',
+           'models', 'jobs', 'work', 'side_by_side']
 
 # %% ../nbs/16_pipeline.ipynb #da4b9237
 import hashlib, json, math, multiprocessing, os, shutil, signal, threading, time
@@ -19,21 +19,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable
 
-import yaml
-
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .tensors import MaetError
 from .checkpoints import Checkpoint, local, sync
-from .deltas import Keys, apply_delta, open_delta
+from .deltas import Keys, apply_delta, open_delta, origin
 from .corpora import Source, check, documents, identity, write_tokens
 from .miniworld import ABILITIES, LANGUAGES, write_world
 from .settings import load, recipes, strict
 from .training import Training
-from .launch import Job, Launch, run_job
-from .neurons import locate, union
+from .launch import Job, KeysUnion, Launch, run_job
+from .neurons import locate
 from .ability import save_ability
 from .transfer import MaetTransfer
 
@@ -234,12 +232,6 @@ def make_backbone(out: Path, texts: Iterable[str], vocabulary: int, model: dict,
     tokenizer.save_pretrained(out)
 
 # %% ../nbs/16_pipeline.ipynb #91032ad7
-@cache
-def digest(path: str | Path) -> str:
-    "sha256 of a file, so that a stage knows its corpus by content and not by name."
-    if not Path(path).is_file(): raise MaetError(f"{path}: no such corpus file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
 def plain(training: Training) -> dict:
     "What of a training determines its result: not how often it saves."
     return {k: v for k, v in asdict(training).items() if k != "save_every"}
@@ -348,7 +340,6 @@ def train_run(r: Run, out: str | Path) -> dict: # losses, held_out, steps, token
     with workshop(Path(out)) as work:
         tokenizer, start = AutoTokenizer.from_pretrained(base, local_files_only=True), Checkpoint(base)
         for file in r.keys: Keys(file, start)
-        for source in (*r.corpora, *r.held_out): check(source)
         def table(name, sources, size): return str(write_tokens(work / name, sources, tokenizer, size, t.sequence_length, t.seed, t.whole_documents))
         held_out = table("held_out.safetensors", r.held_out, r.held_out_tokens) if r.held_out else None
         return run_job(Job(str(base), table("tokens.safetensors", r.corpora, t.tokens), str(out), str(work / "job"), t, r.keys, held_out), r.launch)
@@ -392,15 +383,7 @@ def merge(r: Merge, out: str | Path) -> Checkpoint:
     mu = [1 / len(r.languages) if l.weight is None else l.weight for l in r.languages]
     deltas = [open_delta(l.model, base) for l in r.languages]
     delta = MaetTransfer(base.names, open_delta(r.ability.model, base), deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
-    return apply_delta(out, base, delta, origin(asdict(r)))
-
-def origin(config: dict) -> dict[str, str]: # file name -> text
-    "What a merged checkpoint says of itself: a model card, and all that is needed to make it again."
-    from huggingface_hub import ModelCard, ModelCardData
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    data = ModelCardData(base_model=str(config["base_model"]), tags=["merge", "maet"], library_name="transformers")
-    card = f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\nMade by `maet merge`, without training, from:\n\n```yaml\n{text}```\n"
-    return {"maet_config.yml": text, "README.md": str(ModelCard(card))}
+    return apply_delta(out, base, delta, origin(asdict(r), [r.base_model], "maet", "https://arxiv.org/abs/2410.07825"))
 
 # %% ../nbs/16_pipeline.ipynb #22d200f8
 class Pipeline:

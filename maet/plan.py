@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # %% ../nbs/17_plan.ipynb #77de68da
 from .tensors import MaetError, meta_model, place, shapes
+from .checkpoints import memory_size
 from . import training as room
 from .deltas import keys_meta
 from .sparse import Block, freeze_at
@@ -512,7 +513,7 @@ ADVICE = "try a smaller device_batch, activation_checkpointing, more devices wit
 def device_memory(ranks: int = 1) -> float: # bytes for each of the ranks on this machine
     "Of a GPU; where there is none, of the host."
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/ranks
+    return memory_size()/ranks
 
 def must_fit(what: Recipe | Run | Base) -> None:
     "Raises MaetError, in one line, if a training of it cannot fit on the devices of this machine."

@@ -224,10 +224,11 @@ def _mask(parameter, names, keys):
     "The key neurons of one parameter, all its names joined. One tensor's mask at a time: the keys may be a file."
     mask = torch.zeros(full_shape(parameter), dtype=torch.bool)
     for name in names:
-        if keys[name].shape != mask.shape:
-            raise MaetError(f"{name}: the keys' mask is {tuple(keys[name].shape)}, the tensor {tuple(mask.shape)}; "
+        key = keys[name]  # read once: it may come from a file
+        if key.shape != mask.shape:
+            raise MaetError(f"{name}: the keys' mask is {tuple(key.shape)}, the tensor {tuple(mask.shape)}; "
                             "they are of another model")
-        mask |= keys[name]
+        mask |= key
     return mask
 
 # %% ../nbs/09_sparse.ipynb #d435a6cd

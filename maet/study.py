@@ -17,9 +17,10 @@ from filelock import FileLock, Timeout
 
 from .tensors import MaetError
 from .checkpoints import whole
+from .corpora import digest
 from .ledger import append, commit, versions
 from .plots import METHODS, save, scores
-from .pipeline import Pipeline, Progress, Recipe, Store, digest, models, side_by_side, transferred
+from .pipeline import Pipeline, Progress, Recipe, Store, models, side_by_side, transferred
 from .evaluation import average, examine, mgsm_exams, read_exam, template
 
 # %% ../nbs/24_study.ipynb #ac3478d6
@@ -37,17 +38,16 @@ def examined(run: Pipeline, method: str, model: Path, ability: str) -> Path:
     "The folder with a model's `scores.json` and `samples/<task>/<language>.jsonl`."
     r, (data, identity) = run.recipe, exam_data(run)
     tasks, languages = r.abilities[ability].tasks, [r.reference, *r.languages]
-    shots = {} if r.exam.shots is None else {"shots": r.exam.shots}
 
     def make(part, step):
         progress = lambda done, total: step(done, total, math.nan)
-        scores = examine(model, data, tasks, languages, r.exam.limit, r.exam.batch_size, part / "samples", progress, **shots)
+        scores = examine(model, data, tasks, languages, r.exam.limit, r.exam.batch_size, part / "samples", progress, shots=r.exam.shots)
         scores += [average(scores, part / "samples", task, r.languages) for task in tasks]
         (part / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
     items = r.exam.limit or (r.world.items if r.world else 250)
     return run.store.stage(f"exam.{ability}.{method}", make, ITEM_COST * items * len(languages), model=run.identity(model), data=identity, tasks=tasks, languages=languages,
-                           limit=r.exam.limit, batch_size=r.exam.batch_size, **shots)
+                           limit=r.exam.limit, batch_size=r.exam.batch_size, shots=r.exam.shots)
 
 # %% ../nbs/24_study.ipynb #c1dfd96e
 ITEM_COST = 40  # tokens of training that take about as long as one question: for the time that is left, and nothing else
