@@ -1,5 +1,5 @@
 "Real corpora and the real MGSM, where a folder `shared/data` lies beside the project; said and skipped where it does not."
-import gzip, json, os, signal, subprocess, sys
+import gzip, importlib.util, json, os, signal, subprocess, sys
 from itertools import islice
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import maet.corpora
-from maet.corpora import Source, corpus, documents, open_tokens, read_meta, write_tokens
+from maet.corpora import Source, corpus, documents, identity, open_tokens, read_meta, write_tokens
 from maet.evaluation import mgsm_exams, read_exam
-from maet.pipeline import Recipe, make_tokenizer
+from maet.pipeline import Recipe, Store, make_tokenizer
 from maet.settings import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,3 +115,19 @@ def test_a_killed_writer_goes_on(tokenizer, tmp_path, monkeypatch):
     used = [u["tokens"] for u in json.loads(read_meta(killed)["used"])]
     longest = (got.ids.flatten() == tokenizer.eos_token_id).nonzero().flatten().diff().max()  # document
     assert all(abs(tokens - sum(used) * (n + 1) / 28) <= longest for n, tokens in enumerate(used))
+
+
+def test_the_empirical_study_reads_forums_and_code(tmp_path, monkeypatch, capsys):
+    "Two forums and the standard library of this Python; what is held out is in no training text; without the folder it says so and ends."
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("empirical", ROOT / "benchmarks" / "empirical.py")
+    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
+    recipe, held_out = study.real(Store(tmp_path / "store"))
+    for corpus in (*study.FORUMS, "code"):
+        text = set(documents(recipe.corpora[corpus]))
+        assert len(text) > 100 and (corpus != study.FITTED or text.isdisjoint(held := set(documents(held_out))) and len(held) > 100)
+    assert any("def dumps(" in text for text in text) and len({identity(recipe.corpora[c]) for c in study.FORUMS + study.OTHERS}) == 5
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["empirical.py", "real-mini"])
+    study.main()
+    assert "not there" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["store"]
