@@ -57,17 +57,19 @@ def linear(tensors: Sequence[Tensor],  # theta_i, of one shape
     return total.div_(total_weight(weights)) if normalize else total
 
 # %% ../nbs/20_merging.ipynb #17ba0791
-def rows_of(shape: tuple) -> tuple[int, int]: # how many rows, and how long each is
-    "A tensor as rows: a vector is one row, more than two axes are flattened behind the first."
-    return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
+def rows_of(shape: tuple, rows: str = "input") -> tuple[int, int]: # how many rows, and how long each is
+    "A tensor as rows, one for each place of its last axis (`input`) or of its first (`output`). A vector is one row."
+    count = 1 if len(shape) < 2 else shape[-1] if rows == "input" else shape[0]
+    return count, prod(shape) // max(count, 1)
 
 def magnitude_weight(changes: Mapping[str, float], # tensor name -> sum of |delta| over the tensor
                      shapes: Mapping[str, tuple],  # of every tensor of the model
+                     rows: str = "input",          # or "output"
                      ) -> float:                   # w_i, 1 / weight unit
     "The inverse of an expert's mean absolute row change. Raises MaetError for an expert that did not change."
-    rows = {name: rows_of(shape) for name, shape in shapes.items()}
-    moved = sum(changes[name] / rows[name][1] for name in changes)
-    if moved: return sum(number for number, _ in rows.values()) / moved
+    counted = {name: rows_of(shape, rows) for name, shape in shapes.items()}
+    moved = sum(changes[name] / counted[name][1] for name in changes if changes[name])
+    if moved: return sum(number for number, _ in counted.values()) / moved
     raise MaetError("weights: an expert that equals its base has no magnitude to be adjusted for; leave it out")
 
 # %% ../nbs/20_merging.ipynb #fa35e192
@@ -506,14 +508,14 @@ class Whole:
                 return Cut(threshold(read, jobs, keep_count(sum(stop - start for *_, start, stop in jobs), density))[0], inf)
         return self.once(model.where, density, find=find)
 
-    def weight(self, model: Model) -> float:
+    def weight(self, model: Model, rows: str) -> float: # rows: "input" or "output"
         "The inverse of the model's mean absolute row change."
         def find():
             changes = dict.fromkeys(self.tasks, 0.)
             with self.jobs(model, 1) as (jobs, read):
                 for name, change in in_order(lambda job: (job[0].name, read(*job).abs().sum(dtype=torch.float64).item()), jobs): changes[name] += change
-            return magnitude_weight(changes, {name: task.base.shape(name) for name, task in self.tasks.items()})
-        return self.once(model.where, find=find)
+            return magnitude_weight(changes, {name: task.base.shape(name) for name, task in self.tasks.items()}, rows)
+        return self.once(model.where, rows, find=find)
 
 # %% ../nbs/20_merging.ipynb #80e28a51
 def thinned(task: Task, start: int, deltas: list[Tensor]) -> list[Tensor]:
@@ -752,7 +754,8 @@ delta_method = partial(Method, open=open_models, each=WEIGHT | DENSITY, base=Tru
 
 add_method(Method("linear", "https://arxiv.org/abs/2203.05482", open_models, soup_of, WEIGHT, {"normalize": Parameter(as_flag, True)}))
 add_method(Method("magnitude_soup", "https://arxiv.org/abs/2410.01335", open_models, adjusted, base=True,
-                  first=lambda task: [task.whole.weight(model) for model in task.models], readings=lambda task, number: 1))
+                  shared={"rows": Parameter(one_of("input", "output"), "input")}, readings=lambda task, number: 1,
+                  first=lambda task: [task.whole.weight(model, task.shared["rows"]) for model in task.models]))
 add_method(delta_method("task_arithmetic", "https://arxiv.org/abs/2212.04089", merge=summed, shared=family(False, False)))
 add_method(delta_method("ties", "https://arxiv.org/abs/2306.01708", merge=elected, shared=family(True, False) | ELECT | TRIM,
                         first=trimming, readings=thin_readings))

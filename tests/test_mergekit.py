@@ -149,6 +149,49 @@ def test_where_peft_and_mergekit_differ(deltas):
     assert (by_weight - by_head).abs().max() > .1                                       # a weighted mean, and a mean of weighted deltas
 
 
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory) -> tuple[dict, dict]:
+    "The folders of a Llama of two layers and of three models tuned from it, by name; and their tensors."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config, folder = LlamaConfig(**{**recorder.LLAMA, "num_hidden_layers": 2}), tmp_path_factory.mktemp("two")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name in ("base", "a", "b", "c"):
+        model.save_pretrained(folder/name)
+        with torch.no_grad():
+            for tensor in model.parameters(): tensor.add_(.03 * torch.randn(tensor.shape))
+    folders = {name: str(folder/name) for name in ("base", "a", "b", "c")}
+    return folders, {name: {n: Checkpoint(at).read(n) for n in Checkpoint(at).names} for name, at in folders.items()}
+
+
+def of_peft(name: str, deltas: list, weights: list, density: float):
+    "peft's result, after the masks that it will draw."
+    from peft.utils import merge_utils as peft
+    torch.manual_seed(1)
+    masks = [torch.bernoulli(torch.full_like(d, density)).bool() for d in deltas]
+    torch.manual_seed(1)
+    return getattr(peft, name)(deltas, torch.tensor(weights), *[] if name == "task_arithmetic" else [density]), masks
+
+
+@pytest.mark.parametrize("method, weights, parameters, theirs", [
+    ("linear", [.7, .2, .4], {"normalize": False}, "task_arithmetic"), ("task_arithmetic", [.7, -.2, .4], {}, "task_arithmetic"),
+    ("ties", [1., 1., 1.], {}, "ties"), ("dare_linear", [.7, -.2, .4], {"rescale": "density"}, "dare_linear"),
+    ("dare_ties", [1., 1., 1.], {"rescale": "density", "normalize": True}, "dare_ties")])
+def test_a_model_of_two_layers_is_pefts(two_layers, tmp_path, method, weights, parameters, theirs):
+    "Through files, tensor by tensor. peft has no SLERP; mergekit's is recorded above."
+    folders, tensors = two_layers
+    whole, density = method == "linear", {} if method in ("linear", "task_arithmetic") else {"density": .3}
+    expected, masks = {}, {}
+    for n, before in tensors["base"].items():
+        inputs = [tensors[m][n] - (0 if whole else before) for m in "abc"]
+        found, masks[n] = of_peft(theirs, inputs, weights, .3)
+        expected[n] = found + (0 if whole else before)
+    models = [{"model": folders[m], "parameters": {"weight": w} | density} for m, w in zip("abc", weights)]
+    recipe = {"merge_method": method, "models": models, "parameters": parameters} | ({} if whole else {"base_model": folders["base"]})
+    merged = merge(recipe, tmp_path/"merged", mask=lambda seed, model, name, start, stop, density: masks[name][model].flatten()[start:stop])
+    for n in expected: torch.testing.assert_close(merged.read(n), expected[n], **close)
+
+
 # ---- tensors of several pieces
 
 @pytest.fixture(scope="module")
