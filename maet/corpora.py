@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Pair', 'Document', 'KINDS', 'BLOCK', 'UNFILLED', 'CHUNK', 'FORMAT', 'Source', 'columns', 'look_up', 'fill', 'kept',
-           'document', 'kind_of', 'local_files', 'opened', 'Piece', 'pieces', 'parse', 'read_files', 'permutation',
+           'document', 'kind_of', 'local_files', 'opened', 'Record', 'records', 'parse', 'read_files', 'permutation',
            'Index', 'batch', 'in_blocks', 'Gzipped', 'in_a_line', 'open_dataset', 'there', 'Rows', 'reader',
-           'documents', 'check', 'shuffled', 'Encoded', 'encode', 'template', 'answers', 'encode_chat', 'encoded',
-           'Position', 'mixture', 'pack', 'pack_whole', 'Tokens', 'sequences', 'corpus', 'Table', 'finish', 'read_meta',
-           'open_tokens', 'save_tokens', 'digest', 'identity', 'fingerprint', 'write_tokens', 'catalogue', 'stand_in']
+           'documents', 'check', 'shuffled', 'Encoded', 'encode', 'chat_template', 'answers', 'encode_chat',
+           'encode_stream', 'Position', 'mixture', 'pack', 'pack_whole', 'Tokens', 'sequences', 'corpus', 'Table',
+           'finish', 'read_meta', 'open_tokens', 'save_tokens', 'digest', 'identity', 'fingerprint', 'write_tokens',
+           'catalogue', 'stand_in']
 
 # %% ../nbs/03_corpora.ipynb #da4b9237
-import glob, gzip, hashlib, json, logging, os, random, re, shutil, struct, tempfile, zlib
+import glob, gzip, hashlib, json, logging, os, random, re, struct, tempfile, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .tensors import MaetError
-from .checkpoints import sync
+from .checkpoints import room_for, whole
 
 # %% ../nbs/03_corpora.ipynb #ac3478d6
 @dataclass
@@ -139,7 +140,7 @@ def opened(path: Path):
     except (OSError, EOFError, zlib.error) as e: raise MaetError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
 # %% ../nbs/03_corpora.ipynb #fa35e192
-class Piece(NamedTuple):
+class Record(NamedTuple):
     "A document as it lies in its file."
     number: int  # of its first line, from 1
     start: int   # byte
@@ -149,42 +150,46 @@ class Piece(NamedTuple):
         "Line and byte of what follows."
         return [self.number + self.data.count(b"\n"), self.start + len(self.data)]
 
-def pieces(file, paragraphs: bool, number: int = 1, start: int = 0) -> Iterator[Piece]:
+def records(file, paragraphs: bool, number: int = 1, start: int = 0) -> Iterator[Record]:
     "Lines that are not blank, or paragraphs, from where the file stands."
     held, first = [], (number, start)
     for number, line in enumerate(file, number):
-        if not paragraphs and line.strip(): yield Piece(number, start, line)
+        if not paragraphs and line.strip(): yield Record(number, start, line)
         start += len(line)
         if paragraphs and line != b"\n": held.append(line)
         else:
-            if held: yield Piece(*first, b"".join(held))
+            if held: yield Record(*first, b"".join(held))
             held, first = [], (number + 1, start)
-    if held: yield Piece(*first, b"".join(held))
+    if held: yield Record(*first, b"".join(held))
 
 # %% ../nbs/03_corpora.ipynb #f1abd670
-def parse(piece: Piece, path: Path, source: Source) -> Document | None:
-    "The document in a piece, None if it is empty or not wanted. Raises MaetError that names the line."
-    where, lines = f"{path}: line {piece.number}", ".jsonl" in path.suffixes
-    try: text = piece.data.decode("utf-8")
+def parse(record: Record, path: Path, source: Source) -> Document | None:
+    "The document in a record, None if it is empty or not wanted. Raises MaetError that names the line."
+    where, lines = f"{path}: line {record.number}", ".jsonl" in path.suffixes
+    try: text = record.data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise MaetError(f"{where if lines else f'{path}: byte {piece.start + e.start}'} is not UTF-8: convert the file") from None
+        raise MaetError(f"{where if lines else f'{path}: byte {record.start + e.start}'} is not UTF-8: convert the file") from None
+    if not record.start: text = text.removeprefix("\ufeff")  # some programs begin a file with this mark
     if not lines: return text.strip() or None
-    try: row = json.loads(text)
-    except json.JSONDecodeError as e: raise MaetError(f"{where} is not JSON ({e.msg}): one object in a line is wanted") from None
+    try:
+        row = json.loads(text)
+        if "\\ud" in text: json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except (ValueError, RecursionError) as e:
+        raise MaetError(f"{where} is not JSON ({getattr(e, 'msg', e)}): one object in a line is wanted") from None
     return document(row, source, where)
 
 def _bar(title: str, total: int, unit: str, **more) -> tqdm: # nothing is seen in the first two seconds
     return tqdm(desc=title, total=total, unit=unit, unit_scale=True, delay=2, leave=False, **more)
 
-def read_files(source: Source, files: list[Path]) -> Iterator[tuple[int, Piece, Document]]: # number of the file, place in it, document
+def read_files(source: Source, files: list[Path]) -> Iterator[tuple[int, Record, Document]]: # number of the file, place in it, document
     "All documents of text files, in order. A bar shows how far it is after two seconds."
     size = sum(path.stat().st_size for path in files if path.is_file())
     with _bar(f"reading {Path(source.path).name}", size, "B") as bar:
         for n, path in enumerate(files):
             with opened(path) as file:
-                for piece in pieces(file, ".txt" in path.suffixes):
-                    bar.update(len(piece.data))
-                    if found := parse(piece, path, source): yield n, piece, found
+                for record in records(file, ".txt" in path.suffixes):
+                    bar.update(len(record.data))
+                    if found := parse(record, path, source): yield n, record, found
 
 # %% ../nbs/03_corpora.ipynb #9e6a55b6
 def permutation(n: int, seed: str): # -> memoryview of n int64, to be read from its end
@@ -201,7 +206,7 @@ class Index:
     "The documents of plain text files, to be read in any order. Raises MaetError for the first that is broken."
     def __init__(self, source: Source):
         self.source, self.files, places = source, local_files(source), tempfile.TemporaryFile()
-        for n, piece, _ in read_files(source, self.files): places.write(struct.pack("<4q", n, piece.number, piece.start, len(piece.data)))
+        for n, record, _ in read_files(source, self.files): places.write(struct.pack("<4q", n, record.number, record.start, len(record.data)))
         places.flush()
         self.places = np.memmap(places, np.int64, "r").reshape(-1, 4) if places.tell() else ()
 
@@ -211,7 +216,7 @@ class Index:
         n, number, start, size = self.places[i].tolist()
         with opened(self.files[n]) as file:
             file.seek(start)
-            return parse(Piece(number, start, file.read(size)), self.files[n], self.source)
+            return parse(Record(number, start, file.read(size)), self.files[n], self.source)
 
     def blocks(self, seed: str, start=None):
         "All documents are one block, which needs no place."
@@ -250,9 +255,9 @@ class Gzipped:
         for n, path in enumerate(order[first:], first):
             with opened(path) as file:
                 file.seek(start)
-                for piece in pieces(file, ".txt" in path.suffixes, number, start):
-                    now[:] = n, *piece.after()
-                    if found := parse(piece, path, self.source): yield found
+                for record in records(file, ".txt" in path.suffixes, number, start):
+                    now[:] = n, *record.after()
+                    if found := parse(record, path, self.source): yield found
             number, start = 1, 0
 
 # %% ../nbs/03_corpora.ipynb #d435a6cd
@@ -363,7 +368,7 @@ class Encoded(NamedTuple):
     ids: np.ndarray      # (n,) int32
     trained: np.ndarray  # (n,) bool: targets of the loss
 
-def _encoded(ids: list[int], untrained: int = 0) -> Encoded: # the first so many are not learnt
+def _marked(ids: list[int], untrained: int = 0) -> Encoded: # the first so many are not learnt
     trained = np.ones(len(ids), bool)
     trained[:untrained] = False
     return Encoded(np.array(ids, np.int32), trained)
@@ -372,11 +377,11 @@ def encode(found: list[Document], source: Source, tokenizer) -> list[Encoded]:
     "Documents of one source as tokens. Nothing but the end-of-text token is added to what the document or the chat template says."
     if source.messages: return [encode_chat(messages, tokenizer) for messages in found]
     ids = lambda texts: tokenizer(list(texts), add_special_tokens=False).input_ids
-    if not source.prompt: return [_encoded(text + [tokenizer.eos_token_id]) for text in ids(found)]
-    return [_encoded(p + c + [tokenizer.eos_token_id], len(p)) for p, c in zip(*map(ids, zip(*found)))]
+    if not source.prompt: return [_marked(text + [tokenizer.eos_token_id]) for text in ids(found)]
+    return [_marked(p + c + [tokenizer.eos_token_id], len(p)) for p, c in zip(*map(ids, zip(*found)))]
 
 # %% ../nbs/03_corpora.ipynb #f1f836cb
-def template(tokenizer) -> str:
+def chat_template(tokenizer) -> str:
     "The chat template. Raises MaetError if there is none."
     try: return tokenizer.get_chat_template()
     except (AttributeError, ValueError):
@@ -396,7 +401,7 @@ def answers(messages: list[dict], render: Callable) -> list[tuple[int, int]]: # 
 
 def encode_chat(messages: list[dict], tokenizer) -> Encoded:
     "A chat in the words of the tokenizer's template; the assistant's turns are learnt. Raises MaetError."
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template(tokenizer)):
+    if re.search(r"\{%-?\s*generation\s*-?%\}", chat_template(tokenizer)):
         got = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, trained = got["input_ids"], np.array(got["assistant_masks"], bool)
     else:
@@ -408,7 +413,7 @@ def encode_chat(messages: list[dict], tokenizer) -> Encoded:
     return Encoded(np.array(ids, np.int32), trained)
 
 # %% ../nbs/03_corpora.ipynb #fc074d50
-def encoded(stream: Iterator[tuple[Document, list]], source: Source, tokenizer) -> Iterator[tuple[Encoded, list]]:
+def encode_stream(stream: Iterator[tuple[Document, list]], source: Source, tokenizer) -> Iterator[tuple[Encoded, list]]:
     "Documents as tokens, each with the position behind it. They go to the tokenizer in batches."
     while held := batch(stream, 256, 1 << 22):
         found, positions = zip(*held)
@@ -490,9 +495,9 @@ class Tokens(NamedTuple):
 def sequences(sources: list[Source], tokenizer, length: int, seed: int, whole_documents: bool, position: Position) -> Iterator[Encoded]:
     "What a training run sees, in order, from a position on, which is kept up to date. Raises MaetError for a bad source."
     if tokenizer.eos_token_id is None: raise MaetError("the tokenizer has no end-of-text token (eos_token): set one")
-    if any(s.messages for s in sources): template(tokenizer)
+    if any(s.messages for s in sources): chat_template(tokenizer)
     readers = [reader(s) for s in sources]  # what cannot be read is found here
-    streams = [encoded(shuffled(r, f"{seed}/{n}", position.sources[n]), r.source, tokenizer) for n, r in enumerate(readers)]
+    streams = [encode_stream(shuffled(r, f"{seed}/{n}", position.sources[n]), r.source, tokenizer) for n, r in enumerate(readers)]
     mixed, padding = mixture(streams, [s.share for s in sources], position), getattr(tokenizer, "pad_token_id", None)
     if whole_documents: packed = pack_whole(mixed, length, position.unfilled, tokenizer.eos_token_id if padding is None else padding)
     else: packed = pack(mixed, length, position.unfilled)
@@ -516,13 +521,6 @@ def corpus(sources: list[Source], tokenizer, # a transformers tokenizer with an 
 CHUNK = 1 << 20            # tokens
 FORMAT = "maet tokens 1"
 
-def _replace(path: Path, text: str) -> None: # whole or not at all
-    new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    os.replace(new, path)
-
-# %% ../nbs/03_corpora.ipynb #2e01e174
 class Table:
     "A table that is being written; what an earlier process wrote for the same `made` is there already."
     def __init__(self, out: str | Path, shape: tuple[int, int], masked: bool, made: str):
@@ -543,8 +541,7 @@ class Table:
 
     def _begin(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.out.parent).free
-        if free < self.size: raise MaetError(f"{self.out}: {self.size:,} bytes of tokens do not fit on the disk, which has {free:,} free")
+        room_for(self.out, self.size)
         with open(self.part, "wb") as file: file.truncate(self.size)
 
     def append(self, ids: np.ndarray, trained: np.ndarray, position: dict | None = None) -> None:
@@ -558,9 +555,9 @@ class Table:
             file.flush(); os.fsync(file.fileno())
         chained = hashlib.sha256(b"".join([self.note["hash"].encode(), *(data for _, data in pieces)])).hexdigest()
         self.note |= dict(rows=rows + len(ids), hash=chained, trained=self.note["trained"] + int(trained.sum()), position=position)
-        _replace(self.noted, json.dumps(self.note))
+        with whole(self.noted) as new: new.write_text(json.dumps(self.note), encoding="utf-8")
 
-# %% ../nbs/03_corpora.ipynb #e1822db4
+# %% ../nbs/03_corpora.ipynb #2e01e174
 def _header(table: Table) -> bytes:
     (many, length), note = table.shape, table.note
     position = note["position"] or dict(used=[], documents=[], sources=[])
@@ -579,7 +576,7 @@ def finish(table: Table) -> Path:
     table.noted.unlink(missing_ok=True)
     return table.out
 
-# %% ../nbs/03_corpora.ipynb #b7eb6c68
+# %% ../nbs/03_corpora.ipynb #e1822db4
 def read_meta(path: str | Path) -> dict[str, str]:
     "What a table says of itself: `made`, `used`, `trained`, `identity`. Raises MaetError for a file that is no table."
     from safetensors import SafetensorError, safe_open
@@ -605,7 +602,7 @@ def save_tokens(out: str | Path, tokens: Tokens) -> Path:
         table.append(*(part[start:start + step].numpy() for part in (tokens.ids.int(), trained)))
     return finish(table)
 
-# %% ../nbs/03_corpora.ipynb #80e28a51
+# %% ../nbs/03_corpora.ipynb #c5b76da3
 @cache
 def _digest(path: Path, size: int, changed: int) -> str: # sha256 of a file; size and time of change, so that a new one is read again
     content = hashlib.sha256()
@@ -634,7 +631,7 @@ def fingerprint(tokenizer) -> str:
     said = [fast.to_str() if fast else type(tokenizer).__name__, tokenizer.eos_token_id, str(getattr(tokenizer, "chat_template", None))]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
-# %% ../nbs/03_corpora.ipynb #54ceb912
+# %% ../nbs/03_corpora.ipynb #8effee40
 def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transformers tokenizer with an end-of-text token
                  tokens: int, length: int,                          # the budget, padding included, and the length of a sequence
                  seed: int, whole_documents: bool = False,
@@ -657,7 +654,7 @@ def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transfor
             if progress: progress(table.note["rows"] * length, many * length)
     return finish(table)
 
-# %% ../nbs/03_corpora.ipynb #6c1e671f
+# %% ../nbs/03_corpora.ipynb #e6c3dd63
 def catalogue() -> dict[str, list[dict]]:
     "Corpus -> rows, the best first: source, for, licence, format, seen."
     listed = yaml.safe_load((package_files("maet") / "catalogue" / "corpora.yml").read_text(encoding="utf-8"))

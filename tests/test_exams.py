@@ -1,14 +1,14 @@
 """The exams, end to end: real MGSM and science questions to a model that says what it is told to; every group on a tiny checkpoint from files,
 without a network; every task file; one line for each mistake. The real questions lie in `shared/data` beside the project and are skipped where absent."""
-import json, math, socket
+import json, math, os, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from maet.evaluation import GROUPS, TASKS, average, compare, evaluation_job, examine, exam, expand, held, mgsm_exams, over_levels, read_exam, read_number, template
-from maet.evaluation import _loaded
+from maet.evaluation import average, compare, evaluation_job, examine, examinee, over_levels
+from maet.exams import GROUPS, TASKS, exam, expand, held, mgsm_exams, read_exam, read_number, tasks_of, template
 from maet.tensors import MaetError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def test_the_prompt_is_the_published_one_and_that_of_lm_eval(mgsm):
     folder = Path(lm_eval.__file__).parent / "tasks" / "mgsm" / "native_cot"
     same = []
     for l in SEVEN:
-        (task,) = _loaded([exam(mgsm, "mgsm_cot", l, limit=3)])
+        (task,) = tasks_of([exam(mgsm, "mgsm_cot", l, limit=3)])
         prompt = task.fewshot_context(task.test_docs()[2], 8)
         labels = template("mgsm_cot")["metadata"]["labels"][l]
         end = f"{labels['question_label']}{read_exam(mgsm, 'mgsm_cot', l)[2]['question']}\n{labels['answer_label']}"
@@ -118,12 +118,12 @@ def test_how_lm_eval_itself_would_have_read_the_replies(mgsm):
 
 
 def science(language: str, subjects: list[str] | None, folder: Path, shots: int) -> None:
-    "The sample data's multiple choice as exam files: its dev part (or the first rows of a subject) are exemplars."
+    "The sample data's multiple choice as exam files; the first rows of a subject are exemplars."
     rows, given, items = [json.loads(line) for line in (DATA / "science" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()], {}, []
     for n, r in enumerate(rows):
         if subjects and r["subject"] not in subjects: continue
         row = {"id": n, "question": r["question"], "choices": r["choices"], "label": "ABCDEFGH".index(r["answer"]), "subject": r["subject"]}
-        if r["split"] in ("dev", "all") and len(given.setdefault(r["subject"], [])) < shots or len(given.setdefault(r["subject"], [])) < shots: given[r["subject"]].append(row)
+        if len(given.setdefault(r["subject"], [])) < shots: given[r["subject"]].append(row)
         elif r["split"] in ("test", "all"): items.append(row)
     for place, kept in (("", items), ("shots", [s for many in given.values() for s in many])):
         (folder / "mmlu_science" / place).mkdir(parents=True, exist_ok=True)
@@ -187,13 +187,34 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("group", sorted(GROUPS))
 def test_every_group_runs_from_files(group, checkpoint, tmp_path):
+    "As `maet eval` does it, twice: each score has an error, the answers are kept, and a model is as good as itself."
     small_exams(tmp_path, "te")
-    found = examine(checkpoint, tmp_path, expand([group]), ["te"], shots=2, allow_code=True, out=tmp_path / "out")
-    assert {f["task"] for f in found} == set(expand([group])) and all(f["stderr"] is not None and f["n"] == 3 for f in found)
-    for f in found: assert len((tmp_path / "out" / f["task"] / f"{f['language']}.jsonl").read_text(encoding="utf-8").splitlines()) == 3
-    lines = evaluation_job(checkpoint, tmp_path, [group], ["te"], shots=2, allow_code=True, out=tmp_path / "again", against=tmp_path / "out")
-    assert len(lines) == 2 * len(found) and all("±" in line and f" {f['value']:.4f} " in line for f, line in zip(found, lines[::2]))
-    assert all("against it +0.0000 ±0.0000" in line for line in lines[1::2])  # the same model, the same answers
+    first, second = (list(evaluation_job(checkpoint, tmp_path, [group], ["te"], shots=2, allow_code=True, out=tmp_path / name, against=against))
+                     for name, against in (("out", None), ("again", tmp_path / "out")))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {r["task"] for r in rows} == set(expand([group])) and len(first) == len(rows) and len(second) == 2 * len(rows)
+    for r, line, again, against in zip(rows, first, second[::2], second[1::2]):
+        assert r["stderr"] is not None and r["seconds"] > 0 and r["n"] == 3 and f" {r['value']:.4f} ±{r['stderr']:.4f}  n 3 " in line
+        assert again.split("  n ")[0] == line.split("  n ")[0] and "against it +0.0000 ±0.0000" in against
+        assert len((tmp_path / "out" / r["task"] / f"{r['language']}.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+@real
+def test_a_killed_call_keeps_the_languages_that_are_finished(checkpoint, mgsm, tmp_path):
+    "Real problems; SIGKILL after the first language; the second call asks only what is missing."
+    job, notes = dict(names=["mgsm_direct"], languages=["en", " es", "zh"], shots=1, limit=20, batch_size=2, out=str(tmp_path)), tmp_path / "results.jsonl"
+    program = f"from maet.evaluation import evaluation_job\nlist(evaluation_job({str(checkpoint)!r}, {str(mgsm)!r}, **{job!r}))"
+    child = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not notes.exists() and child.poll() is None: time.sleep(0.02)
+    child.kill()
+    child.wait()
+    done = notes.read_text(encoding="utf-8").splitlines()
+    assert 1 <= len(done) < 3
+    again = list(evaluation_job(checkpoint, mgsm, **job))
+    assert [line.split()[1] for line in again] == ["en", "es", "zh"]
+    rows = notes.read_text(encoding="utf-8").splitlines()
+    assert rows[:len(done)] == done and len(rows) == 3  # their seconds too: they were not asked again
+    assert sorted(p.name for p in (tmp_path / "mgsm_direct").iterdir()) == ["en.jsonl", "es.jsonl", "zh.jsonl"]  # and nothing half-written
 
 
 def test_options_reach_the_model(checkpoint, tmp_path):
@@ -209,9 +230,23 @@ def test_options_reach_the_model(checkpoint, tmp_path):
     for task in ("mgsm_cot", "mmlu_science"):
         (found,) = examine(chat, tmp_path / "data", [task], ["te"], shots=2, chat_template=True, dtype="bfloat16", device="cpu", batch_size=2, limit=2)
         assert found["n"] == 2
-    from maet.evaluation import examinee
     assert examinee(chat, dtype="bfloat16", device="cpu", max_length=99).model.dtype == torch.bfloat16
     assert examinee(chat, device="cpu", max_length=99).max_length == 99
+
+
+def test_what_vllm_is_given(checkpoint, monkeypatch):
+    "vLLM is not here, so a stand-in takes the place of lm-eval's class of it; the names are those of that class's parameters."
+    import ast, importlib.util, types
+    import lm_eval
+    tree = ast.parse((Path(lm_eval.__file__).parent / "models" / "vllm_causallms.py").read_text(encoding="utf-8"))
+    (theirs,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "VLLM")
+    (init,) = (node for node in theirs.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: True if name == "vllm" else found(name, *more))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", types.SimpleNamespace(VLLM=dict))
+    given = examinee(checkpoint, batch_size=8, dtype="bfloat16", backend="vllm", tensor_parallel_size=2)
+    assert given == dict(pretrained=str(checkpoint), batch_size=8, dtype="bfloat16", tensor_parallel_size=2) and set(given) <= {a.arg for a in init.args.args}
+    with pytest.raises(MaetError, match="CUDA_VISIBLE_DEVICES"): examinee(checkpoint, backend="vllm", device="cuda:1")
 
 
 def test_every_task_file_names_data_that_is_no_script():
@@ -243,6 +278,8 @@ def test_one_line_for_each_mistake(checkpoint, tmp_path):
     for do, said in ((lambda: ask(data=tmp_path / "bad"), "is not a number"), (lambda: ask(languages=["bn"]), "bn.jsonl"), (lambda: ask(bare), "no tokenizer"),
                      (lambda: ask(short), "too short for 8 shots"), (lambda: ask(tasks=["chess"]), "unknown"), (lambda: ask(backend="vllm"), "vLLM is not installed"),
                      (lambda: ask(tasks=["mbpp"]), "runs code"), (lambda: ask(shots=9), "8 exemplars where 9 are wanted"), (lambda: ask(data=None, languages=["xx"]), "no language 'xx'"),
-                     (lambda: ask(data=None), "cannot be had from the hub"), (lambda: ask(chat_template=True), "no chat template")):
+                     (lambda: ask(data=None), "cannot be had from the hub"), (lambda: ask(chat_template=True), "no chat template"), (lambda: ask(batch_size=0), "batch_size 0"),
+                     (lambda: ask(device="abacus"), "refused its options"), (lambda: ask(languages=["../te"]), "letters, digits"), (lambda: ask(languages=[]), "no exam is asked"),
+                     (lambda: ask(backend_args={"dtype": "auto"}), "an option of its own")):
         with pytest.raises(MaetError, match=said) as caught: do()
         assert "\n" not in str(caught.value) and not out.exists()
