@@ -61,7 +61,7 @@ def main():
     for language in languages: lose("base", run.base, language)
     if not given.base_only:
         for ability in recipe.abilities:
-            model = trained(run, "rival", {f"{ability}/{recipe.reference}": 1.0}, recipe.rivals["ability"])
+            model = trained(run, "dense", {f"{ability}/{recipe.reference}": 1.0}, recipe.rivals.training("dense", recipe.training))
             score(f"ability-cpt-{ability}", model, ability, languages)
         for language in recipe.languages:
             model, base = given.out / f"expert-{language}", Checkpoint(run.base)

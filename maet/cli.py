@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Model', 'Out', 'options', 'resumable', 'run', 'base', 'train', 'plan', 'locate', 'pack', 'extract', 'merge',
-           'evaluate', 'main']
+           'evaluate', 'figures', 'report', 'main']
 
 # %% ../nbs/90_cli.ipynb #da4b9237
 import sys
@@ -40,20 +40,24 @@ def resumable():
 @app.command()
 def run(scale: Annotated[Optional[str], typer.Option(help="A recipe that ships with maet: mini or 8b.")] = None,
         recipe: Annotated[Optional[str], typer.Option(help="A recipe file of one's own, or a shipped one such as real-mini.yml.")] = None,
+        study: Annotated[Optional[str], typer.Option(help="A study instead: a shipped one such as rivals, or a file. It names its recipe, rows and settings.")] = None,
         out: Annotated[Path, typer.Option(help="Run folder: stages, tables, figure, merged models.")] = Path("runs/mini"),
-        seed: Annotated[int, typer.Option(min=0, help="Of training and of the order of the text.")] = 0,
-        ledger: Annotated[Path, typer.Option(help="File that gets a line for every score.")] = Path("data/results/main.jsonl")):
-    """Algorithm 1 end to end, its rivals and the exam. Killed at any moment, it goes on where it was.
+        seed: Annotated[Optional[int], typer.Option(min=0, help="Of training and of the order of the text; without it all seeds of the study, or 0.")] = None,
+        ledger: Annotated[Optional[Path], typer.Option(help="File that gets a line for every score; without it data/results/<study>.jsonl.")] = None):
+    """Algorithm 1 end to end, its rivals and the exam; or any study. Killed at any moment, it goes on where it was.
 
-    Example: maet run --scale mini --out runs/mini --seed 0"""
-    from maet.pipeline import Recipe
-    from maet.settings import load
+    Example: maet run --scale mini --out runs/mini --seed 0
+
+    Example: maet run --study rivals --seed 0"""
+    from functools import partial
+    from maet.baselines import models
     from maet.plan import must_fit
-    from maet.study import main_job
-    if scale and recipe: raise typer.BadParameter("give --scale or --recipe, not both")
-    asked = load(Recipe, recipe or scale or "mini")
-    must_fit(asked)
-    with resumable(): typer.echo(main_job(asked, out, seed, ledger))
+    from maet.study import Study, load_study, methods_of, settings, study_job
+    if sum(map(bool, (scale, recipe, study))) > 1: raise typer.BadParameter("give one of --scale, --recipe and --study")
+    asked, name = (load_study(study), Path(study).stem) if study else (Study(recipe or scale or "mini"), "main")
+    for _, each in settings(asked): must_fit(each, partial(models, methods=methods_of(asked, each)))
+    with resumable():
+        for number in asked.seeds if seed is None else [seed]: typer.echo(study_job(asked, name, out, number, ledger or Path(f"data/results/{name}.jsonl")))
 
 @app.command()
 def base(recipe: Annotated[str, typer.Argument(help="YAML: corpora or a mini world, shares, vocabulary, model, training.")],
@@ -92,14 +96,19 @@ def plan(recipe: Annotated[str, typer.Argument(help="YAML of `maet run`, `maet t
          offload: Annotated[bool, typer.Option("--offload", help="Optimizer states in the host's memory.")] = False,
          utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's dense rate.")] = 0.4,
          config: Annotated[Optional[Path], typer.Option(help="Folder with the base's config.json, where the base itself is not here.")] = None):
-    """What a run will train, read, write and hold, and how long it takes. Starts nothing.
+    """What a run will train, read, write and hold, and how long it takes; for a recipe also what each rival costs. Starts nothing.
 
     Example: maet plan 8b.yml --gpu H100 --gpus 8 --zero 2"""
+    from functools import partial
+    from maet.baselines import cost_table, models
+    from maet.pipeline import Recipe, transferred
     from maet.plan import cluster_of, describe, read
     from maet.tensors import meta_model
-    what = read(recipe)
+    what, base = read(recipe), meta_model(config).config if config else None
     cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None, utilisation=utilisation)
-    typer.echo(describe(what, cluster, meta_model(config).config if config else None))
+    main = isinstance(what, Recipe)
+    typer.echo(describe(what, cluster, base, partial(models, methods=what.methods) if main else transferred))
+    if main: typer.echo(f"\nevery row that `maet run` knows, at one budget:\n{cost_table(what, base)}")
 
 @app.command()
 def locate(base: Model, tuned: Model, out: Out,
@@ -150,12 +159,13 @@ def extract(base: Annotated[str, typer.Option(help="The checkpoint that both exp
 
 # %% ../nbs/90_cli.ipynb #bd307a3e
 @app.command()
-def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, linear, magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
+def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, layer_swap, linear, magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
           out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")],
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be read, written and held.")] = False):
     """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that AutoModelForCausalLM loads.
 
     Example: maet merge merge.yml merged/"""
+    import maet.layer_swapping  # adds layer_swap
     from maet.merging import merge
     done = merge(recipe, out, dry_run)
     if dry_run: typer.echo(done)
@@ -186,6 +196,31 @@ def evaluate(model: Model,
         typer.echo(line)
 
 # %% ../nbs/90_cli.ipynb #0716d970
+@app.command()
+def figures(only: Annotated[Optional[str], typer.Argument(help="Comma-separated names of the catalogue; without it, all.")] = None,
+            scale: Annotated[str, typer.Option(help="Whose figures: they go to figures/<scale>.")] = "mini",
+            ledgers: Annotated[Path, typer.Option(help="Folder of the ledgers, <study>.jsonl.")] = Path("data/results"),
+            papers: Annotated[Path, typer.Option(help="Folder of the papers' numbers.")] = Path("data/paper"),
+            out: Annotated[Optional[Path], typer.Option(help="Folder to be; without it figures/<scale>.")] = None):
+    """Every figure and table of the study from recorded results: PNG, SVG, the numbers as CSV. Says which rows are missing for which.
+
+    Example: maet figures table2,ablation"""
+    from maet.figures import figures as draw
+    made, lacking = draw(out or Path("figures") / scale, ledgers, only.split(",") if only else None, papers)
+    typer.echo("\n".join(map(str, made)))
+    for line in lacking: typer.echo(line, err=True)
+
+@app.command()
+def report(source: Annotated[Path, typer.Argument(help="A run folder, or a folder of ledgers.")] = Path("data/results"),
+           out: Annotated[Path, typer.Option(help="The page to be.")] = Path("report.html"),
+           papers: Annotated[Path, typer.Option(help="Folder of the papers' numbers.")] = Path("data/paper")):
+    """One self-contained HTML page of a run or of the study: figures, tables beside the papers', claims, recipe, versions, cost.
+
+    Example: maet report runs/mini --out report.html"""
+    from maet.report import report as write
+    typer.echo(write(source, out, papers))
+
+# %% ../nbs/90_cli.ipynb #b3f0c7f6
 def main(arguments: list[str] | None = None) -> int:
     "The `maet` command. Exit codes: 0 done, 1 a rank failed (its last lines on stderr), 2 bad input (one line on stderr), 130 interrupted."
     try: return app(arguments)
@@ -201,6 +236,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"maet: {' '.join(said.split())}", file=sys.stderr)
     raise SystemExit(2)
 
-# %% ../nbs/90_cli.ipynb #9e6a55b6
+# %% ../nbs/90_cli.ipynb #91032ad7
 #| eval: false
 if __name__ == "__main__": main()

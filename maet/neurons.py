@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'LOW', 'WHOLE', 'BLOCK', 'neurons_of', 'moves', 'rectangles', 'squares', 'importance', 'Cut',
-           'key_count', 'reach', 'histogram', 'cut', 'above', 'ranked', 'key_neurons', 'spread_piece', 'spread',
-           'Bracket', 'bracket', 'planes', 'Record', 'Survey', 'scores_of', 'over', 'survey', 'sample', 'settle',
-           'beyond', 'KeyMasks', 'line_scores', 'LineMasks', 'key_scalars', 'key_lines', 'nameless', 'locate']
+           'key_count', 'reach', 'histogram', 'cut', 'above', 'ranked', 'key_neurons', 'key_share', 'spread_piece',
+           'spread', 'Bracket', 'bracket', 'planes', 'Record', 'Survey', 'scores_of', 'over', 'survey', 'sample',
+           'settle', 'beyond', 'KeyMasks', 'line_scores', 'LineMasks', 'key_scalars', 'key_lines', 'nameless', 'locate']
 
 # %% ../nbs/13_neurons.ipynb #77de68da
 from .checkpoints import Checkpoint, finite, in_order, pieces, progress_bar, room_for
@@ -156,6 +156,20 @@ def key_neurons(scores: Mapping[str, Tensor], # name -> importance of its neuron
     return masks
 
 # %% ../nbs/13_neurons.ipynb #bc33ea4e
+def key_share(scores: Mapping[str, Tensor],  # name -> importance of its neurons, (n,)
+              lengths: Mapping[str, int],    # name -> scalars in each of its neurons
+              ratio: float,                  # of all scalars, in (0, 1]
+              ) -> dict[str, Tensor]:        # name -> bool, as the scores; at least one is True
+    "The neurons that moved most and have together at most `ratio` of all scalars. Ties go to the first by position."
+    flat = torch.cat([ranked(name, tensor) for name, tensor in scores.items()])
+    length = torch.cat([torch.full((tensor.numel(),), lengths[name]) for name, tensor in scores.items()])
+    order = flat.argsort(descending=True, stable=True)
+    many = max(1, int((length[order].cumsum(0) <= key_count(int(length.sum()), ratio)).sum()))
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[order[:many]] = True
+    return dict(zip(scores, chosen.split([tensor.numel() for tensor in scores.values()])))
+
+# %% ../nbs/13_neurons.ipynb #22d200f8
 def spread_piece(mask: Tensor, shape: tuple, granularity: str, # as for `spread`
                  start: int, stop: int,                        # of the flat tensor
                  ) -> Tensor:                                  # bool, (stop - start,)
@@ -176,7 +190,7 @@ def spread(mask: Tensor,      # bool, one a neuron
         raise MaetError(f"spread: {mask.numel()} neurons in the mask, {count} by {granularity} in shape {tuple(shape)}")
     return spread_piece(mask.flatten(), shape, granularity, 0, prod(shape)).view(shape)
 
-# %% ../nbs/13_neurons.ipynb #22d200f8
+# %% ../nbs/13_neurons.ipynb #b6692ea5
 class Bracket(NamedTuple):
     "Two importances between which, both included, the cut should lie."
     low: float
@@ -196,7 +210,7 @@ def bracket(blocks: list[np.ndarray], # scores of blocks, float32
     return Bracket(float(at(ratio + margin)) if ratio + margin < 1 else WHOLE.low,
                    float(at(ratio - margin)) if ratio > margin else WHOLE.high)
 
-# %% ../nbs/13_neurons.ipynb #b6692ea5
+# %% ../nbs/13_neurons.ipynb #fc074d50
 def planes(scores: np.ndarray, # (n,) float32
            bracket: Bracket,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -207,7 +221,7 @@ def planes(scores: np.ndarray, # (n,) float32
     inside = ones(torch.from_numpy(bits[0] ^ bits[1])).numpy()
     return bits, scores.take(inside), np.array([np.count_nonzero(mask) for mask in masks])
 
-# %% ../nbs/13_neurons.ipynb #fc074d50
+# %% ../nbs/13_neurons.ipynb #ca3512f4
 class Record(NamedTuple):
     offset: int  # in the file, bytes
     size: int    # scalars of the piece
@@ -238,7 +252,7 @@ class Survey:
     def _read(self, offset: int, length: int) -> np.ndarray:
         return np.frombuffer(bytearray(os.pread(self.file.fileno(), int(length), offset)), np.uint8)
 
-# %% ../nbs/13_neurons.ipynb #5b384ce3
+# %% ../nbs/13_neurons.ipynb #761f22b2
 BLOCK = 1 << 18  # scalars
 
 def scores_of(difference: Difference, name: str, start: int, stop: int) -> Iterator[np.ndarray]: # float32, by blocks
@@ -252,7 +266,7 @@ def scores_of(difference: Difference, name: str, start: int, stop: int) -> Itera
             raise MaetError(f"{tuned.path}: {name} differs from {base.path} by more than float32 can hold; check both")
         yield scores
 
-# %% ../nbs/13_neurons.ipynb #ca3512f4
+# %% ../nbs/13_neurons.ipynb #92cfceb3
 def over(difference: Difference, work: Callable) -> Iterator: # ((tensor, start, stop), work's result)
     "Do work(tensor, start, stop) for every piece of every tensor, in threads; results come in order. Shows how far it is."
     jobs = [(name, *piece) for name, shape in difference.shapes.items() for piece in pieces(prod(shape))]
@@ -271,7 +285,7 @@ def survey(difference: Difference, bracket: Bracket, file) -> Survey:
     file.flush()
     return found
 
-# %% ../nbs/13_neurons.ipynb #761f22b2
+# %% ../nbs/13_neurons.ipynb #98fbc42f
 def sample(difference: Difference, blocks: int = 2048, size: int = 2048) -> list[np.ndarray]: # float32
     "Scores of short blocks, one somewhere in each of `blocks` equal stretches of the model."
     names, sizes = list(difference.shapes), [prod(shape) for shape in difference.shapes.values()]
@@ -283,7 +297,7 @@ def sample(difference: Difference, blocks: int = 2048, size: int = 2048) -> list
         return np.concatenate(list(scores_of(difference, names[at], start, min(start + size, sizes[at]))))
     return list(in_order(block, range(blocks)))
 
-# %% ../nbs/13_neurons.ipynb #0286dd55
+# %% ../nbs/13_neurons.ipynb #fe2ef495
 def settle(survey: Survey, count: int) -> Cut | None:
     "The exact cut, or None if it lies outside the bracket."
     above, higher, least = (int(number) for number in survey.counts)
@@ -295,7 +309,7 @@ def beyond(survey: Survey, count: int) -> Bracket:
     "The side of a bracket on which the cut lies instead."
     return Bracket(survey.bracket.high, WHOLE.high) if count <= survey.counts[0] else Bracket(WHOLE.low, survey.bracket.low)
 
-# %% ../nbs/13_neurons.ipynb #98fbc42f
+# %% ../nbs/13_neurons.ipynb #827bfc45
 class KeyMasks(Lazy):
     "Masks of the key scalars: name -> bool Tensor, read from a survey when asked for, a piece of the grid at a time."
     def __init__(self, survey: Survey, cut: Cut, shapes: Mapping[str, tuple]):
@@ -319,7 +333,7 @@ class KeyMasks(Lazy):
         mask[more] = True
         return mask
 
-# %% ../nbs/13_neurons.ipynb #fe2ef495
+# %% ../nbs/13_neurons.ipynb #2e01e174
 def line_scores(difference: Difference, granularity: str) -> dict[str, Tensor]: # name -> float32
     "Importance of all rows or columns, in one pass; of a tensor with one axis, of its scalars."
     shapes = difference.shapes
@@ -339,7 +353,7 @@ class LineMasks(Lazy):
     def piece(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
         return spread_piece(self.masks[name], self.shapes[name], self.granularity, start, stop)
 
-# %% ../nbs/13_neurons.ipynb #64e095fe
+# %% ../nbs/13_neurons.ipynb #b7eb6c68
 def key_scalars(difference: Difference, ratio: float, count: int, file) -> tuple[KeyMasks, float]:
     "Masks of the `count` scalars that moved most, and the threshold. One pass and a sample; two passes if that misled."
     small = sum(map(prod, difference.shapes.values())) <= 1 << 24
@@ -350,14 +364,15 @@ def key_scalars(difference: Difference, ratio: float, count: int, file) -> tuple
         where = settle(found, count)
     return KeyMasks(found, where, difference.shapes), where.threshold
 
-def key_lines(difference: Difference, ratio: float, granularity: str) -> tuple[LineMasks, float]:
+def key_lines(difference: Difference, ratio: float, granularity: str, share: str) -> tuple[LineMasks, float]:
     "Masks of the rows or columns that moved most, as masks of scalars, and the threshold."
     scores = line_scores(difference, granularity)
-    masks = key_neurons(scores, ratio)
+    lengths = {name: prod(shape)//len(scores[name]) for name, shape in difference.shapes.items()}
+    masks = key_neurons(scores, ratio) if share == "neurons" else key_share(scores, lengths, ratio)
     threshold = min(float(scores[name][mask].min()) for name, mask in masks.items() if mask.any())
     return LineMasks(masks, difference.shapes, granularity), threshold
 
-# %% ../nbs/13_neurons.ipynb #2e01e174
+# %% ../nbs/13_neurons.ipynb #a9334987
 @contextmanager
 def nameless(out: Path, # the file to be
              size: int, # bytes that will be needed beside it
@@ -376,14 +391,17 @@ def locate(base: Checkpoint,  # before training
            ratio: float,      # k1, in (0, 1]
            granularity: str,  # what a neuron is: element, row or column
            out: str | Path,   # the keys file to be
+           share: str = "neurons", # what k1 is a share of: neurons, or scalars (where neurons differ in length)
            ) -> dict: # ratio, granularity, threshold, neurons (all and key), counts (tensor -> key scalars)
     "Write the masks of the top k1 % of neurons by Eq. 1. Raises MaetError for NaN, differing shapes or a wrong ratio."
+    if share not in ("neurons", "scalars"): raise MaetError(f"share: {share!r} is neither neurons nor scalars")
     difference = Difference(tuned, base)
     total = sum(neurons_of(shape, granularity) for shape in difference.shapes.values())
     count = key_count(total, ratio)
     scalars = sum(map(prod, difference.shapes.values()))
     with nameless(Path(out), scalars // 2) as file:
         if granularity == "element": masks, threshold = key_scalars(difference, ratio, count, file)
-        else: masks, threshold = key_lines(difference, ratio, granularity)
+        else: masks, threshold = key_lines(difference, ratio, granularity, share)
+        if granularity != "element": count = sum(int(mask.sum()) for mask in masks.masks.values())
         found = dict(ratio=ratio, granularity=granularity, threshold=threshold, neurons={"all": total, "key": count})
         return found | {"counts": save_keys(out, masks, base, **found)}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'SAME', 'BUCKET', 'IN_USE', 'PREFETCHED', 'GPUS', 'UNITS', 'ADVICE', 'Watch', 'expected_block',
            'trained_form', 'stored', 'Rehearsal', 'rehearse', 'shares', 'memory', 'GPU', 'gpu', 'seconds', 'operations',
-           'disk', 'Cluster', 'computes_in', 'plan_run', 'stages', 'config_of', 'trainings', 'plan', 'modes', 'sized',
-           'describe', 'read', 'cluster_of', 'device_memory', 'must_fit']
+           'disk', 'Cluster', 'computes_in', 'plan_run', 'Unread', 'stages', 'config_of', 'trainings', 'plan', 'modes',
+           'sized', 'describe', 'read', 'cluster_of', 'device_memory', 'must_fit']
 
 # %% ../nbs/17_plan.ipynb #da4b9237
 import copy, json, math, os, weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from .deltas import keys_meta
 from .sparse import Block, freeze_at
 from .training import MODES, Training, at_once, batch_sequences, check_ranks, total_steps, total_tokens
 from .launch import Launch, machines, read_config, world_size
-from .pipeline import Base, Locate, Pipeline, Recipe, Run, Store, Texts, backbone, models
+from .pipeline import Base, Locate, Pipeline, Recipe, Run, Store, Texts, backbone, transferred
 from .settings import load, read_yaml, strict
 
 # %% ../nbs/17_plan.ipynb #c1dfd96e
@@ -366,33 +366,23 @@ def plan_run(stage: str, config, training: Training, cluster: Cluster, ratio: fl
                 fits=sum(held.values()) <= gpu(cluster.gpu).memory*1e9, **held)
 
 # %% ../nbs/17_plan.ipynb #98fbc42f
-class _Noted(Store):
-    "A dry store that notes what the stages would be made of."
-    def __init__(self):
-        super().__init__("plan", dry=True)
-        self.noted = {}
-
-    def stage(self, name, make, cost=0, **inputs):
-        path = super().stage(name, make, cost, **inputs)
-        self.noted.setdefault(path.name, (name, inputs))
-        return path
-
 class _Names(Texts):
     def identity(self, name): return name  # by content it would be read
 
-class _Unread(Pipeline):
+class Unread(Pipeline):
+    "A run of which nothing has to be there: neither base nor corpora."
     base_identity = "base"
-    def __init__(self, recipe, store):
-        super().__init__(recipe, store)
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe, store := Store("plan", dry=True))
         self.texts = _Names(store, recipe.world, recipe.corpora)
 
-def stages(recipe: Recipe | Base) -> list[tuple[str, dict]]: # name and inputs of each stage, in order
-    "What a run would make."
-    store = _Noted()
-    if isinstance(recipe, Base): backbone(recipe, store, Texts(store, None, {}))
+def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[str, dict]]: # name and inputs of each stage, in order
+    "What a run would make. `wanted(run, ability)` asks for it; without it that is Algorithm 1."
+    if isinstance(recipe, Base): backbone(recipe, store := Store("plan", dry=True), Texts(store, None, {}))
     else:
-        for ability in recipe.abilities: models(_Unread(recipe, store), ability)
-    return list(store.noted.values())
+        store = (run := Unread(recipe)).store
+        for ability in recipe.abilities: wanted(run, ability)
+    return [(stage.name, stage.inputs) for stage in store.plan.values()]
 
 # %% ../nbs/17_plan.ipynb #fe2ef495
 def config_of(what: Recipe | Run | Base):
@@ -407,7 +397,8 @@ def _other(name: str, inputs: dict, scalars: int, item: int, pack: int) -> dict[
     "Bytes of a stage that trains nothing."
     base, masks, packs = scalars*item, -(-scalars//8), 1 + len(inputs.get("experts", ()))
     known = dict(tokens=(0, 4*inputs.get("tokens", 0)), keys=(2*base, masks), ability=(2*pack, pack), maet=(base + 2*packs*pack, base), start=(0, base))
-    read, result = known.get(name.split(".")[0], (0, 0))
+    file = inputs.get("merge", {"models": []})  # of room 20
+    read, result = known.get(name.split(".")[0], (base*len({*(m["model"] for m in file["models"]), file.get("base_model")} - {None}), base if "merge" in inputs else 0))
     return dict(read=read, write=result, result=result, meanwhile=0)
 
 # %% ../nbs/17_plan.ipynb #827bfc45
@@ -422,19 +413,19 @@ def _saved_keys(files: list) -> tuple:
     share = sum(sum(m["counts"].values())/sum(map(math.prod, m["shapes"].values())) for m in metas)
     return (min(1., share), metas[0].get("granularity", "element"), len(files)) if files else ()
 
-def trainings(what: Recipe | Run | Base) -> list[tuple]: # (stage, Training, and if sparse: ratio, granularity, number of keys files)
+def trainings(what: Recipe | Run | Base, wanted: Callable = transferred) -> list[tuple]: # (stage, Training, and if sparse: ratio, granularity, number of keys files)
     "All that a recipe would train."
     if isinstance(what, Run): return [("train", what.training, *_saved_keys(what.keys))]
     locate = getattr(what, "locate", None)
-    return [(name, Training.of(inputs["training"]), *_sparse(inputs, locate)) for name, inputs in stages(what) if "training" in inputs]
+    return [(name, Training.of(inputs["training"]), *_sparse(inputs, locate)) for name, inputs in stages(what, wanted) if "training" in inputs]
 
-def plan(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None) -> list[dict]: # a row for each stage
-    "What it would train, read, write and hold. Starts nothing. `config`: of the base, where the base is not here."
+def plan(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None, wanted: Callable = transferred) -> list[dict]: # a row for each stage
+    "What it would train, read, write and hold. Starts nothing. `config`: of the base, where the base is not here; `wanted` as in `stages`."
     config = config_of(what) if config is None else config
-    locate, item, runs = getattr(what, "locate", None), stored(config).itemsize, iter(trainings(what))
+    locate, item, runs = getattr(what, "locate", None), stored(config).itemsize, iter(trainings(what, wanted))
     scalars = sum(math.prod(shape) for shape in shapes(config).values())
     pack = _size(scalars, int(2*locate.ratio*scalars), item, "key-neuron") if locate else 0
-    names = [("tokens", dict(tokens=what.training.tokens)), ("train", dict(training=None))] if isinstance(what, Run) else stages(what)
+    names = [("tokens", dict(tokens=what.training.tokens)), ("train", dict(training=None))] if isinstance(what, Run) else stages(what, wanted)
     def row(name, inputs):
         if "training" not in inputs: return dict(stage=name, mode=None, **_other(name, inputs, scalars, item, pack))
         stage, training, *sparse = next(runs)
@@ -478,10 +469,10 @@ def _memory_table(rows: list[dict]) -> str:
     return _aligned([["", *kinds, "peak", "fits"],
                      *([name(r), *(sized(r[k]) for k in kinds), sized(r["memory"]), "yes" if r["fits"] else "NO"] for r in seen.values())])
 
-def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None) -> str:
+def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None, wanted: Callable = transferred) -> str:
     "The plan as text: totals, stages, memory by kind and by mode."
     config = config_of(what) if config is None else config
-    rows, training = plan(what, cluster, config), what.phases[0].training if isinstance(what, Base) else what.training
+    rows, training = plan(what, cluster, config, wanted), what.phases[0].training if isinstance(what, Base) else what.training
     others = modes(config, training, cluster, *([what.locate.ratio, what.locate.granularity] if isinstance(what, Recipe) else []))
     return "\n".join([*_totals(rows, cluster), "", _stages_table(rows), "", "on each GPU, at the peak of a step:", _memory_table(rows), "",
                       "the same training in each mode:", _memory_table(others)])
@@ -515,18 +506,18 @@ def device_memory(ranks: int = 1) -> float: # bytes for each of the ranks on thi
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory
     return memory_size()/ranks
 
-def must_fit(what: Recipe | Run | Base) -> None:
+def must_fit(what: Recipe | Run | Base, wanted: Callable = transferred) -> None:
     "Raises MaetError, in one line, if a training of it cannot fit on the devices of this machine."
     cluster, config = cluster_of(what), config_of(what)
     device = device_memory(max(machines(getattr(what, "launch", Launch())).values()))
-    need, stage, mode = max(_needs(what, cluster, config))
+    need, stage, mode = max(_needs(what, cluster, config, wanted))
     if need > device:
         raise MaetError(f"plan: {stage} ({mode}) needs {need/1e9:.1f} GB on each of {cluster.gpus} devices, and one has {device/1e9:.1f} GB; {ADVICE}")
 
-def _needs(what, cluster, config):
+def _needs(what, cluster, config, wanted):
     "(bytes, stage, mode) of all that is trained. More key neurons need more, so of runs that differ in that alone the largest will do."
     runs = {}
-    for stage, training, *sparse in sorted(trainings(what), key=lambda run: run[2:3]):
+    for stage, training, *sparse in sorted(trainings(what, wanted), key=lambda run: run[2:3]):
         runs[json.dumps([v for k, v in asdict(training).items() if k not in SAME])] = stage, training, sparse[:2]
     for stage, training, sparse in runs.values():
         r = rehearse(config, training, cluster.gpus, *sparse, spread=bool(cluster.zero))

@@ -1,5 +1,5 @@
 "The main job as a process: whole, killed again and again, and the same bytes at the end."
-import os, random, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,8 @@ base:
     - shares: {general/en: 1, mathematics/en: 1, general/es: 1, general/bn: 1}
       training: &training {tokens: 16_384, batch_tokens: 512, sequence_length: 64, learning_rate: 0.002, save_every: 5}
 abilities: {mathematics: {tasks: [mathematics], select_ratio: 0.8}}
-training: {<<: *training, tokens: 8_192}
-locate: {training: {<<: *training, tokens: 4_096}, ratio: 0.05}
-rivals: {ability: {<<: *training, tokens: 4_096}, full: {<<: *training, tokens: 4_096}}
+training: {<<: *training, tokens: 4_096}
+locate: {training: {<<: *training, tokens: 2_048}, ratio: 0.05}
 exam: {batch_size: 32}
 """)
 
@@ -49,10 +48,10 @@ def undisturbed(tmp_path_factory):
 
 def test_the_main_job_ends_with_a_table_and_a_sentence(undisturbed):
     folder, said, _ = undisturbed
-    assert "| MAET" in said and "CPT on languages and ability" in said and "average" in said and "replicated" in said
+    assert "| MAET" in said and "F-CPT L&A" in said and "average" in said and "replicated" in said
     seed = folder / "whole" / "seed-0"
-    assert {p.name for p in seed.iterdir()} >= {"report.md", "mathematics", "main.png", "main.svg", "main.csv"}
-    assert len((folder / "whole.jsonl").read_text().splitlines()) == 4 * (3 + 1)  # methods x (languages + average)
+    assert {p.name for p in seed.iterdir()} >= {"main.md", "mathematics", "main.png", "main.svg", "main.csv"}
+    assert len((folder / "whole.jsonl").read_text().splitlines()) == (4 + 5) * (3 + 1)  # (methods + pairs) x (languages + average)
     assert not [p for p in (folder / "whole").iterdir() if p.name.endswith(".part")]
     from transformers import AutoModelForCausalLM
     assert AutoModelForCausalLM.from_pretrained(seed / "mathematics").num_parameters() > 10_000
@@ -80,7 +79,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(undisturbed):
             kills += 1
         else:  # done before the kill: begin anew, with the kills that are left
             assert process.returncode == 0 and merged(folder, "killed") == merged(folder, "whole")
-            os.rename(folder / "killed", folder / f"done-{kills}")
+            os.rename(folder / "killed", folder / f"done-{len(list(folder.glob('done-*')))}")
     said, _ = (process := start(folder, "killed")).communicate(timeout=600)
     assert process.returncode == 0, said
     assert merged(folder, "killed") == merged(folder, "whole")
@@ -104,7 +103,7 @@ def test_what_stops_a_worker_is_one_line(undisturbed, monkeypatch):
     process = start(folder, "broken")
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 2 and "Traceback" not in said and "maet: " in said.splitlines()[-1] and "holds nan" in said, said
-    assert not list((folder / "broken").glob("rival*")) and not list((folder / "broken").glob(".*.part"))
+    assert not list((folder / "broken").glob("dense*")) and not list((folder / "broken").glob(".*.part"))
 
 
 def test_interrupted_it_says_how_to_go_on(undisturbed):
@@ -115,3 +114,21 @@ def test_interrupted_it_says_how_to_go_on(undisturbed):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on from here" in said, said
     assert "Traceback" not in said
+
+
+def test_a_study_finds_what_another_has_trained(undisturbed):
+    folder, *_ = undisturbed
+    (folder / "sweep.yml").write_text(yaml.safe_dump(dict(recipe="tiny.yml", methods=["base", "soup", "maet"], seeds=[0], vary={"transfer.gamma": [0.1, 0.2]})))
+    trained = lambda: {p.name for p in (folder / "whole").glob("*-*") if (p / "expert").exists() or (p / "expert.safetensors").exists()}
+    before = trained()
+    command = [sys.executable, "-m", "maet.cli", "run", "--study", "sweep.yml", "--out", "whole"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {name.split("-")[0] for name in trained() - before} == {"dense.mathematics.en", "dense.general.es", "dense.general.bn"}  # a soup's experts
+    assert "| MAET (transfer.gamma 0.1) " in done.stdout and (folder / "whole" / "seed-0" / "sweep.md").is_file()
+    rows = [json.loads(line) for line in (folder / "data" / "results" / "sweep.jsonl").read_text().splitlines()]
+    assert sum("minus" in r["setting"] for r in rows) == 2 * 3 * (3 + 1)
+    rows = [r for r in rows if "minus" not in r["setting"]]
+    assert len(rows) == 2 * 3 * (3 + 1) and {r["setting"]["transfer.gamma"] for r in rows} == {0.1, 0.2} and {r["study"] for r in rows} == {"sweep"}
+    assert {r["value"] for r in rows if r["method"] == "base" and r["language"] == "en"} == \
+        {json.loads(line)["value"] for line in (folder / "whole.jsonl").read_text().splitlines() if '"method": "base"' in line and '"en"' in line}
