@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env study test notebooks export base clean
+.PHONY: help env study experiments figures test notebooks export base clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -17,6 +17,13 @@ env: $(READY) ## create .venv with the exact versions of constraints.txt; the ot
 
 study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into runs/mini; resumes by itself
 	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED)
+
+experiments: $(READY) ## run every rival of both papers, three seeds, into runs/mini; resumes by itself
+	$(BIN)/maet run --study rivals --out runs/mini
+
+figures: $(READY) ## draw every figure and table from the committed results, into figures/mini, and report.html from both
+	$(BIN)/maet figures
+	$(BIN)/maet report
 
 test: $(READY) ## run every notebook and every test
 	$(BIN)/python -m pytest
