@@ -159,7 +159,7 @@ def extract(base: Annotated[str, typer.Option(help="The checkpoint that both exp
 
 # %% ../nbs/90_cli.ipynb #bd307a3e
 @app.command()
-def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, layer_swap, linear, magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
+def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, layer_swap, revert, linear, magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
           out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")],
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be read, written and held.")] = False):
     """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that AutoModelForCausalLM loads.
@@ -174,13 +174,13 @@ def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's langua
 @app.command(name="eval")
 def evaluate(model: Model,
              data: Annotated[Optional[Path], typer.Option(help="Folder with <task>/<language>.jsonl; without it, the hub.")] = None,
-             tasks: Annotated[str, typer.Option(help="Comma-separated groups (mgsm, science, ood, belebele, flores, mini, text) or tasks.")] = "mini",
+             tasks: Annotated[str, typer.Option(help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, mini, text) or tasks.")] = "mini",
              languages: Annotated[str, typer.Option(help="Comma-separated.")] = "en,es,zh,bn,te",
              limit: Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")] = None,
              shots: Annotated[Optional[int], typer.Option(min=0, help="Exemplars; without it, each exam's own number.")] = None,
              batch_size: Annotated[int, typer.Option(min=1)] = 64,
-             out: Annotated[Optional[Path], typer.Option(help="Folder for the answers, one by one.")] = None,
-             device: Annotated[Optional[str], typer.Option(help="cuda, cuda:1, cpu; by itself cuda where there is one.")] = None,
+             out: Annotated[Optional[Path], typer.Option(help="Folder for the answers and results.jsonl; called again, it goes on there.")] = None,
+             device: Annotated[Optional[str], typer.Option(help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.")] = None,
              dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")] = "auto",
              backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
              backend_args: Annotated[str, typer.Option(help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.")] = "{}",
