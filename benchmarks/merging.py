@@ -1,6 +1,6 @@
 """Wall time and peak memory of arithmetic on checkpoints, against mergekit, `cp` and plain reading, in turn, in rounds.
 
-    python benchmarks/merging.py [--sizes 1.4 2.8] [--rounds 3] [--scratch DIR] [--mergekit mergekit-yaml] [--out FILE.json] [--figure STEM]
+    python benchmarks/merging.py [--sizes 1.4 2.8] [--rounds 3 1] [--scratch DIR] [--mergekit mergekit-yaml] [--out FILE.json] [--figure STEM]
 
 For each size it makes a random bfloat16 LLaMA in shards of 1 GB, three checkpoints tuned from it and five packs at 5 % (an
 ability and four languages): about 16 bytes of disk for each parameter, and 2 more for what is being written. Then, in every
@@ -33,7 +33,7 @@ GOALS = [("merge", "seconds", "mergekit", .30), ("merge", "peak_bytes", None, 1.
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1.4", "2.8"], help=f"billions of parameters, of {', '.join(SIZES)}; or config.json files")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="of each size; one number is for all")
     parser.add_argument("--contestants", nargs="+", default=["read", "cp", "mergekit", "merge", "transfer", "locate", "pack"])
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="the page cache before each run")
     parser.add_argument("--mergekit", default="mergekit-yaml", help="the program")
@@ -274,7 +274,7 @@ def make(folder: Path, out: str) -> None:
     print(json.dumps(dict(parameters=sum(base.size(n) for n in base.names), checkpoint_bytes=base.bytes, shards=len(base.shards), pack_share=share)))
 
 
-def contest(size: str, folder: Path, args) -> dict:
+def contest(size: str, rounds: int, folder: Path, args) -> dict:
     "All rounds at one size. This process stays small: a child that is started from it is counted with what it had before."
     made = subprocess.run([sys.executable, __file__, "--run", "make", str(folder), size], stdout=subprocess.PIPE, text=True)
     if made.returncode: sys.exit(f"the inputs of {size} could not be made")
@@ -282,7 +282,7 @@ def contest(size: str, folder: Path, args) -> dict:
     print(f"\n{facts['parameters'] / 1e9:.2f}B parameters, {facts['checkpoint_bytes'] / GB:.2f} GB in {facts['shards']} shards; "
           f"a pack at 5 % is {facts['pack_share']:.2%} of that (at most 12 %)", flush=True)
     rows = []
-    for number in range(args.rounds):
+    for number in range(rounds):
         for name in args.contestants:
             row = dict(round=number) | measure(name, folder, args)
             rows.append(row)
@@ -298,11 +298,12 @@ def main():
         print(f"{args.mergekit} is not here: mergekit is left out")
         args.contestants.remove("mergekit")
     results = []
-    for size in args.sizes:
+    if len(args.rounds) not in (1, len(args.sizes)): sys.exit(f"--rounds: give one number, or {len(args.sizes)} for {' '.join(args.sizes)}")
+    for size, rounds in zip(args.sizes, args.rounds * len(args.sizes)):
         with tempfile.TemporaryDirectory(dir=args.scratch, prefix="maet-merging-") as made:
             folder = args.scratch/f"maet-merging-{Path(size).parent.name or size}" if args.keep else Path(made)
             folder.mkdir(parents=True, exist_ok=True)
-            results.append(contest(size, folder, args))
+            results.append(contest(size, rounds, folder, args))
         if args.out: args.out.write_text(json.dumps(results, indent=1) + "\n")
     if len(results) > 1:
         for name in ("merge", "locate", "transfer"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'UNITS', 'Paper', 'Entry', 'catalogue', 'wanted', 'said', 'chosen', 'paper_rows', 'grids', 'markdown',
-           'Drawn', 'draw', 'figures']
+           'Drawn', 'draw', 'standing', 'figures']
 
 # %% ../nbs/25_figures.ipynb #da4b9237
 import csv, json
@@ -43,6 +43,7 @@ class Entry:
     draw: dict = field(default_factory=dict)    # what the form takes
     only: dict = field(default_factory=dict)    # field -> list of values: the rows that are drawn
     minus: dict = field(default_factory=dict)   # method -> the one that is subtracted from it, to draw differences
+    by: str = "method"                          # field whose values `minus` names
     paper: Paper | None = None
     table: dict | None = None                   # what `grids` takes
 
@@ -106,7 +107,7 @@ def _columns(rows: list[dict], down: str, across: str, names: list, keys: list, 
     if not rows: return []
     _, factor, digits = plots.unit(rows[0]["metric"])
     found = {k: e.times(factor) for k, e in plots.estimates(rows, down, across).items()}
-    if rows[0]["stderr"] is None: digits = next(d for d in range(9) if d == 8 or all(abs(e.value - round(e.value, d)) < 1e-9 for e in found.values()))  # as printed
+    if rows[0]["seed"] is None: digits = next(d for d in range(9) if d == 8 or all(abs(e.value - round(e.value, d)) < 1e-9 for e in found.values()))  # as printed
     best = {k: (min if lowest else max)(e.value for (_, c), e in found.items() if c == k) for k in keys}
     return [[_cell(e := found.get((name, k)), digits, e is not None and e.value == best[k]) for name in names] for k in keys]
 
@@ -154,12 +155,20 @@ def draw(entry: Entry,
     of = lambda part: [r for r in part if all(ledger.field(r, k) in v for k, v in entry.only.items())]
     options = entry.draw | ({"paper": of(paper)} if paper and entry.form == "dots" else {})
     try:
-        shown = [d for of_, minus in entry.minus.items() for d in plots.differences(of(rows), of_, minus)] if entry.minus else of(rows)
+        shown = [d for of_, minus in entry.minus.items() for d in plots.differences(of(rows), of_, minus, entry.by)] if entry.minus else of(rows)
         figure = FORMS[entry.form](shown, **options) if entry.form else None
         tables = grids(rows, paper, **entry.table) if entry.table is not None else []
     except (TypeError, MaetError) as e: raise MaetError(f"{entry.title}: {e}") from None
     caption = entry.caption + (f" Incomplete: {len(missing)} of {sum(len(wanted(block)) for block in entry.rows)} rows are missing." if missing else "")
     return Drawn(figure, tables, rows + paper, missing, caption)
+
+def standing(done: Drawn) -> str:
+    "What a figure has and lacks, in words. The paper's rows are not counted."
+    ours = [r for r in done.rows if r["seed"] is not None]
+    each = {m: sorted({r["seed"] for r in ours if r["method"] == m}) for m in plots.ordered(r["method"] for r in ours)}
+    made = ", ".join(sorted({str(r["commit"]) for r in ours})) or "-"
+    return f"{len(ours)} rows are there, {len(done.missing)} of those that it needs are missing; made by commits {made}; seeds: " + \
+           ("; ".join(f"{plots.named(m)} {', '.join(map(str, seeds))}" for m, seeds in each.items()) or "none yet")
 
 # %% ../nbs/25_figures.ipynb #91032ad7
 def figures(out: str | Path = "figures/mini",      # folder to be
