@@ -204,8 +204,9 @@ def ledger_rows(args, found, load) -> list[dict]:
     setting = dict(device=args.device, name=device, threads=args.threads if args.device == "cpu" else None, load=load)
     rows = []
     for name, row in found.items():
-        spread = statistics.stdev(row["seconds"]) if len(row["seconds"]) > 1 else None
-        numbers = dict(step_s=(statistics.median(row["seconds"]), spread, len(row["seconds"])), peak_bytes=(row["peak"], None, 1),
+        each = row["seconds"]
+        error = 1.2533 * statistics.stdev(each) / len(each) ** .5 if len(each) > 1 else None  # of a median of normal times
+        numbers = dict(step_s=(statistics.median(each), error, len(each)), peak_bytes=(row["peak"], None, 1),
                        state_bytes=(sum(row["state"].values()), None, 1))
         rows += [shared | dict(method=name, setting=setting, metric=metric, value=value, stderr=error, n=n) for metric, (value, error, n) in numbers.items()]
     return rows
