@@ -8,6 +8,7 @@ round, each contestant does its work once, in a process of its own:
 
     read        reads base and one tuned checkpoint once, and does nothing with them
     cp          copies the base
+    cp+sync     the same, and waits until the disk has it, as maet does before a file gets its name
     mergekit    task arithmetic, base + three deltas, dtype float32, out_dtype bfloat16 (left out where mergekit is not found)
     merge       the same file by `maet merge`
     transfer    `maet merge`, merge_method maet: five packs on the base (Equations 3 to 5)
@@ -34,7 +35,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1.4", "2.8"], help=f"billions of parameters, of {', '.join(SIZES)}; or config.json files")
     parser.add_argument("--rounds", type=int, nargs="+", default=[3], help="of each size; one number is for all")
-    parser.add_argument("--contestants", nargs="+", default=["read", "cp", "mergekit", "merge", "transfer", "locate", "pack"])
+    parser.add_argument("--contestants", nargs="+", default=["read", "cp", "cp+sync", "mergekit", "merge", "transfer", "locate", "pack"])
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="the page cache before each run")
     parser.add_argument("--mergekit", default="mergekit-yaml", help="the program")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoints; emptied of them afterwards. Default: a temporary one")
@@ -118,16 +119,6 @@ def read(folder, out):
             while handle.readinto(buffer): pass
 
 
-def merge(folder, out):
-    from maet.merging import merge
-    merge(folder/"task.yml", out)
-
-
-def transfer(folder, out):
-    from maet.merging import merge
-    merge(folder/"maet.yml", out)
-
-
 def locate(folder, out):
     from maet.checkpoints import Checkpoint
     from maet.neurons import locate
@@ -142,15 +133,18 @@ def pack(folder, out):
     save_pack(out, Difference(Checkpoint(folder/"a"), base, Keys(folder/"keys.safetensors", base)), base, torch.bfloat16)
 
 
-OURS = {f.__name__: f for f in (read, merge, transfer, locate, pack)}
-INPUTS = {"cp": ["base"], "read": ["base", "a"], "locate": ["base", "a"], "pack": ["base", "a", "keys.safetensors"],
+OURS = {f.__name__: f for f in (read, locate, pack)}
+MERGES = {"merge": "task.yml", "transfer": "maet.yml"}
+INPUTS = {"cp": ["base"], "cp+sync": ["base"], "read": ["base", "a"], "locate": ["base", "a"], "pack": ["base", "a", "keys.safetensors"],
           "transfer": ["base", *(f"{name}.safetensors" for name in PACKS)]}
 
 
 def command(name: str, folder: Path, out: Path, args) -> list[str]:
     if name == "cp": return ["cp", "-r", str(folder/"base"), str(out)]
+    if name == "cp+sync": return ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(folder/"base"), str(out)]
     if name == "mergekit":
         return [args.mergekit, str(folder/"task.yml"), str(out), "--no-write-model-card", "--no-copy-tokenizer", "--quiet", "--out-shard-size", "500M"]
+    if name in MERGES: return [sys.executable, "-m", "maet.cli", "merge", str(folder/MERGES[name]), str(out)]
     return [sys.executable, __file__, "--run", name, str(folder), str(out)]
 
 
@@ -194,13 +188,13 @@ def measure(name: str, folder: Path, args) -> dict:
 
 def summary(rows: list[dict]) -> list[str]:
     "The best and median seconds, the peak, and the ratios within each round."
-    lines = [f"{'':12}{'seconds (median, least)':>26}{'peak GB':>9}{'x cp':>7}{'x read':>8}{'x mergekit':>12}"]
+    lines = [f"{'':12}{'seconds (median, least)':>26}{'peak GB':>9}{'x cp':>7}{'x cp+sync':>11}{'x read':>8}{'x mergekit':>12}"]
     for name in dict.fromkeys(row["contestant"] for row in rows):
         own = [row for row in rows if row["contestant"] == name]
         times = [row["seconds"] for row in own]
-        ratios = [ratio(rows, name, "seconds", other) for other in ("cp", "read", "mergekit")]
+        ratios = [ratio(rows, name, "seconds", other) for other in ("cp", "cp+sync", "read", "mergekit")]
         lines.append(f"{name:12}{statistics.median(times):17.1f}{min(times):9.1f}{max(r['peak_bytes'] for r in own) / GB:9.2f}"
-                     + "".join(f"{'' if r is None else format(r, '.2f'):>{w}}" for r, w in zip(ratios, (7, 8, 12))))
+                     + "".join(f"{'' if r is None else format(r, '.2f'):>{w}}" for r, w in zip(ratios, (7, 11, 8, 12))))
     return lines
 
 

@@ -6,7 +6,7 @@
 __all__ = ['in_ends', 'shares', 'scaled', 'one_word', 'has_mean', 'Weights', 'Swap', 'fitted', 'shares_of', 'Soup', 'as_one',
            'members_of', 'Expert', 'SwapFile', 'read_swap', 'open_experts', 'layers_of', 'averaging', 'mixed',
            'measured', 'swap_tasks', 'Swapped', 'open_swap', 'weighing', 'row_changes', 'layer_matrices', 'share_map',
-           'Kept', 'Reverted', 'only', 'Revert', 'Tuned', 'RevertFile', 'restored', 'open_revert']
+           'Kept', 'Reverted', 'only', 'threshold_for', 'Revert', 'Tuned', 'RevertFile', 'restored', 'open_revert']
 
 # %% ../nbs/21_layer_swapping.ipynb #77de68da
 from .checkpoints import FLOATS, Checkpoint, identity, local
@@ -327,18 +327,35 @@ def only(part: Part, # flat
     return Packed(bits, part.at(ones(bits)), part.shape)
 
 # %% ../nbs/21_layer_swapping.ipynb #e6c3dd63
+def threshold_for(keep: float,                        # share of the scalars that may stay changed, 0..1
+                  delta: Mapping[str, Part],
+                  rows: str = "input",
+                  ) -> float:                         # weight; rows that changed by more stay
+    "The threshold that so much of a delta passes, by whole rows."
+    shapes = shapes_of([delta])
+    changes = row_changes({"it": delta}, rows, shapes)["it"]
+    every = torch.cat([*changes.values()])
+    lengths = torch.cat([torch.full((len(c),), prod(shapes[n]) / len(c)) for n, c in changes.items()]).double()
+    order = every.argsort(descending=True)
+    beyond = every[order][lengths[order].cumsum(0) > keep * lengths.sum()]
+    return beyond[0].item() if len(beyond) else 0.
+
+# %% ../nbs/21_layer_swapping.ipynb #a17554a0
 @dataclass(frozen=True)
 class Revert:
     "The parameters of revert."
     bottom: int | None = None # layers that go back; None: 5 of 32
     top: int | None = None    # None: 2 of 32
     threshold: float | str = 0. # weight: rows whose mean absolute change is not above it go back; 0: none
+    keep: float = 1.          # instead: share of the scalars, of the whole model, in rows that changed most; all other rows go back
     rows: str = "input"       # or "output"
     def __post_init__(self):
         one_word("rows", self.rows, ("input", "output"))
         try: object.__setattr__(self, "threshold", as_number(self.threshold))  # YAML reads 1e-5 as text
         except ValueError as error: raise MaetError(f"threshold: {self.threshold!r} {error}") from None
         if self.threshold < 0: raise MaetError(f"threshold: {self.threshold} is below 0; it is a mean absolute change")
+        if not 0 < self.keep <= 1: raise MaetError(f"keep: {self.keep} is not above 0 and at most 1; it is a share of the scalars")
+        if self.threshold and self.keep < 1: raise MaetError("threshold and keep: both say which rows go back; give one")
 
 @dataclass(frozen=True)
 class Tuned:
@@ -355,7 +372,7 @@ class RevertFile:
     dtype: str | None = None
     out_dtype: str | None = None
 
-# %% ../nbs/21_layer_swapping.ipynb #6c1e671f
+# %% ../nbs/21_layer_swapping.ipynb #c66c6517
 def restored(task: Task, start: int, base: Tensor | None, tensors: list[Tensor]) -> Tensor:
     "A block of a tensor: of base or expert as it is, or some rows of each."
     if len(tensors) == 1: return tensors[0]
@@ -371,7 +388,9 @@ def open_revert(method: Method, content: Mapping, where: str, mask: Callable = r
     like, models = open_experts([file.base_model, file.models[0].model], file.base_model, where)
     base, expert = models.values()
     options, layers = fitted(file.parameters, layers_of(like), where), layers_of(like)
-    kept = Kept(Difference(expert.checkpoint, like) if expert.checkpoint else expert.delta, options.threshold, options.rows)
+    delta = Difference(expert.checkpoint, like) if expert.checkpoint else expert.delta
+    if options.keep < 1: options = replace(options, threshold=threshold_for(options.keep, delta, options.rows), keep=1.)
+    kept = Kept(delta, options.threshold, options.rows)
     tasks = {}
     for name in (n for n in like.names if like.dtype(n) in FLOATS):
         gone = in_ends(place(name).layer, layers, options.bottom, options.top)

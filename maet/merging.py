@@ -810,7 +810,7 @@ def plan(opened: Mixture | Transferred, out: str | Path) -> str:
     readings, like = opened.readings(), opened.like
     width = {name: (opened.dtype if opened.dtype and like.dtype(name) in FLOATS else like.dtype(name)).itemsize for name in like.names}
     written = sum(prod(like.shape(name)) * width[name] for name in like.names)
-    held = (12 if opened.method.first else 4) * (cores() + 1) * (len(readings) + 2) * 4 * PIECE  # as measured; a first reading has threads of its own
+    held = (12 if opened.method.first else 6) * (cores() + 1) * (len(readings) + 2) * 4 * PIECE  # as measured; a first reading has threads of its own
     rows = [("method", opened.method.name, opened.method.paper, ""), *(("read", model, readable(count), f"{times} x") for model, count, times in readings),
             ("write", str(out), readable(written), f"{len(like.shards)} shard{'s'[:len(like.shards) > 1]}, {str(opened.dtype or 'dtypes of ' + like.path.name).removeprefix('torch.')}"),
             ("hold", "", f"about {readable(held)}", "beside Python itself; it does not grow with the model")]

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'ABILITIES', 'SLOT', 'START', 'WORKPLACE', 'OPERATIONS', 'STORIES', 'LEVELS', 'ATTRIBUTES', 'CODE',
-           'render', 'lexicon', 'classmates', 'prose', 'worked', 'level', 'sums', 'part_of', 'Problem', 'problem',
-           'tell', 'facts', 'value_of', 'Question', 'question', 'ask', 'mathematics', 'article', 'quiz', 'science',
-           'general', 'thread', 'code', 'pairs', 'exam', 'write_world', 'write_forums']
+           'TEXTS', 'render', 'lexicon', 'classmates', 'prose', 'worked', 'level', 'sums', 'part_of', 'Problem',
+           'problem', 'tell', 'facts', 'value_of', 'Question', 'question', 'ask', 'mathematics', 'article', 'quiz',
+           'science', 'general', 'thread', 'code', 'pairs', 'exam', 'write_world', 'write_forums', 'write_texts']
 
 # %% ../nbs/04_miniworld.ipynb #da4b9237
-import hashlib, json, random, re
+import hashlib, json, random, re, shutil
 from functools import lru_cache
 from importlib.resources import files
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -328,3 +328,18 @@ def write_forums(out: Path,               # a folder, made if it is not there
     for ability, document in (("mathematics", mathematics), ("science", science)):
         rng = random.Random(f"{seed}/{ability}")
         _write(out / f"pairs/{ability}/en.jsonl", (row for _ in range(documents) for row in pairs(document("en", rng))))
+
+# %% ../nbs/04_miniworld.ipynb #0286dd55
+TEXTS = {"general_text": "held_out/{}.jsonl", "forum_text": "held_out/forum/{}.jsonl", "code_text": "held_out/code.jsonl"}  # exam -> file of a world or of its forums
+
+def write_texts(out: Path,           # a folder, made if it is not there
+                world: Path,         # of `write_world`
+                forums: Path,        # of `write_forums`
+                items: int = 250,    # of each text; fewer where fewer are held out
+                ) -> None:
+    "<text>/<language>.jsonl, and <ability>/<language>.jsonl as they are. Code has no language: it stands under en."
+    shutil.copytree(world / "exams" / "test", out, dirs_exist_ok=True)
+    for text, file in TEXTS.items():
+        for language in LANGUAGES if "{}" in file else ["en"]:
+            with open((world if text == "general_text" else forums) / file.format(language), encoding="utf-8") as lines:
+                _write(out / text / f"{language}.jsonl", ({"id": n, "text": json.loads(line)["text"]} for n, line in enumerate(islice(lines, items))))

@@ -11,7 +11,7 @@ __all__ = ['GRANULARITIES', 'LOW', 'WHOLE', 'BLOCK', 'neurons_of', 'moves', 'rec
 # %% ../nbs/13_neurons.ipynb #77de68da
 from .checkpoints import Checkpoint, finite, in_order, pieces, progress_bar, room_for
 from .deltas import Difference, Lazy, ones, save_keys
-from .tensors import MaetError
+from .tensors import MaetError, of_kinds
 
 # %% ../nbs/13_neurons.ipynb #1b645389
 import os, tempfile
@@ -392,10 +392,13 @@ def locate(base: Checkpoint,  # before training
            granularity: str,  # what a neuron is: element, row or column
            out: str | Path,   # the keys file to be
            share: str = "neurons", # what k1 is a share of: neurons, or scalars (where neurons differ in length)
-           ) -> dict: # ratio, granularity, threshold, neurons (all and key), counts (tensor -> key scalars)
-    "Write the masks of the top k1 % of neurons by Eq. 1. Raises MaetError for NaN, differing shapes or a wrong ratio."
+           kinds: str | list[str] = "all", # of tensors that are ranked (00); others have no key neuron
+           ) -> dict: # ratio, granularity, kinds, threshold, neurons (ranked and key), counts (tensor -> key scalars)
+    "Write the masks of the top k1 % of neurons by Eq. 1. Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there."
     if share not in ("neurons", "scalars"): raise MaetError(f"share: {share!r} is neither neurons nor scalars")
     difference = Difference(tuned, base)
+    difference.shapes = {name: shape for name, shape in difference.shapes.items() if of_kinds(name, kinds)}
+    if not difference.shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
     total = sum(neurons_of(shape, granularity) for shape in difference.shapes.values())
     count = key_count(total, ratio)
     scalars = sum(map(prod, difference.shapes.values()))
@@ -403,5 +406,5 @@ def locate(base: Checkpoint,  # before training
         if granularity == "element": masks, threshold = key_scalars(difference, ratio, count, file)
         else: masks, threshold = key_lines(difference, ratio, granularity, share)
         if granularity != "element": count = sum(int(mask.sum()) for mask in masks.masks.values())
-        found = dict(ratio=ratio, granularity=granularity, threshold=threshold, neurons={"all": total, "key": count})
+        found = dict(ratio=ratio, granularity=granularity, kinds=kinds, threshold=threshold, neurons={"all": total, "key": count})
         return found | {"counts": save_keys(out, masks, base, **found)}

@@ -389,6 +389,7 @@ def config_of(what: Recipe | Run | Base):
     "The base's config. Raises MaetError where there is none."
     from transformers import LlamaConfig
     base = getattr(what, "base", what)
+    if isinstance(base, Base) and base.start: base = base.start
     if not isinstance(base, Base): return meta_model(Path(base)).config
     try: return LlamaConfig(vocab_size=base.vocabulary, dtype="float32", **base.model)
     except (TypeError, ValueError) as e: raise MaetError(f"base.model: {str(e).splitlines()[0]}") from None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOOKS', 'METHODS', 'PALETTE', 'OTHERS', 'GREYS', 'T975', 'METRICS', 'LANGUAGES', 'MARKER_SIZES', 'VERDICTS',
            'COLUMNS', 'Look', 'look', 'style', 't975', 'Estimate', 'estimate', 'estimates', 'unit', 'difference',
-           'ordered', 'named', 'split', 'filled', 'differences', 'foot', 'seeds_shown', 'scores', 'dots', 'apart',
-           'lines', 'heat', 'side', 'forest', 'compared', 'outcome', 'as_csv', 'drawn', 'put', 'save']
+           'ordered', 'named', 'split', 'filled', 'foot', 'seeds_shown', 'scores', 'dots', 'apart', 'lines', 'heat',
+           'side', 'forest', 'as_csv', 'drawn', 'put', 'save']
 
 # %% ../nbs/06_plots.ipynb #da4b9237
 import csv, io, json, math, os
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 # %% ../nbs/06_plots.ipynb #77de68da
 from .tensors import KINDS, MaetError
-from .ledger import IDENTITY, field
+from .ledger import field
 
 # %% ../nbs/06_plots.ipynb #c1dfd96e
 class Look(NamedTuple):
@@ -106,7 +106,8 @@ def estimates(rows: list[dict], # ledger rows
 # %% ../nbs/06_plots.ipynb #472b07b9
 METRICS = {"exact_match": ("accuracy (%)", 100, 1), "acc": ("accuracy (%)", 100, 1), "acc_norm": ("accuracy (%)", 100, 1), # label, factor, digits
            "bits_per_byte": ("bits per byte (bit/B)", 1, 3), "share": ("share (%)", 100, 0), "cosine": ("cosine (no unit)", 1, 2),
-           "loss": ("loss (nat/token)", 1, 3), "step_s": ("step (s)", 1, 2), "peak_bytes": ("peak memory (MB)", 1e-6, 0),
+           "loss": ("loss (nat/token)", 1, 3), "training loss": ("loss (nat/token)", 1, 3), "last training loss": ("loss (nat/token)", 1, 3),
+           "held-out loss": ("loss (nat/token)", 1, 3), "l1": ("L1 (millionths of a weight)", 1e6, 1), "step_s": ("step (s)", 1, 2), "peak_bytes": ("peak memory (MB)", 1e-6, 0),
            "state_bytes": ("state (MB)", 1e-6, 0)}
 LANGUAGES = dict(en="English", es="Spanish", zh="Chinese", bn="Bengali", te="Telugu", sw="Swahili", ja="Japanese", average="average")
 
@@ -146,15 +147,6 @@ def split(rows: list[dict], # ledger rows
 def filled(rows: list[dict], by: str) -> list[dict]:
     "Rows that lack a setting stand under their method's name: so the base is a line of a table of MAET's settings."
     return [r if field(r, by) is not None else r | {"setting": r["setting"] | {by.removeprefix("setting."): r["method"]}} for r in rows]
-
-def differences(rows: list[dict], of: str, minus: str, by: str = "method") -> list[dict]: # by: the field that has both values
-    "What `of` has more than `minus`, row by row. The error is that of two exams; the same questions make the true one smaller."
-    alike = lambda r: {k: v for k, v in r["setting"].items() if f"setting.{k}" != by} if isinstance(r["setting"], dict) else r["setting"]
-    key = lambda r: json.dumps([r[k] for k in IDENTITY if k not in (by, "setting")] + [alike(r)], sort_keys=True)
-    other, found = {key(r): r for r in rows if field(r, by) == minus}, [r for r in rows if field(r, by) == of]
-    if lone := [r for r in found if key(r) not in other]: raise MaetError(f"no row of {minus} beside {of}, {lone[0]['language']}, {lone[0]['setting']}, seed {lone[0]['seed']}")
-    pairs = [(r, other[key(r)]) for r in found]
-    return [a | {"value": a["value"] - b["value"], "stderr": math.hypot(a["stderr"] or 0, b["stderr"] or 0)} for a, b in pairs]
 
 def foot(figure, rows: list[dict], *more: str):
     "The line under a figure that says what its intervals are."
@@ -433,25 +425,7 @@ def forest(rows: list[dict],             # ledger rows whose value is a differen
         foot(figure, rows, seeds_shown(rows))
     return figure
 
-# %% ../nbs/06_plots.ipynb #a9334987
-def compared(rows: list[dict],    # of one task and one language
-             of: str, minus: str, # values of `by`
-             by: str = "method",
-             ) -> Estimate | None: # of the difference; None where no seed has both
-    "`of` minus `minus`, over the seeds that both have."
-    both = set.intersection(*({r["seed"] for r in rows if field(r, by) == value} for value in (of, minus)))
-    return estimate(found) if (found := differences([r for r in rows if r["seed"] in both], of, minus, by)) else None
-
-def outcome(found: list[Estimate | None], # every difference of a claim
-            wanted: int = 1,              # the side of zero that it claims: 1 or -1
-            ) -> str:
-    "What became of a claim, in words."
-    if not found or None in found: return "not measured yet"
-    sides = {wanted * side(e) for e in found}
-    if min(len(e.seeds) for e in found) < 2: return "undecided"
-    return "not replicated" if -1 in sides else "replicated" if sides == {1} else "undecided"
-
-# %% ../nbs/06_plots.ipynb #54ceb912
+# %% ../nbs/06_plots.ipynb #c5b76da3
 COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric", "value", "stderr", "n", "seed")
 
 def as_csv(rows: list[dict], # ledger rows
@@ -463,14 +437,14 @@ def as_csv(rows: list[dict], # ledger rows
     for r in rows: table.writerow([json.dumps(r[c], sort_keys=True) if isinstance(r[c], dict) else r[c] for c in COLUMNS])
     return text.getvalue()
 
-# %% ../nbs/06_plots.ipynb #5a5b0f9b
+# %% ../nbs/06_plots.ipynb #54ceb912
 def drawn(figure, kind: str) -> bytes: # png or svg
     "A picture as the content of its file."
     with style():
         figure.savefig(picture := io.BytesIO(), format=kind, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None})
     return picture.getvalue()
 
-# %% ../nbs/06_plots.ipynb #6c1e671f
+# %% ../nbs/06_plots.ipynb #667be543
 def put(path: Path, data: bytes) -> Path:
     "Write a file that is whole or not there: beside it first, then renamed. Gives its path."
     part = path.with_name(f".{path.name}.{os.getpid()}")

@@ -157,6 +157,9 @@ class MaetTransfer(_Inputs, Lazy):
         return {name: known[name] for name in self.names
                 if name in self.language or name in self.ability and name in self.selected}
 
+    @cached_property
+    def sparse(self) -> set[str]: return Sum([(1, self.ability), (1, self.language)]).sparse
+
     @property
     def identity(self) -> str:
         settings = self.gamma, self.eta, self.select_ratio, self.similarity, self.kinds, self.rounding

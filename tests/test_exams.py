@@ -161,7 +161,7 @@ def dump(path: Path, rows: list[dict]) -> None:
 def small_exams(folder: Path, language: str) -> None:
     "Three rows and two exemplars for every task."
     pick = [{"question": f"{n} + 1 = ?", "choices": ["1", "2", "3", "4"], "label": n % 4, "subject": "college_physics", "passage": "p"} for n in range(3)]
-    sums = [{"question": f"{n} + 1 = ?", "target": str(n + 1), "answer": f"The answer is {n + 1}.", "answer_label": "Answer:"} for n in range(3)]
+    sums = [{"question": f"{n} + 1 = ?", "target": str(n + 1), "answer": f"The answer is {n + 1}.", "answer_label": "Answer:", "text": f"{n} apples"} for n in range(3)]
     code = [{"prompt": "def f(x):\n", "question": "Add.", "tests": "assert f(1) == 2", "answer": "def f(x): return x + 1"}] * 3
     for task in TASKS:
         rows = code if task in ("humaneval", "mbpp") else pick if template(task)["output_type"] == "multiple_choice" else sums

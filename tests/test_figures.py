@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from maet.claims import all_figures
 from maet.figures import catalogue, figures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,7 +14,7 @@ LEDGERS, PAPERS, COMMITTED = ROOT/"data/results", ROOT/"data/paper", ROOT/"figur
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
-    paths, lacking = figures(folder, LEDGERS, papers=PAPERS)
+    paths, lacking = all_figures(folder, LEDGERS, papers=PAPERS)
     return {path.name: path for path in paths}, lacking
 
 

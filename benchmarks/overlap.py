@@ -1,0 +1,116 @@
+"""Do abilities and languages have neurons of their own? And where does R(A) sit? For the key neurons and the ability weights of the study.
+
+    overlap   share of the key neurons of one corpus that are key for another too; by lot it would be k1. `by lot in each tensor`: if all that is known
+              is how many key neurons each tensor has, or each row of it: a row of the embedding is a token. What is above that is agreement on single
+              neurons. Where another seed of the same corpus is there, its overlap says how alike two draws of one corpus are.
+    kinds     share of the key neurons of each corpus that are in tensors of a kind.
+    R(A)      share of its squared norm by layer and kind, of all and of what lies in the layers, beside the share of all scalars that lie there.
+
+Reads what `maet run --study rivals` keeps in the run folder, and trains nothing: a seed whose files are not all there is named and left out. Rows go
+to data/results/overlap.jsonl; rows that are there are not added again.
+
+    python benchmarks/overlap.py --seeds 0 1 2"""
+import argparse
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import torch
+
+from maet.checkpoints import Checkpoint
+from maet.deltas import open_pack, read_keys, squares
+from maet.ledger import append, commit, versions
+from maet.pipeline import Pipeline, Recipe, Store, extracted, located
+from maet.settings import load
+from maet.tensors import MaetError, place
+
+Masks = dict[str, torch.Tensor]  # tensor -> bool; a tensor that is absent has no key neuron
+
+
+def files_of(run: Pipeline) -> dict[str, Path]:  # ability or language -> keys file
+    "Of every corpus that Algorithm 1 locates key neurons of."
+    r = run.recipe
+    return {a: located(run, f"{a}/{r.reference}") for a in r.abilities} | {l: located(run, f"general/{l}") for l in (r.reference, *r.languages)}
+
+
+def count(masks: Masks) -> int: return sum(int(mask.sum()) for mask in masks.values())
+
+
+def shared(a: Masks, b: Masks) -> float:  # 0 to 1
+    "Share of the key neurons of `a` that are key in `b`."
+    return sum(int((a[n] & b[n]).sum()) for n in a.keys() & b.keys()) / count(a)
+
+
+def by_rows(mask: torch.Tensor) -> torch.Tensor:  # (rows, columns); a vector is one row
+    return mask.reshape(mask.shape[0] if mask.dim() > 1 else 1, -1)
+
+
+def by_lot(a: Masks, b: Masks, scalars: int) -> dict[str, float]:
+    "What `shared` would be if the neurons of `b` were drawn: from the whole model, or within each tensor or row as many as it has."
+    both, k = a.keys() & b.keys(), count(a)
+    rows = {n: (by_rows(a[n]), by_rows(b[n])) for n in both}
+    return {"by lot": count(b) / scalars, "by lot in each tensor": sum(int(a[n].sum()) * int(b[n].sum()) / a[n].numel() for n in both) / k,
+            "by lot in each row": sum(float((x.sum(1).double() * y.sum(1) / x.shape[1]).sum()) for x, y in rows.values()) / k}
+
+
+def overlap_rows(masks: dict[str, Masks], others: list[dict[str, Masks]], scalars: int) -> list[dict]:
+    "Every pair of corpora, and each corpus with itself under other seeds."
+    about = lambda of, other, value, what="found": dict(method=of, task="keys", setting={"with": other, "what": what}, value=value, n=count(masks[of]))
+    rows = []
+    for a, b in product(masks, masks):
+        found = [shared(masks[a], masks[b])] if a != b else [shared(masks[a], other[a]) for other in others]
+        if found: rows.append(about(a, b, sum(found) / len(found)))
+        rows += [about(a, b, value, what) for what, value in by_lot(masks[a], masks[b], scalars).items()]
+    return rows
+
+
+def kind_rows(masks: dict[str, Masks]) -> list[dict]:
+    "Which kinds of tensors the key neurons of each corpus are in."
+    rows = []
+    for name, of in masks.items():
+        found = {}
+        for n, mask in of.items(): found[place(n).kind] = found.get(place(n).kind, 0) + int(mask.sum())
+        rows += [dict(method=name, task="keys", setting={"kind": kind}, value=value / count(of), n=count(of)) for kind, value in found.items()]
+    return rows
+
+
+def weight_rows(run: Pipeline, ability: str) -> list[dict]:
+    "Where the squared norm of R(A) lies, and where the scalars do. Outside the layers the layer is `none`."
+    base, delta = Checkpoint(run.base), open_pack(extracted(run, ability))
+    found, size = {}, {}
+    for name in base.names:
+        where = place(name)
+        key = ("none" if where.layer is None else where.layer, where.kind)
+        found[key] = found.get(key, 0) + (squares(delta[name]) if name in delta else 0)
+        size[key] = size.get(key, 0) + prod(base.shape(name))
+    about, inside = dict(method="maet", task=ability, n=sum(size.values())), {key: value for key, value in found.items() if key[0] != "none"}
+    return [about | dict(setting={"of": of, "layer": layer, "kind": kind}, value=value / sum(values.values()))
+            for of, values in (("R(A)", found), ("R(A) in the layers", inside), ("scalars", size)) for (layer, kind), value in values.items()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipe", default="mini")
+    parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="the run folder of the rivals study")
+    parser.add_argument("--ledger", type=Path, default=Path("data/results/overlap.jsonl"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # a thread more can change the last bit of a sum
+    recipe, store = load(Recipe, given.recipe), Store(given.out, dry=True)  # dry: what is not there is not trained
+    about = dict(study="overlap", scale=recipe.scale, language="none", metric="share", stderr=None, seconds=None, versions=versions(), commit=commit())
+    runs, keys = {seed: Pipeline(recipe, store, seed) for seed in given.seeds}, {}
+    for seed, run in runs.items():
+        files = files_of(run)
+        if absent := sorted({p.parent.name for p in (*files.values(), *(extracted(run, a) for a in recipe.abilities)) if not p.exists()}):
+            print(f"seed {seed}: {given.out} lacks {', '.join(absent)}; `maet run --study rivals --seed {seed} --out {given.out}` makes them")
+        else: keys[seed] = {name: read_keys(file, Checkpoint(run.base)) for name, file in files.items()}
+    for seed, masks in keys.items():
+        scalars = sum(prod(Checkpoint(runs[seed].base).shape(n)) for n in Checkpoint(runs[seed].base).names)
+        rows = overlap_rows(masks, [other for s, other in keys.items() if s != seed], scalars)
+        rows += kind_rows(masks) + [row for ability in recipe.abilities for row in weight_rows(runs[seed], ability)]
+        print(f"seed {seed}: {append(given.ledger, [about | row | {'seed': seed} for row in rows])} of {len(rows)} rows are new in {given.ledger}")
+
+
+if __name__ == "__main__":
+    try: main()
+    except MaetError as e: raise SystemExit(f"overlap: {e}") from None
