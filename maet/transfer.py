@@ -110,6 +110,12 @@ class _Inputs:
         unknown = sorted({name for delta in (self.ability, *self.languages) for name in delta} - set(self.names))
         if unknown: raise MaetError(f"transfer: the base has no tensor {unknown[0]}; give deltas to this base")
 
+    @cached_property
+    def language(self) -> Sum: return Sum(zip(self.mu, self.languages)) # R_Lang, Eq. 3 for a whole model
+
+    @cached_property
+    def sparse(self) -> set[str]: return Sum([(1, self.ability), (1, self.language)]).sparse
+
 # %% ../nbs/15_transfer.ipynb #cb4e5208
 def addends(delta: Mapping[str, Part], factor: float = 1.) -> list[tuple[float, Mapping[str, Part]]]:
     "The deltas that a sum is made of, with their factors; a delta that is no sum is its only addend."
@@ -134,9 +140,6 @@ def dots(a: Mapping[str, Part], b: Mapping[str, Part], # deltas
 class MaetTransfer(_Inputs, Lazy):
     "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError for bad parameters."
     @cached_property
-    def language(self) -> Sum: return Sum(zip(self.mu, self.languages)) # R_Lang, Eq. 3 for a whole model
-
-    @cached_property
     def similarities(self) -> dict[str, float]:
         "V of every tensor, in one scan. What ability or languages did not change has 0."
         shared = {name: shape for name, shape in self.language.shapes.items() if name in self.ability}
@@ -156,9 +159,6 @@ class MaetTransfer(_Inputs, Lazy):
         known = shapes_of([self.language, self.ability])
         return {name: known[name] for name in self.names
                 if name in self.language or name in self.ability and name in self.selected}
-
-    @cached_property
-    def sparse(self) -> set[str]: return Sum([(1, self.ability), (1, self.language)]).sparse
 
     @property
     def identity(self) -> str:
