@@ -4,6 +4,8 @@
               is how many key neurons each tensor has, or each row of it: a row of the embedding is a token. What is above that is agreement on single
               neurons. Where another seed of the same corpus is there, its overlap says how alike two draws of one corpus are.
     kinds     share of the key neurons of each corpus that are in tensors of a kind.
+    words     share of the key neurons of the embedding that are in rows of tokens that do not occur in the text by which they were located,
+              beside the share of all tokens that do not.
     R(A)      share of its squared norm by layer and kind, of all and of what lies in the layers, beside the share of all scalars that lie there.
 
 Reads what `maet run --study rivals` keeps in the run folder, and trains nothing: a seed whose files are not all there is named and left out. Rows go
@@ -11,6 +13,7 @@ to data/results/overlap.jsonl; rows that are there are not added again.
 
     python benchmarks/overlap.py --seeds 0 1 2"""
 import argparse
+from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -18,19 +21,22 @@ from pathlib import Path
 import torch
 
 from maet.checkpoints import Checkpoint
+from maet.corpora import open_tokens
 from maet.deltas import open_pack, read_keys, squares
 from maet.ledger import append, commit, versions
-from maet.pipeline import Pipeline, Recipe, Store, extracted, located
+from maet.pipeline import Pipeline, Recipe, Store, extracted, located, tokens
 from maet.settings import load
 from maet.tensors import MaetError, place
 
 Masks = dict[str, torch.Tensor]  # tensor -> bool; a tensor that is absent has no key neuron
 
 
-def files_of(run: Pipeline) -> dict[str, Path]:  # ability or language -> keys file
+def corpora_of(recipe: Recipe) -> dict[str, str]:  # ability or language -> corpus
     "Of every corpus that Algorithm 1 locates key neurons of."
-    r = run.recipe
-    return {a: located(run, f"{a}/{r.reference}") for a in r.abilities} | {l: located(run, f"general/{l}") for l in (r.reference, *r.languages)}
+    return {a: f"{a}/{recipe.reference}" for a in recipe.abilities} | {l: f"general/{l}" for l in (recipe.reference, *recipe.languages)}
+
+
+def files_of(run: Pipeline) -> dict[str, Path]: return {name: located(run, corpus) for name, corpus in corpora_of(run.recipe).items()}
 
 
 def count(masks: Masks) -> int: return sum(int(mask.sum()) for mask in masks.values())
@@ -74,6 +80,18 @@ def kind_rows(masks: dict[str, Masks]) -> list[dict]:
     return rows
 
 
+def word_rows(run: Pipeline, masks: dict[str, Masks]) -> list[dict]:
+    "Are key neurons of the embedding in rows of words that were read?"
+    training, rows = replace(run.recipe.locate.training, seed=run.seed), []
+    for name, corpus in corpora_of(run.recipe).items():
+        mask, = (mask for n, mask in masks[name].items() if place(n).kind == "embed")
+        read = open_tokens(tokens(run.texts, run.base, run.base_identity, {corpus: 1.0}, training)).ids.flatten().long()
+        absent = torch.bincount(read, minlength=len(mask))[:len(mask)] == 0
+        found = {"key neurons": float(mask[absent].sum() / mask.sum()), "tokens": float(absent.float().mean())}
+        rows += [dict(method=name, task="keys", setting={"absent": of}, value=value, n=int(mask.sum())) for of, value in found.items()]
+    return rows
+
+
 def weight_rows(run: Pipeline, ability: str) -> list[dict]:
     "Where the squared norm of R(A) lies, and where the scalars do. Outside the layers the layer is `none`."
     base, delta = Checkpoint(run.base), open_pack(extracted(run, ability))
@@ -107,7 +125,7 @@ def main():
     for seed, masks in keys.items():
         scalars = sum(prod(Checkpoint(runs[seed].base).shape(n)) for n in Checkpoint(runs[seed].base).names)
         rows = overlap_rows(masks, [other for s, other in keys.items() if s != seed], scalars)
-        rows += kind_rows(masks) + [row for ability in recipe.abilities for row in weight_rows(runs[seed], ability)]
+        rows += kind_rows(masks) + word_rows(runs[seed], masks) + [row for ability in recipe.abilities for row in weight_rows(runs[seed], ability)]
         print(f"seed {seed}: {append(given.ledger, [about | row | {'seed': seed} for row in rows])} of {len(rows)} rows are new in {given.ledger}")
 
 
