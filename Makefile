@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SCALE ?= mini
 SEED ?= 0
-STUDIES := rivals ablation ratio_sweep tensor_types out_of_domain granularity gamma_eta regimes regimes_tokens
+STUDIES := $(basename $(notdir $(wildcard maet/recipes/studies/*.yml)))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -306,7 +306,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'maet.deltas.added': ('deltas.html#added', 'maet/deltas.py'),
                              'maet.deltas.apply_delta': ('deltas.html#apply_delta', 'maet/deltas.py'),
                              'maet.deltas.as_cosine': ('deltas.html#as_cosine', 'maet/deltas.py'),
-                             'maet.deltas.as_yaml': ('deltas.html#as_yaml', 'maet/deltas.py'),
                              'maet.deltas.asked_for': ('deltas.html#asked_for', 'maet/deltas.py'),
                              'maet.deltas.bits_of': ('deltas.html#bits_of', 'maet/deltas.py'),
                              'maet.deltas.check_pack': ('deltas.html#check_pack', 'maet/deltas.py'),

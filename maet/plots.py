@@ -439,7 +439,7 @@ def as_csv(rows: list[dict], # ledger rows
 
 # %% ../nbs/06_plots.ipynb #54ceb912
 def drawn(figure, kind: str) -> bytes: # png or svg
-    "A picture as the content of its file; a PNG with 256 colours, which is a third of the bytes and looks the same."
+    "A picture as the content of its file; a PNG with 256 colours, which are fewer bytes and enough for all of ours."
     with style():
         figure.savefig(picture := io.BytesIO(), format=kind, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None})
     if kind != "png": return picture.getvalue()

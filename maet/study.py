@@ -103,7 +103,6 @@ class Study:
     methods: list = field(default_factory=list)       # rows of 22; none: the recipe's
     abilities: list = field(default_factory=list)     # none: all of the recipe
     seeds: list = field(default_factory=lambda: [0])
-    base: str | None = None                           # recipe of `maet base`, whose backbone is made instead of taking the recipe's
     change: dict = field(default_factory=dict)        # dotted key of the recipe -> value, in all settings
     order: bool = True                                # say whether MAET is first, as in Table 2: is that the question?
     vary: dict = field(default_factory=dict)          # dotted key -> [values]; or a name -> {variant: {dotted key: value}}
@@ -138,7 +137,6 @@ def settings(study: Study) -> list[tuple[dict, Recipe]]: # (axis -> value or var
     content, found = read_yaml(study.recipe), []
     if unknown := set(study.abilities) - set(content.get("abilities", ())): raise MaetError(f"abilities: {', '.join(unknown)} is not in {study.recipe}")
     if study.abilities: content = content | {"abilities": {a: content["abilities"][a] for a in study.abilities}}
-    if study.base: content = content | {"base": read_yaml(study.base)}
     for point in product(*axes(study)):
         here = content
         for key, value in [*study.change.items(), *(pair for *_, keys in point for pair in keys.items())]: here = changed(here, key, value)

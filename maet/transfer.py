@@ -9,7 +9,7 @@ __all__ = ['SIMILARITIES', 'ROUNDINGS', 'multilingual_weights', 'similarity', 's
 # %% ../nbs/15_transfer.ipynb #77de68da
 from .ability import weighted
 from .checkpoints import identity
-from .deltas import Lazy, Pack, Part, Sum, added, combine, cosine, cosines, dot, scan, shapes_of, terms_of
+from .deltas import Lazy, Pack, Part, Sum, added, combine, cosine, cosines, dot, packed_in, scan, shapes_of, terms_of
 from .tensors import MaetError, of_kinds
 
 # %% ../nbs/15_transfer.ipynb #1b645389
@@ -114,7 +114,7 @@ class _Inputs:
     def language(self) -> Sum: return Sum(zip(self.mu, self.languages)) # R_Lang, Eq. 3 for a whole model
 
     @cached_property
-    def sparse(self) -> set[str]: return Sum([(1, self.ability), (1, self.language)]).sparse
+    def sparse(self) -> set[str]: return {name for name in self.names if packed_in(name, (self.ability, self.language))}
 
 # %% ../nbs/15_transfer.ipynb #cb4e5208
 def addends(delta: Mapping[str, Part], factor: float = 1.) -> list[tuple[float, Mapping[str, Part]]]:
