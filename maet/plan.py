@@ -511,7 +511,7 @@ def must_fit(what: Recipe | Run | Base, wanted: Callable = transferred) -> None:
     "Raises MaetError, in one line, if a training of it cannot fit on the devices of this machine."
     cluster, config = cluster_of(what), config_of(what)
     device = device_memory(max(machines(getattr(what, "launch", Launch())).values()))
-    need, stage, mode = max(_needs(what, cluster, config, wanted))
+    need, stage, mode = max(_needs(what, cluster, config, wanted), default=(0, None, None))  # a study of the base alone trains nothing
     if need > device:
         raise MaetError(f"plan: {stage} ({mode}) needs {need/1e9:.1f} GB on each of {cluster.gpus} devices, and one has {device/1e9:.1f} GB; {ADVICE}")
 
