@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINT', 'REGIONS', 'PAPERS', 'HEADER', 'MARKS', 'LINE', 'GAP', 'WORDS', 'CLAIMS', 'Evidence', 'Claim', 'catalogue',
-           'Difference', 'verdict', 'differences', 'Finding', 'findings', 'grid', 'told', 'by_paper', 'as_csv',
-           'forest', 'draw_claims', 'all_figures']
+           'Measured', 'verdict', 'differences', 'Finding', 'findings', 'grid', 'told', 'by_paper', 'as_csv', 'forest',
+           'draw_claims', 'all_figures']
 
 # %% ../nbs/28_claims.ipynb #da4b9237
 import csv, io, json, math
@@ -78,7 +78,7 @@ def _difference(rows: list[dict], about: dict, of: dict, minus: dict, over: str 
     return a | dict(value=a["value"] - b["value"], stderr=error, n=min(a["n"], b["n"])), not error
 
 # %% ../nbs/28_claims.ipynb #17ba0791
-class Difference(NamedTuple):
+class Measured(NamedTuple):
     "One of the differences of a claim."
     words: str                   # what it is
     estimate: Estimate | None    # over seeds and items; None where no seed has it
@@ -100,7 +100,7 @@ class Difference(NamedTuple):
         if e.margin: digits = max(digits, -math.floor(math.log10(e.margin)))  # a margin is never printed as 0
         return f"{e.value:+.{digits}f}" + (f" ± {e.margin:.{digits}f}" if e.margin else "") + {"%": " points", "no unit": ""}.get(of, f" {of}")
 
-def verdict(differences: list[Difference]) -> str: # replicated, not replicated, undecided, not measured yet, not tested
+def verdict(differences: list[Measured]) -> str: # replicated, not replicated, undecided, not measured yet, not tested
     "What became of a claim about these differences."
     if not differences: return "not tested"
     if any(d.estimate is None for d in differences): return "not measured yet"
@@ -118,7 +118,7 @@ def _named(of: dict, minus: dict, about: dict) -> str:
 def differences(evidence: Evidence,
                 folder: str | Path,            # of the ledgers
                 varying: Iterable[str] = (),   # fields of `rows` that belong to a difference's name
-                ) -> list[Difference]:
+                ) -> list[Measured]:
     "Every difference of some evidence, over the seeds that there are. Raises MaetError for a broken ledger, or rows that cannot be told apart."
     path, region = Path(folder) / f"{evidence.study}.jsonl", evidence.region()
     sides = [(of, minus) for of in wanted(evidence.of) for minus in wanted(evidence.minus) if of != minus or not of]
@@ -132,7 +132,7 @@ def differences(evidence: Evidence,
             there, lacking = found.setdefault(name, ([], []))
             one = _difference(fits, about, of, minus, evidence.over)
             there.append(one) if one else lacking.append(f"{name}, {said(about)} in {path}")
-    return [Difference(name, estimate([r for r, _ in there]) if there else None, there[0][0]["metric"] if there else "", region, all(p for _, p in there), lacking)
+    return [Measured(name, estimate([r for r, _ in there]) if there else None, there[0][0]["metric"] if there else "", region, all(p for _, p in there), lacking)
             for name, (there, lacking) in found.items()]
 
 def _varying(claim: Claim) -> set[str]:
@@ -143,7 +143,7 @@ def _varying(claim: Claim) -> set[str]:
     return {name for name, of in values.items() if len(of) > 1} - {"seed"}
 
 # %% ../nbs/28_claims.ipynb #0716d970
-def _span(there: list[Difference]) -> str:
+def _span(there: list[Measured]) -> str:
     "How many lie where, and the two ends of each unit."
     inside, outside = (sum(d.place() == place for d in there) for place in (1, -1))
     units = dict.fromkeys(plots.unit(d.metric)[0] for d in there)
@@ -151,7 +151,7 @@ def _span(there: list[Difference]) -> str:
     ends = [" to ".join(f"{d.amount()} ({d.words})" for d in (of[0], of[-1])[:len(of)]) for of in each]
     return f"{inside} of {len(there)} as claimed, {outside} against it; from {'; from '.join(ends)}"
 
-def _seeds(there: list[Difference]) -> str:
+def _seeds(there: list[Measured]) -> str:
     counts = [len(d.estimate.seeds) for d in there]
     return (f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}") + f" seed{'s' * (max(counts) > 1)}"
 
@@ -161,7 +161,7 @@ class Finding(NamedTuple):
     id: str
     claim: Claim
     paper: dict[str, str]         # its line in data/paper/claims.csv
-    differences: list[Difference]
+    differences: list[Measured]
 
     @property
     def verdict(self) -> str: return verdict(self.differences)
@@ -234,7 +234,7 @@ MARKS = {1: dict(fmt="o", color=plots.VERDICTS[1][1]), 0: dict(fmt="o", color=pl
 LINE, GAP = 0.055, 0.11  # inches: of a difference; between claims
 WORDS = {"replicated": MARKS[1], "not replicated": MARKS[-1]}  # verdict -> look; grey for the others
 
-def _draw_claims(ax, parts: list[tuple[Finding, list[Difference]]], label: str):
+def _draw_claims(ax, parts: list[tuple[Finding, list[Measured]]], label: str):
     "Bands of one unit, from top to bottom. The y axis is in inches."
     _, factor, _ = plots.unit(parts[0][1][0].metric)
     y, ticks = 0.0, []
@@ -254,7 +254,7 @@ def _draw_claims(ax, parts: list[tuple[Finding, list[Difference]]], label: str):
     ax.grid(axis="x"); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
 
 # %% ../nbs/28_claims.ipynb #887309d0
-def _axis(ax, of: list[Difference], label: str):
+def _axis(ax, of: list[Measured], label: str):
     "Limits that hold all intervals; for points of accuracy, linear up to two and logarithmic beyond."
     _, factor, _ = plots.unit(of[0].metric)
     reach = max(abs(factor * d.estimate.value) + factor * d.estimate.margin for d in of) * 1.15 or 1

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'UNSUPPORTED', 'DTYPE_WORDS', 'WEIGHT', 'DENSITY', 'ELECT'
            'agreed', 'ties', 'random_mask', 'rescaling', 'drop', 'dare_linear', 'dare_ties', 'slerp_factors', 'slerp',
            'as_number', 'as_share', 'as_flag', 'as_count', 'one_of', 'Choice', 'read_setting', 'value_at', 'Parameter',
            'Method', 'add_method', 'Model', 'open_model', 'Task', 'Thin', 'sums', 'rescaled', 'trimming', 'dropping',
-           'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected', 'Entry', 'Slice',
+           'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected', 'Ingredient', 'Slice',
            'Mergekit', 'name_unsupported', 'read_file', 'spans', 'read_parameters', 'resolve', 'depth_of', 'vocabulary',
            'same_vocabularies', 'out_dtype', 'Mixture', 'ingredients', 'open_models', 'make_tasks', 'thin_readings',
            'family', 'Transferred', 'open_maet', 'stored_bytes', 'readable', 'plan', 'merge']
@@ -533,7 +533,7 @@ def elected(task: Task, start: int, base: Tensor, deltas: list[Tensor]) -> Tenso
 
 # %% ../nbs/20_merging.ipynb #54ceb912
 @dataclass
-class Entry:
+class Ingredient:
     "A model and its parameters."
     model: str
     parameters: dict | None = None
@@ -542,7 +542,7 @@ class Entry:
 @dataclass
 class Slice:
     "Some layers, in order."
-    sources: list[Entry]
+    sources: list[Ingredient]
     parameters: dict | None = None
 
 @dataclass
@@ -550,7 +550,7 @@ class Mergekit:
     "A file in mergekit's language."
     merge_method: str
     base_model: str | None = None
-    models: list[Entry] = field(default_factory=list)
+    models: list[Ingredient] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
     parameters: dict | None = None
     dtype: str | None = None
@@ -676,12 +676,12 @@ def _write(self, out: str | Path) -> Checkpoint:
 Mixture.piece, Mixture.write = _run, _write
 
 # %% ../nbs/20_merging.ipynb #b4c96d80
-def ingredients(file: Mergekit, entries: list[Entry], method: Method, where: str) -> list[Entry]:
+def ingredients(file: Mergekit, entries: list[Ingredient], method: Method, where: str) -> list[Ingredient]:
     "The models of one slice in order. Raises MaetError for a model that is there twice, or too few of them."
     names = [entry.model for entry in entries]
     if twice := [name for name in names if names.count(name) > 1]: raise MaetError(f"{where}: {twice[0]} is there twice; give it once")
     if method.base and not file.base_model: raise MaetError(f"{where}: {method.name} needs base_model: it merges what was added to a base")
-    if file.base_model and file.base_model not in names: entries = [*entries, Entry(file.base_model)]
+    if file.base_model and file.base_model not in names: entries = [*entries, Ingredient(file.base_model)]
     if method.models == 2:
         if not file.base_model or len(entries) != 2: raise MaetError(f"{where}: {method.name} needs base_model and one other model")
         return sorted(entries, key=lambda entry: entry.model != file.base_model)

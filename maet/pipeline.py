@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'WORLD', 'World', 'Phase', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability', 'ExamSettings', 'Rivals',
            'Recipe', 'quiet', 'Stage', 'Store', 'progress_bar', 'Progress', 'make_tokenizer', 'make_backbone', 'plain',
            'Texts', 'named', 'tokens', 'trained_from', 'backbone', 'untrained', 'Run', 'workshop', 'train_run',
-           'make_base', 'Part', 'Parameters', 'Merge', 'merge', 'Pipeline', 'trained', 'located', 'expert',
+           'make_base', 'Term', 'Parameters', 'Merge', 'merge', 'Pipeline', 'trained', 'located', 'expert',
            'language_expert', 'extracted', 'transferred', 'trainings', 'budget', 'needs', 'in_order', 'ready', 'work',
            'side_by_side']
 
@@ -412,7 +412,7 @@ def make_base(r: Base, out: str | Path) -> None:
 
 # %% ../nbs/16_pipeline.ipynb #63266754
 @dataclass
-class Part:
+class Term:
     "A checkpoint folder or a pack, and its weight."
     model: str
     weight: float | None = None  # mu; without it 1/n
@@ -426,8 +426,8 @@ class Parameters(Transfer):
 class Merge:
     "A transfer in mergekit's language: `maet merge`."
     base_model: str
-    ability: Part
-    languages: list[Part]
+    ability: Term
+    languages: list[Term]
     merge_method: str = "maet"
     parameters: Parameters = field(default_factory=Parameters)
 
@@ -514,7 +514,7 @@ def transferred(run: Pipeline, ability: str) -> Path:
     mu = {l: r.weights.get(l, 1 / len(run.recipe.languages)) for l in run.recipe.languages}
     experts = {l: expert(run, l) for l in mu}
     parameters = Parameters(r.gamma, r.eta, {}, r.similarity, r.kinds, run.recipe.abilities[ability].select_ratio)
-    recipe = Merge(str(run.base), Part(str(weights)), [Part(str(experts[l]), mu[l]) for l in mu], parameters=parameters)
+    recipe = Merge(str(run.base), Term(str(weights)), [Term(str(experts[l]), mu[l]) for l in mu], parameters=parameters)
     return run.store.stage(f"maet.{ability}", lambda part, step: merge(recipe, part / "checkpoint"), ability=weights.parent.name, mu=mu,
                            experts={l: e.parent.name for l, e in experts.items()}, parameters=asdict(parameters)) / "checkpoint"
 

@@ -26,7 +26,7 @@ from .deltas import open_delta, plus, terms_of
 from .corpora import digest
 from .ledger import append, commit, versions
 from .plots import METHODS, put
-from .ability import Ability
+from .ability import AbilityWeights
 from .transfer import MaetTransfer
 from .pipeline import Pipeline, Progress, Recipe, Store, expert, language_expert, side_by_side, transferred
 from .plan import config_of
@@ -35,7 +35,7 @@ from .layer_swapping import scaled
 from .exams import exam
 from .evaluation import ask, examinee, quiet
 from .baselines import ROWS, SCALE, experts, merged
-from .study import ITEM_COST, at_work, examined, paired, verdict
+from .study import ITEM_COST, at_work, examined, paired, compared
 
 # %% ../nbs/27_search.ipynb #ac3478d6
 class Range(NamedTuple):
@@ -149,7 +149,7 @@ def of_maet(run: Pipeline, ability: str) -> Callable[[dict], Piece]:
     mu = [r.transfer.weights.get(l, 1 / len(languages)) for l in r.languages]
 
     def merged_by(c: dict) -> Piece:
-        change = MaetTransfer(base.names, Ability(both, alone, c["alpha"], c["beta"]), languages, mu, c["gamma"], c["eta"], c["k2"], r.transfer.similarity, r.transfer.kinds)
+        change = MaetTransfer(base.names, AbilityWeights(both, alone, c["alpha"], c["beta"]), languages, mu, c["gamma"], c["eta"], c["k2"], r.transfer.similarity, r.transfer.kinds)
         def piece(name, *at):
             before, terms = base.piece(name, *at), terms_of(change, name, *at)
             return plus(before, terms) if terms else before
@@ -310,7 +310,7 @@ def summary(rows: list[dict], rules: Rules) -> str: # Markdown
         gain = at(constants="chosen", minus="default")
         constants = ", ".join(f"{r['setting']['constant']} {r['value']:g}" for r in of if r["setting"].get("constant") and r["setting"]["constants"] == "chosen")
         cells = [task, METHODS[method], *(f"{100 * at(**s)['value']:.1f}" for s in (dict(part="dev", trial=1), dict(part="dev", trial=rules.trials), dict(constants="default"), dict(constants="chosen")))]
-        lines.append(f"| {' | '.join(cells)} | {100 * gain['value']:+.1f} ±{100 * gain['stderr']:.1f}, {verdict(gain['value'], gain['stderr'])} the default | {constants} |")
+        lines.append(f"| {' | '.join(cells)} | {100 * gain['value']:+.1f} ±{100 * gain['stderr']:.1f}, {compared(gain['value'], gain['stderr'])} the default | {constants} |")
     return "\n".join(lines)
 
 # %% ../nbs/27_search.ipynb #63266754

@@ -6,7 +6,7 @@
 __all__ = ['ITEM_COST', 'SPEED', 'exam_data', 'world_exams', 'sat', 'joined', 'examined', 'Study', 'studies', 'load_study',
            'changed', 'axes', 'settings', 'words', 'methods_of', 'Sitting', 'sittings', 'wanted', 'score_rows',
            'answered', 'marks', 'paired_texts', 'paired', 'subtracted', 'differences', 'rows_of', 'overview', 'listed',
-           'label', 'table', 'verdict', 'sentence', 'at_work', 'planned', 'report', 'main_results', 'study_job']
+           'label', 'table', 'compared', 'sentence', 'at_work', 'planned', 'report', 'main_results', 'study_job']
 
 # %% ../nbs/24_study.ipynb #da4b9237
 import json, math, os, shutil
@@ -285,7 +285,7 @@ def table(rows: list[dict], task: str, languages: list[str], title: str = "") ->
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
-def verdict(gain: float, error: float) -> str:
+def compared(gain: float, error: float) -> str:
     "above, below, or not to be told apart: two standard errors decide."
     return "not told apart from" if abs(gain) <= 2 * error else "above" if gain > 0 else "below"
 
@@ -294,8 +294,8 @@ def sentence(run: Pipeline, ability: str, methods: list[str]) -> str:
     task, languages = run.recipe.abilities[ability].tasks[0], run.recipe.languages
     folders = {m: examined(run, m, made, ability) for m, made in models(run, ability, methods).items()}
     found = {m: d[:2] for m in methods if m != "maet" and (d := paired(folders["maet"], folders[m], task, languages))}
-    parts = [f"{verdict(*d)} {METHODS.get(m, m)} ({100 * d[0]:+.1f} ±{100 * d[1]:.1f})" for m, d in found.items()]
-    won = all(verdict(*d) == "above" for d in found.values())
+    parts = [f"{compared(*d)} {METHODS.get(m, m)} ({100 * d[0]:+.1f} ±{100 * d[1]:.1f})" for m, d in found.items()]
+    won = all(compared(*d) == "above" for d in found.values())
     return f"{ability}, average of {', '.join(languages)}, seed {run.seed}: MAET is {', '.join(parts)}; " \
            f"the paper's order, MAET first, is {'replicated' if won else 'not replicated'} here."
 
