@@ -6,20 +6,19 @@ Reads the experts that `maet run --study rivals` keeps in the run folder, and tr
 out. Rows go to data/results/expert_maps.jsonl, a seed at a time; rows that are there are not added again.
 
     python benchmarks/expert_maps.py --seeds 0 1 2"""
-import argparse, csv
+import csv
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from rows import add, arguments, complete, told
 
 from maet.baselines import experts
 from maet.checkpoints import Checkpoint
 from maet.deltas import open_delta, shapes_of
 from maet.layer_swapping import layer_matrices, row_changes, share_map
-from maet.ledger import append, commit, versions
-from maet.pipeline import Pipeline, Recipe, Store
-from maet.settings import load
-from maet.tensors import GROUPS, MaetError
+from maet.pipeline import Pipeline
+from maet.tensors import GROUPS
 
 PAPERS = Path("data/paper")
 PRINTED = {True: (4, 5), False: (6, 7, 8, 9)}  # figures of ability experts, of language experts
@@ -61,7 +60,7 @@ def rows_of(run: Pipeline, made: dict[str, Path]) -> list[dict]:
         for rule, passing in (("median", .5), ("as printed", printed_share(name in run.recipe.abilities))):
             threshold = every.quantile(1 - passing).item()
             shares = share_map(change, threshold)
-            about = dict(method=name, stderr=None, n=len(every))
+            about = dict(method=name, n=len(every))
             rows.append(about | dict(metric="weight", setting={"threshold": rule}, value=threshold))
             rows += [about | dict(metric="share", setting={"threshold": rule, "layer": l, "kind": k}, value=v) for (l, k), v in shares.items()]
             rows += [about | dict(metric="share", setting={"threshold": rule, "kinds": k, "part": a, "minus": b}, value=v) for (k, a, b), v in contrasts(shares).items()]
@@ -69,24 +68,9 @@ def rows_of(run: Pipeline, made: dict[str, Path]) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipe", default="mini")
-    parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="the run folder of the rivals study")
-    parser.add_argument("--ledger", type=Path, default=Path("data/results/expert_maps.jsonl"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)  # a thread more can change the last bit of a sum
-    recipe, store = load(Recipe, given.recipe), Store(given.out, dry=True)  # dry: what is not there is not trained
-    shared = dict(study="expert_maps", scale=recipe.scale, language="none", task="experts", seconds=None, versions=versions(), commit=commit())
-    for seed in given.seeds:
-        made = dense_experts(run := Pipeline(recipe, store, seed))
-        if absent := [name for name, path in made.items() if not path.exists()]:
-            print(f"seed {seed}: no expert {', '.join(absent)} in {given.out}; `maet run --study rivals --seed {seed} --out {given.out}` trains them")
-            continue
-        rows = [shared | row | {"seed": seed} for row in rows_of(run, made)]
-        print(f"seed {seed}: {append(given.ledger, rows)} of {len(rows)} rows are new in {given.ledger}")
+    given = arguments("expert_maps", __doc__).parse_args()
+    for run in complete(given, lambda run: [*dense_experts(run).values()]):
+        add(given, run, [{"task": "experts"} | row for row in rows_of(run, dense_experts(run))])
 
 
-if __name__ == "__main__":
-    try: main()
-    except MaetError as e: raise SystemExit(f"expert_maps: {e}") from None
+if __name__ == "__main__": told(main, "expert_maps")

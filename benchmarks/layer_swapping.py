@@ -14,7 +14,7 @@ that of the pairs with language expert s, minus that of all. The mean of these r
 difference between best (or worst) pairs, seed s is the best pair of mathematics expert s; its error over questions is a bootstrap. The best of all nine is a row without a seed.
 
     python benchmarks/layer_swapping.py --workers 2"""
-import argparse, math, shutil
+import math, shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rows import arguments, told
 
 from maet.baselines import ROWS, experts
 from maet.evaluation import drawn_sums, examine
@@ -31,7 +32,6 @@ from maet.merging import merge
 from maet.pipeline import Pipeline, Progress, Recipe, Store, side_by_side
 from maet.settings import load
 from maet.study import ITEM_COST, at_work, exam_data, examined, marks, sat
-from maet.tensors import MaetError
 
 ABILITY = "mathematics"
 DRAWS = 500                                              # of the bootstrap
@@ -319,11 +319,7 @@ def other_rows(sittings: list[tuple]) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipe", default="mini")
-    parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="the run folder of the rivals study")
-    parser.add_argument("--ledger", type=Path, default=Path("data/results/layer_swap.jsonl"))
+    parser = arguments("layer_swap", __doc__)
     parser.add_argument("--workers", type=int, default=2, help="models that are examined side by side, one thread each")
     given = parser.parse_args()
     torch.set_num_threads(1)  # a thread more can change the last bit of a sum
@@ -340,6 +336,4 @@ def main():
     print(append(given.ledger, [shared | row for row in rows]), "rows are new in", given.ledger)
 
 
-if __name__ == "__main__":
-    try: main()
-    except MaetError as e: raise SystemExit(f"layer_swapping: {e}") from None
+if __name__ == "__main__": told(main, "layer_swap")

@@ -12,21 +12,19 @@ Reads what `maet run --study rivals` keeps in the run folder, and trains nothing
 to data/results/overlap.jsonl; rows that are there are not added again.
 
     python benchmarks/overlap.py --seeds 0 1 2"""
-import argparse
 from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
 
 import torch
+from rows import add, arguments, complete, told
 
 from maet.checkpoints import Checkpoint
 from maet.corpora import open_tokens
 from maet.deltas import open_pack, read_keys, squares
-from maet.ledger import append, commit, versions
-from maet.pipeline import Pipeline, Recipe, Store, extracted, located, tokens
-from maet.settings import load
-from maet.tensors import MaetError, place
+from maet.pipeline import Pipeline, Recipe, extracted, located, tokens
+from maet.tensors import place
 
 Masks = dict[str, torch.Tensor]  # tensor -> bool; a tensor that is absent has no key neuron
 
@@ -44,7 +42,7 @@ def count(masks: Masks) -> int: return sum(int(mask.sum()) for mask in masks.val
 
 def shared(a: Masks, b: Masks) -> float:  # 0 to 1
     "Share of the key neurons of `a` that are key in `b`."
-    return sum(int((a[n] & b[n]).sum()) for n in a.keys() & b.keys()) / count(a)
+    return sum(int((a[n] & b[n]).sum()) for n in a if n in b) / count(a)
 
 
 def by_rows(mask: torch.Tensor) -> torch.Tensor:  # (rows, columns); a vector is one row
@@ -53,7 +51,7 @@ def by_rows(mask: torch.Tensor) -> torch.Tensor:  # (rows, columns); a vector is
 
 def by_lot(a: Masks, b: Masks, scalars: int) -> dict[str, float]:
     "What `shared` would be if the neurons of `b` were drawn: from the whole model, or within each tensor or row as many as it has."
-    both, k = a.keys() & b.keys(), count(a)
+    both, k = [n for n in a if n in b], count(a)  # in order: a sum's last bit depends on it
     rows = {n: (by_rows(a[n]), by_rows(b[n])) for n in both}
     return {"by lot": count(b) / scalars, "by lot in each tensor": sum(int(a[n].sum()) * int(b[n].sum()) / a[n].numel() for n in both) / k,
             "by lot in each row": sum(float((x.sum(1).double() * y.sum(1) / x.shape[1]).sum()) for x, y in rows.values()) / k}
@@ -107,28 +105,14 @@ def weight_rows(run: Pipeline, ability: str) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipe", default="mini")
-    parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="the run folder of the rivals study")
-    parser.add_argument("--ledger", type=Path, default=Path("data/results/overlap.jsonl"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)  # a thread more can change the last bit of a sum
-    recipe, store = load(Recipe, given.recipe), Store(given.out, dry=True)  # dry: what is not there is not trained
-    about = dict(study="overlap", scale=recipe.scale, language="none", metric="share", stderr=None, seconds=None, versions=versions(), commit=commit())
-    runs, keys = {seed: Pipeline(recipe, store, seed) for seed in given.seeds}, {}
-    for seed, run in runs.items():
-        files = files_of(run)
-        if absent := sorted({p.parent.name for p in (*files.values(), *(extracted(run, a) for a in recipe.abilities)) if not p.exists()}):
-            print(f"seed {seed}: {given.out} lacks {', '.join(absent)}; `maet run --study rivals --seed {seed} --out {given.out}` makes them")
-        else: keys[seed] = {name: read_keys(file, Checkpoint(run.base)) for name, file in files.items()}
-    for seed, masks in keys.items():
-        scalars = sum(prod(Checkpoint(runs[seed].base).shape(n)) for n in Checkpoint(runs[seed].base).names)
-        rows = overlap_rows(masks, [other for s, other in keys.items() if s != seed], scalars)
-        rows += kind_rows(masks) + word_rows(runs[seed], masks) + [row for ability in recipe.abilities for row in weight_rows(runs[seed], ability)]
-        print(f"seed {seed}: {append(given.ledger, [about | row | {'seed': seed} for row in rows])} of {len(rows)} rows are new in {given.ledger}")
+    given = arguments("overlap", __doc__).parse_args()
+    runs = list(complete(given, lambda run: [*files_of(run).values(), *(extracted(run, ability) for ability in run.recipe.abilities)]))
+    keys = {run.seed: {name: read_keys(file, Checkpoint(run.base)) for name, file in files_of(run).items()} for run in runs}
+    for run in runs:
+        scalars = sum(prod(Checkpoint(run.base).shape(n)) for n in Checkpoint(run.base).names)
+        rows = overlap_rows(keys[run.seed], [other for seed, other in keys.items() if seed != run.seed], scalars)
+        rows += kind_rows(keys[run.seed]) + word_rows(run, keys[run.seed]) + [row for ability in run.recipe.abilities for row in weight_rows(run, ability)]
+        add(given, run, [{"metric": "share"} | row for row in rows])
 
 
-if __name__ == "__main__":
-    try: main()
-    except MaetError as e: raise SystemExit(f"overlap: {e}") from None
+if __name__ == "__main__": told(main, "overlap")

@@ -4,17 +4,14 @@ Reads what `maet run --study rivals` keeps in the run folder, and trains nothing
 to data/results/selected.jsonl; rows that are there are not added again.
 
     python benchmarks/selected.py --seeds 0 1 2"""
-import argparse
 from pathlib import Path
 
-import torch
+from rows import add, arguments, complete, told
 
 from maet.checkpoints import Checkpoint
 from maet.deltas import open_pack
-from maet.ledger import append, commit, versions
-from maet.pipeline import Pipeline, Recipe, Store, expert, extracted
-from maet.settings import load
-from maet.tensors import GROUPS, MaetError, of_kinds
+from maet.pipeline import Pipeline, expert, extracted
+from maet.tensors import GROUPS, of_kinds
 from maet.transfer import MaetTransfer
 
 KINDS = ("all", *GROUPS, "q", "k", "v", "o", "gate", "up", "down")  # the ten rows of Table 3
@@ -36,30 +33,14 @@ def selected(run: Pipeline, ability: str, files: dict[str, Path]) -> set[str]:
 def rows_of(run: Pipeline, ability: str, files: dict[str, Path]) -> list[dict]:
     "A share of T for each kind."
     chosen = selected(run, ability, files)
-    return [dict(method="maet", setting={"kinds": k}, task=ability, metric="share", n=len(chosen), seed=run.seed, stderr=None, seconds=None,
+    return [dict(method="maet", setting={"kinds": k}, task=ability, metric="share", n=len(chosen),
                  value=sum(of_kinds(name, k) for name in chosen) / len(chosen)) for k in KINDS]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipe", default="mini")
-    parser.add_argument("--out", type=Path, default=Path("runs/mini"), help="the run folder of the rivals study")
-    parser.add_argument("--ledger", type=Path, default=Path("data/results/selected.jsonl"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)  # a thread more can change the last bit of a sum
-    recipe, store = load(Recipe, given.recipe), Store(given.out, dry=True)  # dry: what is not there is not trained
-    shared = dict(study="selected", scale=recipe.scale, language="none", versions=versions(), commit=commit())
-    for seed in given.seeds:
-        run = Pipeline(recipe, store, seed)
-        files = {ability: packs(run, ability) for ability in recipe.abilities}
-        if absent := sorted({str(file.parent.name) for of in files.values() for file in of.values() if not file.exists()}):
-            print(f"seed {seed}: {given.out} lacks {', '.join(absent)}; `maet run --study rivals --seed {seed} --out {given.out}` makes them")
-            continue
-        rows = [shared | row for ability in recipe.abilities for row in rows_of(run, ability, files[ability])]
-        print(f"seed {seed}: {append(given.ledger, rows)} of {len(rows)} rows are new in {given.ledger}")
+    given = arguments("selected", __doc__).parse_args()
+    for run in complete(given, lambda run: [file for ability in run.recipe.abilities for file in packs(run, ability).values()]):
+        add(given, run, [row for ability in run.recipe.abilities for row in rows_of(run, ability, packs(run, ability))])
 
 
-if __name__ == "__main__":
-    try: main()
-    except MaetError as e: raise SystemExit(f"selected: {e}") from None
+if __name__ == "__main__": told(main, "selected")
