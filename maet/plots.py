@@ -342,7 +342,7 @@ def lines(rows: list[dict],           # ledger rows
     return figure
 
 # %% ../nbs/06_plots.ipynb #fe2ef495
-def _draw_heat(ax, cells: dict[tuple, Estimate], limits: tuple[float, float], diverging: bool, digits: int):
+def _draw_heat(ax, cells: dict[tuple, Estimate], limits: tuple[float, float], diverging: bool, digits: int, margins: bool):
     "Cells of one panel; a combination without a row stays empty."
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
@@ -352,7 +352,8 @@ def _draw_heat(ax, cells: dict[tuple, Estimate], limits: tuple[float, float], di
         colour, place = colours(scale(e.value)), (xs.index(x), ys.index(y))
         ax.bar(place[0], 1, 1, place[1] - 0.5, color=colour, edgecolor="white", linewidth=0.5)
         dark = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 0.5
-        ax.annotate(f"{e.value:.{digits}f}", place, ha="center", va="center", fontsize=7 if len(xs) < 10 else 5, color="white" if dark else "black")
+        text = f"{e.value:.{digits}f}" + (f" ±{e.margin:.{digits}f}" if margins and e.margin else "")
+        ax.annotate(text, place, ha="center", va="center", fontsize=6 if margins else 7 if len(xs) < 10 else 5, color="white" if dark else "black")
     ax.set(xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
     ax.set_xticks(range(len(xs)), map(named, xs)); ax.set_yticks(range(len(ys)), map(named, ys))
     ax.grid(visible=False); ax.tick_params(length=0); ax.spines[:].set_visible(False)
@@ -372,19 +373,22 @@ def heat(rows: list[dict],           # ledger rows
     label, factor, digits = unit(rows[0]["metric"])
     parts = {value: {key: e.times(factor) for key, e in of.items()} for value, of in parts.items()}
     every = [e.value for of in parts.values() for e in of.values()]
-    far = max(abs(v - factor * centre) for v in every) or 1 if centre is not None else 0
+    widest = max(e.margin for of in parts.values() for e in of.values())
+    far = max(widest, *(abs(v - factor * centre) for v in every)) or 1 if centre is not None else 0  # what is no more than noise stays pale
     limits = (factor * centre - far, factor * centre + far) if centre is not None else (min(every), max(every))
-    across, tall = min(across, len(parts)), max(len({key[1] for key in of}) for of in parts.values())
+    across = min(across, len(parts))
+    wide, tall = (max(len({key[i] for key in of}) for of in parts.values()) for i in (0, 1))
     down = math.ceil(len(parts) / across)
     with style():
         figure = Figure(figsize=(6.5, 0.4 + down * (0.75 + 0.21 * tall)))
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for ax, (value, cells) in zip(axes, parts.items()):
-            _draw_heat(ax, cells, limits, centre is not None, digits)
+            _draw_heat(ax, cells, limits, centre is not None, digits, widest > 0 and across * wide <= 8)
             ax.set(title="" if value is None else title.format(named(value)), xlabel=xlabel, ylabel=ylabel)
         for ax in axes[len(parts):]: ax.set_axis_off()
         seeds, what = len({r["seed"] for r in rows}), label if centre is None else difference(label)
-        figure.supxlabel(f"numbers: {what}, {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}", fontsize=7, color="#555555")
+        sure = f"; 95 % intervals up to ±{widest:.{digits}f}" if widest else ""
+        figure.supxlabel(f"numbers: {what}, {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}{sure}", fontsize=7, color="#555555")
     return figure
 
 # %% ../nbs/06_plots.ipynb #e1822db4
