@@ -386,9 +386,11 @@ def heat(rows: list[dict],           # ledger rows
             _draw_heat(ax, cells, limits, centre is not None, digits, widest > 0 and across * wide <= 8)
             ax.set(title="" if value is None else title.format(named(value)), xlabel=xlabel, ylabel=ylabel)
         for ax in axes[len(parts):]: ax.set_axis_off()
-        seeds, what = len({r["seed"] for r in rows}), label if centre is None else difference(label)
+        least, most = (by(len(e.seeds) for of in parts.values() for e in of.values()) for by in (min, max))
+        seeds = "one seed" if most < 2 else f"mean of {most} seeds" if least == most else f"mean of {least} to {most} seeds"
+        what = label if centre is None else difference(label)
         sure = f"; 95 % intervals up to ±{widest:.{digits}f}" if widest else ""
-        figure.supxlabel(f"numbers: {what}, {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}{sure}", fontsize=7, color="#555555")
+        figure.supxlabel(f"numbers: {what}, {seeds}{sure}", fontsize=7, color="#555555")
     return figure
 
 # %% ../nbs/06_plots.ipynb #e1822db4
