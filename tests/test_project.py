@@ -76,6 +76,10 @@ def test_export_cells_are_short(notebook):
     assert [f"{len(body)} lines: {body[0]}" for body in bodies if len(body) > LONGEST_CELL] == []
 
 
+def test_notebooks_are_small_with_their_outputs():
+    assert [f"{notebook.name}: {size:,} bytes" for notebook in NOTEBOOKS if (size := notebook.stat().st_size) >= 1_000_000] == []
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
 def test_development_tools_stay_out_of_the_library(module):
     tools = {"nbdev", "fastcore", "execnb", "pytest"}
