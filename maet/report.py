@@ -52,7 +52,7 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.25rem;margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}h3{font-size:1rem}
 .box{overflow-x:auto;margin:1rem 0;overflow-wrap:normal}.box img{display:block;width:100%;min-width:34rem;height:auto}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}th,td{padding:.25rem .6rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}
-td{white-space:nowrap}th:first-child,td:first-child{text-align:left}.text td,.text th{text-align:left;white-space:normal;min-width:7rem}
+td{white-space:nowrap}th:first-child,td:first-child{text-align:left}.text td,.text th{text-align:left;white-space:normal;min-width:7rem}.text td:nth-child(4){min-width:10rem}.text td:nth-child(5){min-width:14rem}
 th:first-child,td:first-child{position:sticky;left:0;background:#fff}
 nav a{display:inline-block;margin:0 .8rem .3rem 0;padding:.2rem 0}pre{overflow-x:auto;font-size:.8rem;background:#f6f6f6;padding:.8rem;overflow-wrap:normal}
 .note{color:#555;font-size:.9rem}a{color:#12284c}"""
