@@ -40,7 +40,7 @@ export: $(READY) ## write maet/*.py and README.md from the notebooks, then clean
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --RegexRemovePreprocessor.patterns '#\| hide' nbs/index.ipynb \
-	  | sed -e 's|](\([0-9][0-9]_\)|](nbs/\1|g' -e 's|](\.\./|](|g' > README.md
+	  | sed -e 's|](\([0-9][0-9][a-z]*_\)|](nbs/\1|g' -e 's|](\.\./|](|g' > README.md
 
 base: $(READY) ## train the shipped base again, into runs/base, to compare with data/miniworld/base
 	OMP_NUM_THREADS=1 $(BIN)/maet base maet/recipes/base.yml --out runs/base

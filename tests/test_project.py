@@ -26,8 +26,8 @@ def exported_module(notebook: Path) -> str | None:
 
 def floor(notebook: Path) -> float:
     "The number of a room. The front page has none and may look into every room."
-    number = re.match(r"(\d+)_", notebook.stem)
-    return int(number[1]) if number else float("inf")
+    number = re.match(r"(\d+)([a-z]?)_", notebook.stem)
+    return int(number[1]) + "_abc".index(number[2] or "_") / 4 if number else float("inf")  # 02b lies between 02 and 03
 
 
 def imported(source: str) -> set[str]:
@@ -116,5 +116,5 @@ def test_readme_says_what_the_index_says():
     cells = json.loads((ROOT/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
     readme = (ROOT/"README.md").read_text(encoding="utf-8")
     for cell in cells:
-        text = re.sub(r"\]\((\d\d_)", r"](nbs/\1", "".join(cell["source"])).replace("](../", "](")
+        text = re.sub(r"\]\((\d\d[a-z]?_)", r"](nbs/\1", "".join(cell["source"])).replace("](../", "](")
         if not text.startswith("#| hide"): assert text in readme, f"run `make export`: README.md lacks\n{text}"
