@@ -494,6 +494,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'maet.launch.KeysUnion.__iter__': ('launch.html#keysunion.__iter__', 'maet/launch.py'),
                              'maet.launch.KeysUnion.__len__': ('launch.html#keysunion.__len__', 'maet/launch.py'),
                              'maet.launch.KeysUnion.identity': ('launch.html#keysunion.identity', 'maet/launch.py'),
+                             'maet.launch.KeysUnion.shapes': ('launch.html#keysunion.shapes', 'maet/launch.py'),
                              'maet.launch.Launch': ('launch.html#launch', 'maet/launch.py'),
                              'maet.launch.Launch.__post_init__': ('launch.html#launch.__post_init__', 'maet/launch.py'),
                              'maet.launch.Launch.apart': ('launch.html#launch.apart', 'maet/launch.py'),

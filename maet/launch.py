@@ -179,7 +179,10 @@ class KeysUnion(Mapping):
     @property
     def identity(self) -> str: return " ".join(digest(keys.path) for keys in self.files)
 
-    def __iter__(self): return iter(dict.fromkeys(name for keys in self.files for name in keys))
+    @property
+    def shapes(self) -> dict[str, tuple]: return {name: shape for keys in self.files for name, shape in keys.shapes.items()}
+
+    def __iter__(self): return iter(self.shapes)
     def __len__(self): return sum(1 for _ in self)
     def __contains__(self, name): return any(name in keys for keys in self.files)
 
