@@ -8,7 +8,7 @@ __all__ = ['Run', 'Runs', 'one_run', 'joined_runs', 'find_groups', 'numbered', '
 
 # %% ../nbs/02_names.ipynb #1446b29d
 from .checkpoints import (LARGE, Checkpoint, Stored, exactly, hashed, read_json, remembered, remember, same_tensors, some)
-from .tensors import MaetError, meta_model, not_quantised
+from .tensors import MaetError, UnknownModel, meta_model, not_quantised
 
 # %% ../nbs/02_names.ipynb #3e37c08d
 import copy, re, sys
@@ -205,8 +205,8 @@ def layout(checkpoint: Checkpoint) -> Layout | None:
     "How its tensors and its model's parameters correspond; None if transformers knows no such model."
     key = checkpoint.identity, checkpoint.path
     if key not in _layouts:
-        try: model = meta_model(checkpoint.path)
-        except MaetError: model = None
+        try: model = meta_model(checkpoint.path) if "model_type" in checkpoint.config else None
+        except UnknownModel: model = None
         if len(_layouts) > 16: _layouts.clear()
         _layouts[key] = model and Layout(model, {name: part.shape for name, part in checkpoint.stored.items()})
     return _layouts[key]
