@@ -529,6 +529,7 @@ def open_delta(model: str | Path, # a checkpoint or a pack: a folder, a file, or
                ) -> Mapping[str, Part]: # by tensor name; what it lacks is zero
     "The delta of a tuned checkpoint, or a pack of this base. Anything else: MaetError."
     path = local(model)
+    complete(unquantised(base))
     if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base)
     if path.is_dir() and len(list(path.glob("*.safetensors"))) == 1 or path.is_file(): return Pack(pack_file(path), base)
     raise MaetError(f"{model}: no checkpoint folder and no pack; check the path")
@@ -561,7 +562,7 @@ def apply_delta(out: str | Path,           # a new folder
                 max_shard_size: int | str | None = None,      # bytes, or as "5GB"; None: as in the base
                 ) -> Checkpoint:           # the new one
     "Write base + delta: all of it or nothing. Holds a few pieces at a time. Finished shards survive a kill."
-    fits(out, delta, base)
+    fits(out, delta, complete(unquantised(base)))
     def piece(name, *at):
         before, terms = base.piece(name, *at), terms_of(delta, name, *at)
         for _, part in terms: shaped(out, name, part, tuple(before.shape))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .tensors import MaetError
 from .checkpoints import Checkpoint, local, sync
 from .deltas import Keys, apply_delta, open_delta, origin
+from .names import complete, unquantised
 from .corpora import Source, check, documents, identity, write_tokens
 from .miniworld import ABILITIES, LANGUAGES, write_forums, write_world
 from .settings import load, recipes, strict
@@ -393,7 +394,8 @@ def train_run(r: Run, out: str | Path) -> dict: # losses, held_out, steps, token
     from transformers import AutoTokenizer
     base, t = local(r.base), r.training
     with workshop(Path(out)) as work:
-        tokenizer, start = AutoTokenizer.from_pretrained(base, local_files_only=True), Checkpoint(base)
+        start = complete(unquantised(Checkpoint(base)))
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         for file in r.keys: Keys(file, start)
         def table(name, sources, size): return str(write_tokens(work / name, sources, tokenizer, size, t.sequence_length, t.seed, t.whole_documents))
         held_out = table("held_out.safetensors", r.held_out, r.held_out_tokens) if r.held_out else None

@@ -14,10 +14,10 @@ from maet.pipeline import make_tokenizer
 from test_run import TINY
 
 
-def make(folder: Path, hidden: int = 16, seed: int = 0) -> Path:
+def make(folder: Path, hidden: int = 16, seed: int = 0, layers: int = 1) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=300,
+    LlamaForCausalLM(LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, vocab_size=300,
                                  bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     make_tokenizer(["a few words"] * 9, 300).save_pretrained(folder)
     return folder
