@@ -15,6 +15,7 @@ __all__ = ['Part', 'VERSION', 'STATISTICS', 'pack_bits', 'unpack_bits', 'Packed'
 # %% ../nbs/08_deltas.ipynb #da4b9237
 from .checkpoints import (FLOATS, PIECE, RUN, Checkpoint, Last, Shard, Writer, all_finite, finite, header_room, identity, in_order,
                               local, narrow, pieces, progress_bar, same_tensors, some, whole, write_checkpoint)
+from .meaning import same_meaning
 from .names import aligned, complete, unquantised
 from .tensors import MaetError, place
 
@@ -491,11 +492,12 @@ def fits(path: str | Path, delta: Mapping[str, Part], base: Checkpoint) -> None:
 class Difference(Lazy):
     """Tuned minus base: name -> float32 Part, computed when asked for. With `keys` only at the key neurons, and Packed.
 
-    Other tensors or shapes than the base's, NaN, integers or 8-bit floats that differ: MaetError."""
-    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None):
+    Other tensors or shapes than the base's, another meaning of them (02c), NaN, integers or 8-bit floats that differ: MaetError."""
+    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None, allow_mismatch: bool = False):
         for checkpoint in (base, tuned): complete(unquantised(checkpoint))
         tuned = aligned(tuned, base)
         same_tensors(base, tuned)
+        same_meaning(base, tuned, allow_mismatch)
         self.tuned, self.base, self.masks = tuned, base, keys
         if keys is not None: fits(tuned.path, keys, base)
         self.identity = identity("difference", tuned, base, keys)
@@ -526,11 +528,12 @@ class Difference(Lazy):
 # %% ../nbs/08_deltas.ipynb #511a418e
 def open_delta(model: str | Path, # a checkpoint or a pack: a folder, a file, or a hub id
                base: Checkpoint,  # what it is a delta to
+               allow_mismatch: bool = False, # of a checkpoint whose numbers mean something else (02c)
                ) -> Mapping[str, Part]: # by tensor name; what it lacks is zero
     "The delta of a tuned checkpoint, or a pack of this base. Anything else: MaetError."
     path = local(model)
     complete(unquantised(base))
-    if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base)
+    if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)
     if path.is_dir() and len(list(path.glob("*.safetensors"))) == 1 or path.is_file(): return Pack(pack_file(path), base)
     raise MaetError(f"{model}: no checkpoint folder and no pack; check the path")
 

@@ -433,13 +433,15 @@ class Merge:
     merge_method: str = "maet"
     parameters: Parameters = field(default_factory=Parameters)
 
-def merge(r: Merge, out: str | Path) -> Checkpoint:
+def merge(r: Merge, out: str | Path,
+          allow_mismatch: bool = False, # of configurations that give numbers another meaning (02c)
+          ) -> Checkpoint:
     "Eq. 3-5 on files. Raises MaetError for a pack of another base, differing shapes, NaN."
     if r.merge_method != "maet": raise MaetError(f"merge_method: {r.merge_method!r} is not known; known is maet")
     base, p = Checkpoint(r.base_model), r.parameters
     mu = [1 / len(r.languages) if l.weight is None else l.weight for l in r.languages]
-    deltas = [open_delta(l.model, base) for l in r.languages]
-    delta = MaetTransfer(base.names, open_delta(r.ability.model, base), deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
+    ability, *deltas = [open_delta(expert.model, base, allow_mismatch) for expert in (r.ability, *r.languages)]
+    delta = MaetTransfer(base.names, ability, deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
     return apply_delta(out, base, delta, origin(asdict(r), [r.base_model], "maet", "https://arxiv.org/abs/2410.07825"))
 
 # %% ../nbs/16_pipeline.ipynb #b6692ea5
