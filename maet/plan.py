@@ -33,7 +33,7 @@ from .deltas import keys_meta
 from .sparse import Block, freeze_at
 from .training import MODES, Training, at_once, batch_sequences, check_ranks, total_steps, total_tokens
 from .launch import Launch, machines, read_config, world_size
-from .pipeline import Base, Locate, Pipeline, Recipe, Run, Store, Texts, backbone, transferred
+from .pipeline import Base, Locate, Pipeline, Recipe, Run, Store, Texts, backbone, llama_config, transferred
 from .settings import load, read_yaml, strict
 
 # %% ../nbs/17_plan.ipynb #c1dfd96e
@@ -396,12 +396,10 @@ def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[
 # %% ../nbs/17_plan.ipynb #fe2ef495
 def config_of(what: Recipe | Run | Base):
     "The base's config. Raises MaetError where there is none."
-    from transformers import LlamaConfig
     base = getattr(what, "base", what)
     if isinstance(base, Base) and base.start: base = base.start
     if not isinstance(base, Base): return meta_model(Path(base)).config
-    try: return LlamaConfig(vocab_size=base.vocabulary, dtype="float32", **base.model)
-    except (TypeError, ValueError) as e: raise MaetError(f"base.model: {str(e).splitlines()[0]}") from None
+    return llama_config(base.vocabulary, base.model, dtype="float32")
 
 def _other(name: str, inputs: dict, scalars: int, item: int, pack: int) -> dict[str, int]:
     "Bytes of a stage that trains nothing."
@@ -499,7 +497,6 @@ def _totals(rows: list[dict], cluster: Cluster) -> list[str]:
 def read(source: str | Path) -> Recipe | Run | Base: # a file, or the name of a shipped one
     "A recipe of whatever command it is for."
     content = read_yaml(source)
-    if not isinstance(content, Mapping): raise MaetError(f"{source}: it is not a recipe (keys and values)")
     return strict(Base if "phases" in content else Recipe if "abilities" in content else Run, content, Path(source).name)
 
 def cluster_of(what: Recipe | Run | Base, **more) -> Cluster: # of Cluster's own keys; None: as the recipe says

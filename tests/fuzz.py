@@ -5,17 +5,17 @@
     python tests/fuzz.py pack --seed 7 --case 123      one case again, with all that is known of it
 
 A case is determined by reader, seed and number. Cases run in forked children, which may die of a signal, of time or of memory."""
-import argparse, faulthandler, importlib, json, os, resource, shutil, signal, sys, tempfile, time, traceback
-from collections import Counter
+import argparse, faulthandler, gc, importlib, json, os, resource, shutil, signal, sys, tempfile, time, traceback
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from random import Random
 
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items(): os.environ.setdefault(name, value)
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the library beside this file
 
 from maet.tensors import MaetError
-from mutate import KINDS, mutate
+from mutate import BYTES, FILES, KINDS, TREE, mutate
 from readers import READERS, Reader
 
 LIMIT = 30       # seconds that one case may take on a busy machine
@@ -72,8 +72,8 @@ def case(name: str, sample: Path, seed: int, number: int, room: Path, log) -> di
     return dict(case=number, outcome=outcome, said=said, kinds=kinds)
 
 
-def in_child(work, log: Path):
-    "Fork. In the child `work(tell)` runs, with what it prints in a file; gives what was told, and the exit status."
+def in_child(work, log: Path, heard=None) -> tuple[list, int]: # what it told, and its exit status
+    "Fork. In the child `work(tell, log)` runs, with what it prints in a file; `heard` is given what it tells, at once."
     read, write = os.pipe()
     if not (child := os.fork()):
         code = 1
@@ -89,16 +89,20 @@ def in_child(work, log: Path):
             sys.stderr.flush()
             os._exit(code)
     os.close(write)
-    with open(read) as answers: told = [json.loads(line) for line in answers if line.endswith("\n")]
+    told = []
+    with open(read) as answers:
+        for line in answers:
+            if not line.endswith("\n"): break  # it died over it
+            told.append(json.loads(line))
+            if heard: heard(told[-1])
     return told, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def cases(name: str, sample: Path, seed: int, first: int, most: int, seconds: float, work: Path) -> list[dict]:
-    "Some cases in a child. The last one may be what killed it."
+def cases(name: str, sample: Path, seed: int, numbers: range, end: float, work: Path) -> list[dict]:
+    "Some cases in a child, until a moment. The last one may be what killed it."
     def run(tell, log):
         fence()
-        end = time.monotonic() + seconds
-        for number in range(first, first + most):
+        for number in numbers:
             tell(number)
             faulthandler.dump_traceback_later(LIMIT, exit=True, file=log)
             tell(case(name, sample, seed, number, work/"case", log))
@@ -110,8 +114,28 @@ def cases(name: str, sample: Path, seed: int, first: int, most: int, seconds: fl
         log = (work/"log").read_text(errors="replace")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"more than {LIMIT} s" if "Timeout (" in log else f"exit code {code}"
         found.append(dict(case=told[-1], outcome="failed", said=f"{how}\n{log[-6000:]}", kinds=[]))
-    elif code and code != 1: raise RuntimeError((work/"log").read_text(errors="replace"))
     return found
+
+
+def of_reader(name: str, seed: int, first: int, seconds: float, least: int, work: Path, heard) -> None:
+    "Cases of one reader, in children of a child that has made the sample and opened it once: what that imports is there for all."
+    sample = work/name
+    def run(tell, log):
+        shutil.rmtree(work/"case", ignore_errors=True)
+        (work/"case").mkdir()  # made where its copies will lie: some files name others by their whole path
+        os.chdir(work/"case")
+        READERS[name].make(Path("."))
+        shutil.copytree(work/"case", sample)
+        outcome, said = judged(READERS[name])
+        assert outcome == "accepted", said
+        gc.freeze()
+        number, end = first, time.monotonic() + seconds
+        while number < first + least or time.monotonic() < end:
+            for one in cases(name, sample, seed, range(number, number + BATCH), end, work):
+                tell(one)
+                number = one["case"] + 1
+    if in_child(run, sample.with_suffix(".log"), heard)[1]:
+        raise RuntimeError(f"{name}: its sample is not right\n{sample.with_suffix('.log').read_text(errors='replace')}")
 
 
 # ---- many of them ----
@@ -120,70 +144,64 @@ def cases(name: str, sample: Path, seed: int, first: int, most: int, seconds: fl
 class Tally:
     "What became of the cases of a reader."
     outcomes: Counter = field(default_factory=Counter)
-    kinds: Counter = field(default_factory=Counter)
+    kinds: dict = field(default_factory=lambda: defaultdict(Counter)) # of mutation -> outcomes
     failures: dict = field(default_factory=dict)  # first line of what was said -> first case of it
-    next: int = 0
-    seconds: float = 0.
 
-    def add(self, found: list[dict]) -> list[dict]: # failures that are new
-        new = []
-        for one in found:
-            self.outcomes[one["outcome"]] += 1
-            self.kinds.update(kind for kind, _ in one["kinds"])
-            if one["outcome"] == "failed" and (head := one["said"].splitlines()[0]) not in self.failures:
-                self.failures[head] = one
-                new.append(one)
-        self.next = max([self.next, *(one["case"] + 1 for one in found)])
-        return new
-
-
-def make_sample(name: str, folder: Path) -> None:
-    "A valid sample, and the proof that it is one."
-    def run(tell, log):
-        os.chdir(folder)
-        READERS[name].make(Path("."))
-        outcome, said = judged(READERS[name])
-        assert outcome == "accepted", said
-    folder.mkdir()
-    if in_child(run, folder.with_suffix(".log"))[1]: raise RuntimeError(f"{name}: its sample is not right\n{folder.with_suffix('.log').read_text(errors='replace')}")
+    def add(self, one: dict) -> bool: # a failure of a new kind
+        self.outcomes[one["outcome"]] += 1
+        for kind, _ in one["kinds"]: self.kinds[kind][one["outcome"]] += 1
+        head = one["said"].partition("\n")[0]
+        if one["outcome"] != "failed" or head in self.failures: return False
+        self.failures[head] = one
+        return True
 
 
 def again(name: str, seed: int, number: int) -> str: return f"python tests/fuzz.py {name} --seed {seed} --case {number}"
 
 
 def fuzz(names: list[str], seconds: float, seed: int, least: int, work: Path) -> dict[str, Tally]:
-    "In turn a second of each reader, until the time is over and each had at least so many cases."
-    tallies = {name: Tally() for name in names}
-    for name in names: make_sample(name, work/name)
-    share = seconds / len(names)
-    for turn in count(1):
-        for name, tally in tallies.items():
-            while tally.seconds < min(turn, share) or (turn > share and tally.next < least):
-                began = time.monotonic()
-                for one in tally.add(cases(name, work/name, seed, tally.next, BATCH, max(.1, min(turn, share) - tally.seconds), work)):
-                    print(f"FAILED {name}, after {', '.join(f'{kind} {file}' for kind, file in one['kinds']) or 'a change that killed the process'}: {one['said'].splitlines()[0]}\n"
-                          f"       {again(name, seed, one['case'])}", flush=True)
-                tally.seconds += time.monotonic() - began
-        if turn >= share: return tallies
+    "All readers, one after another; they share the time."
+    tallies = {}
+    def heard(one):
+        if not tally.add(one): return
+        how = ", ".join(f"{kind} {file}" for kind, file in one["kinds"]) or "a change that killed the process"
+        print(f"FAILED {name}, after {how}: {one['said'].partition(chr(10))[0]}\n       {again(name, seed, one['case'])}", flush=True)
+    for name in names:
+        tally = tallies[name] = Tally()
+        try: of_reader(name, seed, 0, seconds / len(names), least, work, heard)
+        except KeyboardInterrupt: break
+    return tallies
+
+
+def table(heads: list[str], rows: list[list]) -> str:
+    "Columns of equal width, words to the left, numbers to the right; and a sum of each."
+    rows = [*rows, ["all", *(sum(column) for column in list(zip(*rows))[1:])]]
+    lines = [heads, *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) if n else cell.ljust(width) for n, (cell, width) in enumerate(zip(line, widths))) for line in lines)
+
+
+OUTCOMES = ("accepted", "refused", "failed")
 
 
 def told(tallies: dict[str, Tally], seed: int) -> str:
-    "The counts as a table, and a closing line."
-    used = [kind for kind in KINDS if any(tally.kinds[kind] for tally in tallies.values())]
-    heads = ["reader", "cases", "accepted", "refused", "failed", *used]
-    rows = [[name, sum(t.outcomes.values()), *(t.outcomes[o] for o in heads[2:5]), *(t.kinds[kind] for kind in used)] for name, t in tallies.items()]
-    rows.append(["all", *(sum(column) for column in list(zip(*rows))[1:])])
-    lines = [heads, *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    table = "\n".join("  ".join(cell.rjust(width) if n else cell.ljust(width) for n, (cell, width) in enumerate(zip(line, widths))) for line in lines)
-    _, number, accepted, refused, failed = rows[-1][:5]
-    return f"{table}\n\nseed {seed}: {number:,} cases, {accepted:,} accepted, {refused:,} refused in one line, {failed:,} failed in {sum(len(t.failures) for t in tallies.values())} ways"
+    "Counts by reader, counts by kind of mutation, and a closing line."
+    def row(name, outcomes, *more): return [name, sum(outcomes.values()), *(outcomes[o] for o in OUTCOMES), *more]
+    by_group = lambda tally: [sum(tally.kinds[how.__name__].total() for how in group) for group in (FILES, BYTES, TREE)]
+    by_reader = [row(name, tally.outcomes, *by_group(tally)) for name, tally in tallies.items()]
+    by_kind = [row(kind, sum((tally.kinds[kind] for tally in tallies.values()), Counter())) for kind in KINDS]
+    total, ways = sum((tally.outcomes for tally in tallies.values()), Counter()), sum(len(tally.failures) for tally in tallies.values())
+    return "\n\n".join([table(["reader", "cases", *OUTCOMES, "files changed", "bytes changed", "meaning changed"], by_reader),
+                        table(["change", "changes", *OUTCOMES], by_kind),
+                        f"seed {seed}: {total.total():,} cases of {len(tallies)} readers, {total['accepted']:,} accepted, {total['refused']:,} refused in one line, "
+                        f"{total['failed']:,} failed in {ways} ways"])
 
 
 def replay(name: str, seed: int, number: int, work: Path) -> int: # exit code
     "One case, with all that is known of it; the broken files stay."
-    make_sample(name, work/name)
-    one, = cases(name, work/name, seed, number, 1, LIMIT, work)
+    found = []
+    of_reader(name, seed, number, 0, 1, work, found.append)
+    one = found[0]
     print(f"{name}, seed {seed}, case {number}: {', '.join(f'{kind} {file}' for kind, file in one['kinds'])}\n{one['outcome']}: {one['said']}\nthe files are in {work/'case'}")
     return one["outcome"] == "failed"
 
