@@ -857,7 +857,7 @@ def room_for(out: str | Path, size: int) -> None:
     if size > free:
         unit, name = (1e9, "GB") if size > 1e9 else (1e6, "MB")
         raise MaetError(f"{out}: needs {size / unit:,.2f} {name} where {free / unit:,.2f} {name} are free; "
-                        "make room or choose another disk")
+                        "make room or choose another disk") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 # %% ../nbs/01_checkpoints.ipynb #17503a6b
 def rounded(job: Job, like: Checkpoint, piece: Callable[[str, int, int], Tensor], out: str | Path) -> Tensor:

@@ -86,7 +86,7 @@ def as_class_reads(config: Mapping) -> dict | None:
     "A configuration with all defaults, as transformers' class understands it; None if there is no class, or it refuses."
     from transformers import CONFIG_MAPPING
     silent = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what a class has to say of unusual values is no news here
+    logging.disable(max(silent, logging.WARNING))  # what a class has to say of unusual values is no news here
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

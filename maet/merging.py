@@ -19,6 +19,7 @@ from .checkpoints import (FLOATS, PIECE, Checkpoint, cores, finite, identity, in
                               same_tensors, some, write_checkpoint)
 from .deltas import Packed, Part, add_to, dot_flat, open_delta, origin, piece_of
 from .meaning import same_meaning
+from .names import aligned, complete, unquantised
 from .settings import read_yaml, strict
 from .tensors import MaetError, place
 
@@ -377,7 +378,7 @@ def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
     path = local(where)
     if path.is_file() and not base: raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
     if path.is_file(): return Model(where, path, None, open_delta(path, base))
-    checkpoint = Checkpoint(path)
+    checkpoint = aligned(complete(unquantised(Checkpoint(path))), like)
     same_tensors(like, checkpoint)
     same_meaning(like, checkpoint, allow_mismatch, one_vocabulary)
     exotic = [n for n in like.names if like.dtype(n) in FLOATS and checkpoint.dtype(n) not in FLOATS]
@@ -685,7 +686,7 @@ def open_models(method: Method, content: Mapping, where: str, mask: Callable = r
     file = read_file(content, where)
     pattern = file.base_model or (file.models or file.slices[0].sources)[0].model
     if local(pattern).is_file(): raise MaetError(f"{pattern}: a pack is a delta; give its base as base_model")
-    like = Checkpoint(local(pattern))
+    like = complete(unquantised(Checkpoint(local(pattern))))
     layers = 1 + max((place(name).layer for name in like.names if place(name).layer is not None), default=-1)
     parts = [(run, replace(part, sources=ingredients(file, part.sources, method, where))) for run, part in spans(file, layers, where)]
     base = like if file.base_model else None
