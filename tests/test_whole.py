@@ -1,6 +1,5 @@
-"""A checkpoint that lacks what its config.json asks for, or has more, or is quantised: one line, exit code 2 and nothing left, at every door.
-And two layouts of one model are one model at every door that takes a pair."""
-import json, shutil
+"A checkpoint that lacks what its config.json asks for, or has more, or is quantised: one line, exit code 2 and nothing left, at every door."
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from maet.checkpoints import Checkpoint
-from maet.cli import main
 from test_bad_input import make, refused
 
 LAYERS = 2
@@ -21,9 +18,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "tuned", "other")): make(tmp_path/name, layers=LAYERS, seed=seed)
     Path("text.jsonl").write_text('{"text": "a few words"}\n' * 50)
-    Path("data/mini_math").mkdir(parents=True)
+    Path("data/mathematics").mkdir(parents=True)
     question = {"id": 0, "question": "1 + 1 = ", "target": "2", "answer": "2", "answer_label": "Answer:", "level": 1}
-    Path("data/mini_math/en.jsonl").write_text("".join(json.dumps(question | {"id": n}) + "\n" for n in range(4)))
+    Path("data/mathematics/en.jsonl").write_text("".join(json.dumps(question | {"id": n}) + "\n" for n in range(4)))
     training = dict(tokens=128, batch_tokens=64, sequence_length=32, learning_rate=.001)
     files = {"expert.yml": dict(base="base", corpora=[{"path": "text.jsonl"}], training=training),
              "linear.yml": dict(merge_method="linear", models=[{"model": name, "parameters": {"weight": .5}} for name in ("base", "tuned")]),
@@ -38,7 +35,7 @@ DOORS = {"merge linear": ("merge", "linear.yml", "out"), "merge task_arithmetic"
          "pack": ("pack", "base", "tuned", "--out", "out.safetensors"),
          "extract": ("extract", "--base", "base", "--ability", "tuned", "--minus", "other", "--out", "out.safetensors"),
          "train": ("train", "expert.yml", "--out", "out"),
-         "eval": ("eval", "base", "--data", "data", "--tasks", "mini_math", "--languages", "en", "--shots", "0", "--out", "out")}
+         "eval": ("eval", "base", "--data", "data", "--tasks", "mathematics", "--languages", "en", "--shots", "0", "--out", "out")}
 
 
 def change(model: str, tensors=lambda tensors: None, **config) -> None:
@@ -61,14 +58,14 @@ DAMAGES = {"no head": (lambda model: change(model, lambda t: t.pop("lm_head.weig
                           "quantised with compressed-tensors; dequantize it first"),
            "eight bits": (lambda model: change(model, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)})),
                           "lm_head.weight is stored as F8_E4M3; dequantize it first")}
+MISFITS = ("no head", "no matrix", "a layer too few", "a layer too many")  # an exam may load quantised weights, where transformers can
 CASES = [(door, model, damage) for door, line in DOORS.items() for model in ("base", "tuned") for damage in DAMAGES
-         if model == "base" or door not in ("train", "eval")]
+         if (model == "base" or door not in ("train", "eval")) and (door != "eval" or damage in MISFITS)]
 
 
 @pytest.mark.parametrize("door, model, damage", CASES, ids=lambda word: word.replace(" ", "_"))
 def test_one_line(folder, capsys, door, model, damage):
     harm, said = DAMAGES[damage]
     harm(model)
-    if door == "eval" and "lacks" not in said and "holds" not in said: pytest.skip("transformers and its extras may load a quantised model for an exam")
     line = refused(capsys, folder, *DOORS[door])
     assert said in line and model in line
