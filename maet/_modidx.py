@@ -673,6 +673,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'maet.meaning.same_bytes': ('meaning.html#same_bytes', 'maet/meaning.py'),
                               'maet.meaning.same_meaning': ('meaning.html#same_meaning', 'maet/meaning.py'),
                               'maet.meaning.same_value': ('meaning.html#same_value', 'maet/meaning.py'),
+                              'maet.meaning.sentences': ('meaning.html#sentences', 'maet/meaning.py'),
                               'maet.meaning.shown': ('meaning.html#shown', 'maet/meaning.py'),
                               'maet.meaning.text_parts': ('meaning.html#text_parts', 'maet/meaning.py'),
                               'maet.meaning.vocabulary': ('meaning.html#vocabulary', 'maet/meaning.py'),
