@@ -15,6 +15,7 @@ __all__ = ['Part', 'VERSION', 'STATISTICS', 'pack_bits', 'unpack_bits', 'Packed'
 # %% ../nbs/08_deltas.ipynb #da4b9237
 from .checkpoints import (FLOATS, PIECE, RUN, Checkpoint, Last, Shard, Writer, all_finite, finite, header_room, identity, in_order,
                               local, narrow, pieces, progress_bar, same_tensors, some, whole, write_checkpoint)
+from .names import aligned, complete, unquantised
 from .tensors import MaetError, place
 
 # %% ../nbs/08_deltas.ipynb #77de68da
@@ -492,6 +493,8 @@ class Difference(Lazy):
 
     Other tensors or shapes than the base's, NaN, integers or 8-bit floats that differ: MaetError."""
     def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None):
+        for checkpoint in (base, tuned): complete(unquantised(checkpoint))
+        tuned = aligned(tuned, base)
         same_tensors(base, tuned)
         self.tuned, self.base, self.masks = tuned, base, keys
         if keys is not None: fits(tuned.path, keys, base)

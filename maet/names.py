@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'Runs', 'one_run', 'joined_runs', 'find_groups', 'numbered', 'both_ways', 'trace', 'Layout', 'same_storage',
-           'layout', 'complete', 'unquantised', 'Aligned', 'aligned']
+           'layout', 'needed_layout', 'complete', 'unquantised', 'Aligned', 'aligned']
 
 # %% ../nbs/02_names.ipynb #1446b29d
 from .checkpoints import (LARGE, Checkpoint, Stored, exactly, hashed, read_json, remembered, remember, same_tensors, some)
@@ -211,7 +211,13 @@ def layout(checkpoint: Checkpoint) -> Layout | None:
         _layouts[key] = model and Layout(model, {name: part.shape for name, part in checkpoint.stored.items()})
     return _layouts[key]
 
-# %% ../nbs/02_names.ipynb #e0d36b0f
+def needed_layout(checkpoint: Checkpoint) -> Layout:
+    "`layout`, or a MaetError that says why there is none."
+    found = layout(checkpoint)
+    if found is None: meta_model(checkpoint.path)
+    return found
+
+# %% ../nbs/02_names.ipynb #44108918
 _IRRELEVANT = re.compile(r"^_|_token_id$|^(torch_)?dtype$|^transformers_version$|^use_cache$|^architectures$")
 
 def _verdict(checkpoint: Checkpoint) -> str:
@@ -234,7 +240,7 @@ def complete(checkpoint: Checkpoint) -> Checkpoint: # itself
         remember(key, "whole", lasting=checkpoint.bytes >= LARGE)
     return checkpoint
 
-# %% ../nbs/02_names.ipynb #a10a7460
+# %% ../nbs/02_names.ipynb #13998b60
 _WORDS = ("quant_method", "quant_algo", "quantization")
 
 def unquantised(checkpoint: Checkpoint) -> Checkpoint: # itself
@@ -247,7 +253,7 @@ def unquantised(checkpoint: Checkpoint) -> Checkpoint: # itself
     if eighths: raise MaetError(f"{checkpoint.path}: {eighths[0]} is stored as {checkpoint.stored[eighths[0]].code}; dequantize it first")
     return checkpoint
 
-# %% ../nbs/02_names.ipynb #65341141
+# %% ../nbs/02_names.ipynb #11f742f6
 class Aligned(Checkpoint):
     "A checkpoint, seen under the names and shapes of another one of the same model. Has what a Checkpoint has for reading."
     def __init__(self, source: Checkpoint, like: Checkpoint):
@@ -265,7 +271,7 @@ class Aligned(Checkpoint):
 
     def __repr__(self): return f"Aligned({self.path.name!r} like {self.like.path.name!r})"
 
-# %% ../nbs/02_names.ipynb #80effa65
+# %% ../nbs/02_names.ipynb #794f93e3
 def _shape(self, name: str) -> tuple: return self.like.shape(name)
 
 def _dtype(self, name: str) -> torch.dtype:
@@ -283,7 +289,7 @@ def _read(self, name: str) -> Tensor: return self.piece(name, 0, self.size(name)
 Aligned.shape, Aligned.dtype, Aligned.piece, Aligned.read = _shape, _dtype, _piece, _read
 Aligned.identity = property(lambda self: hashed([["aligned", self.source.identity, self.like.identity]]))
 
-# %% ../nbs/02_names.ipynb #970c2eb5
+# %% ../nbs/02_names.ipynb #2ad30cce
 def aligned(source: Checkpoint,
             like: Checkpoint,                     # of the same model
             say: Callable[[str], None] | None = None, # told what is set aside; None: stderr
