@@ -273,7 +273,8 @@ def read_json(file: Path) -> dict:
     "A JSON object from a file, or a MaetError that names the file."
     try: value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError: raise MaetError(f"{file}: this file is missing; a checkpoint needs it") from None
-    except (ValueError, OSError) as error:
+    except OSError as error: raise MaetError(f"{file}: cannot be read ({error.strerror}); change its permissions or replace it") from None
+    except (ValueError, RecursionError) as error:
         raise MaetError(f"{file}: cannot be read as JSON ({error}); mend or replace it") from None
     if not isinstance(value, dict): raise MaetError(f"{file}: is JSON but not an object; mend or replace it")
     return value
@@ -293,7 +294,7 @@ def read_index(file: Path, # model.safetensors.index.json
 def find_shards(path: Path, # a checkpoint folder
                 ) -> tuple[list[str], dict | None]: # file names of its shards; its index if it has one
     "Which shards a folder has. `model.safetensors` wins over an index, as in transformers."
-    if not path.is_dir(): raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
+    if not os.path.isdir(path): raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
     if (path/"model.safetensors").exists(): return ["model.safetensors"], None
     if (path/"model.safetensors.index.json").exists():
         index = read_index(path/"model.safetensors.index.json")
@@ -354,7 +355,7 @@ def local(model: str | Path, # a folder, a file, or "owner/name[@revision]" on t
           ) -> Path:         # of a folder or a file; only a hub id is sure to exist
     "Where a model is on this machine; it is downloaded if it has to be. Raises a one-line MaetError if it cannot be."
     path = Path(model)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(model)): return path
+    if os.path.exists(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(model)): return path
     from huggingface_hub import snapshot_download
     name, _, revision = str(model).partition("@")
     try:
@@ -868,7 +869,7 @@ def room_for(out: str | Path, size: int) -> None:
     if size > free:
         unit, name = (1e9, "GB") if size > 1e9 else (1e6, "MB")
         raise MaetError(f"{out}: needs {size / unit:,.2f} {name} where {free / unit:,.2f} {name} are free; "
-                        "make room or choose another disk")
+                        "make room or choose another disk") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 # %% ../nbs/01_checkpoints.ipynb #17503a6b
 def rounded(job: Job, like: Checkpoint, piece: Callable[[str, int, int], Tensor], out: str | Path) -> Tensor:

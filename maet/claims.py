@@ -18,7 +18,7 @@ from textwrap import wrap
 from typing import NamedTuple
 
 from . import ledger, plots
-from .figures import figures, markdown, said, wanted
+from .figures import figures, markdown, read_table, said, wanted
 from .plots import Estimate, estimate, named
 from .settings import read_yaml, strict
 from .tensors import MaetError
@@ -31,11 +31,14 @@ REGIONS = {"above": [0, None], "below": [None, 0], "not below": [-POINT, None], 
 class Evidence:
     "Differences that a claim is about, all of one study."
     study: str                                # <ledgers>/<study>.jsonl
-    rows: dict                                # what both sides share: field or setting.<key> -> list of values, `seed` among them
-    of: dict = field(default_factory=dict)    # the side that is looked at: field -> list of values
-    minus: dict = field(default_factory=dict) # the side that is taken off; none: the rows are differences themselves
+    rows: dict[str, list]                     # what both sides share: field or setting.<key> -> list of values, `seed` among them
+    of: dict[str, list] = field(default_factory=dict)    # the side that is looked at: field -> list of values
+    minus: dict[str, list] = field(default_factory=dict) # the side that is taken off; none: the rows are differences themselves
     over: str | None = None                   # field over whose values a mean is taken
-    lies: str | list = "above"                # a region, or [low, high]; null: no border there
+    lies: str | list[float | None] = "above"  # a region, or [low, high]; null: no border there
+
+    def __post_init__(self):
+        if self.minus and not self.of: raise MaetError("minus: it is taken off `of`, and that is not given")
 
     def region(self) -> tuple[float, float]: # low, high, in the ledger's unit
         found = REGIONS.get(self.lies) if isinstance(self.lies, str) else self.lies
@@ -190,8 +193,7 @@ def findings(ledgers: str | Path = "data/results",
              ) -> dict[str, Finding]:          # id -> what became of it
     "Every claim of both papers. Raises MaetError: no claims.csv, a broken ledger."
     path = Path(papers) / "claims.csv"
-    try: printed = {line["id"]: line for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines())}
-    except OSError as e: raise MaetError(f"{path}: cannot be read ({e.strerror}); the papers' claims are in data/paper") from None
+    printed = {line["id"]: line for line in read_table(path, ("id", "paper", "listed", "claim", "evidence"))}
     claims = catalogue(source)
     if unknown := [name for name in claims if name not in printed]: raise MaetError(f"{', '.join(unknown)}: no such claim in {path}")
     return {name: Finding(name, claim, printed[name], [d for e in claim.evidence for d in differences(e, ledgers, _varying(claim))]) for name, claim in claims.items()}

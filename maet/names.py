@@ -8,7 +8,7 @@ __all__ = ['Run', 'Runs', 'one_run', 'joined_runs', 'find_groups', 'numbered', '
 
 # %% ../nbs/02_names.ipynb #1446b29d
 from .checkpoints import (LARGE, Checkpoint, Stored, exactly, hashed, read_json, remembered, remember, same_tensors, some)
-from .tensors import MaetError, meta_model
+from .tensors import MaetError, UnknownModel, meta_model, not_quantised
 
 # %% ../nbs/02_names.ipynb #3e37c08d
 import copy, re, sys
@@ -205,8 +205,8 @@ def layout(checkpoint: Checkpoint) -> Layout | None:
     "How its tensors and its model's parameters correspond; None if transformers knows no such model."
     key = checkpoint.identity, checkpoint.path
     if key not in _layouts:
-        try: model = meta_model(checkpoint.path)
-        except MaetError: model = None
+        try: model = meta_model(checkpoint.path) if "model_type" in checkpoint.config else None
+        except UnknownModel: model = None
         if len(_layouts) > 16: _layouts.clear()
         _layouts[key] = model and Layout(model, {name: part.shape for name, part in checkpoint.stored.items()})
     return _layouts[key]
@@ -240,15 +240,10 @@ def complete(checkpoint: Checkpoint) -> Checkpoint: # itself
         remember(key, "whole", lasting=checkpoint.bytes >= LARGE)
     return checkpoint
 
-# %% ../nbs/02_names.ipynb #13998b60
-_WORDS = ("quant_method", "quant_algo", "quantization")
-
+# %% ../nbs/02_names.ipynb #a97fa2bf
 def unquantised(checkpoint: Checkpoint) -> Checkpoint: # itself
-    "Raise a MaetError, one line that names the method, for weights that are not plain numbers."
-    for config in (checkpoint.config, checkpoint.config.get("text_config") or {}):
-        if said := config.get("quantization_config") or config.get("compression_config"):
-            method = next((said[word] for word in _WORDS if isinstance(said, Mapping) and word in said), "some method")
-            raise MaetError(f"{checkpoint.path}: quantised with {method}; dequantize it first")
+    "Raise a MaetError, one line that names the method or the tensor, for weights that are not plain numbers."
+    not_quantised(checkpoint.config, checkpoint.path)
     eighths = sorted(name for name, part in checkpoint.stored.items() if part.code.startswith(("F8", "F4", "F6", "E8M0")))
     if eighths: raise MaetError(f"{checkpoint.path}: {eighths[0]} is stored as {checkpoint.stored[eighths[0]].code}; dequantize it first")
     return checkpoint

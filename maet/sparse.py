@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/09_sparse.ipynb #77de68da
 from .checkpoints import Checkpoint
-from .deltas import Packed, pack_bits
+from .deltas import Packed, pack_bits, shapes_of
 from .names import Layout
 from .tensors import MaetError
 
@@ -241,8 +241,11 @@ def spans(model, name: str, # a tensor's name in the checkpoint
 def in_parameters(model, keys, layout) -> dict[int, dict[str, list[Span]]]: # id of a parameter -> tensor -> its spans there
     "Which tensors of the keys lie in which parameter: several experts in one, a tied tensor under two names."
     found = {}
-    for name in keys:
-        for span in spans(model, name, layout): found.setdefault(id(span.parameter), {}).setdefault(name, []).append(span)
+    for name, shape in shapes_of([keys]).items():
+        parts = spans(model, name, layout)
+        stored = layout.tensors[name] if layout and name in layout.tensors else tuple(full_shape(parts[0].parameter))
+        if shape != stored: raise MaetError(f"{name}: the keys' mask is {shape}, the tensor {stored}; they are of another model")
+        for span in parts: found.setdefault(id(span.parameter), {}).setdefault(name, []).append(span)
     return found
 
 def _mask(parameter, tensors, keys):
@@ -250,11 +253,8 @@ def _mask(parameter, tensors, keys):
     shape = full_shape(parameter)
     mask = torch.zeros(shape.numel(), dtype=torch.bool)
     for name, parts in tensors.items():
-        key = keys[name]  # read once: it may come from a file
-        alone = parts[0].size == shape.numel()
-        if parts[-1].start + parts[-1].size > key.numel() or alone and key.shape != shape:
-            raise MaetError(f"{name}: the keys' mask is {tuple(key.shape)}, the tensor {tuple(shape)}; they are of another model")
-        for _, first, start, size in parts: mask[first:first + size] |= key.flatten()[start:start + size]
+        key = keys[name].flatten()  # read once: it may come from a file
+        for _, first, start, size in parts: mask[first:first + size] |= key[start:start + size]
     return mask.view(shape)
 
 # %% ../nbs/09_sparse.ipynb #d435a6cd

@@ -22,13 +22,13 @@ from typing import NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 
-from .tensors import MaetError
+from .tensors import MaetError, read_lines
 from .corpora import digest
-from .ledger import append, commit, versions
+from .ledger import append, commit, read_scores, versions
 from .plots import METHODS, dots, save, scores
 from .miniworld import ABILITIES, write_texts
 from .settings import read_yaml, strict
-from .pipeline import Pipeline, Progress, Recipe, Store, side_by_side, trainings
+from .pipeline import Pipeline, Progress, Recipe, Store, at_least, side_by_side, trainings
 from .baselines import ROWS, models
 from .evaluation import average, examine, held, mgsm_exams, ratio_stderr, read_exam, template
 
@@ -72,13 +72,12 @@ ITEM_COST = 40  # tokens of training that take about as long as one question: fo
 def joined(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path) -> list[dict]:
     "Scores of several models as those of one, with the samples in `out`."
     l0, scores = run.recipe.reference, []
-    read = lambda folder: json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     for (language, folder), task in product(parts.items(), tasks):
         (out / task).mkdir(parents=True, exist_ok=True)
         for of, name in ((language, language), (l0, f"{l0}.{language}")):
             if of not in held(task, [l0, language]): continue
             shutil.copy(folder / "samples" / task / f"{of}.jsonl", out / task / f"{name}.jsonl")
-            scores += [row | {"language": name} for row in read(folder) if row["task"] == task and row["language"] == of]
+            scores += [row | {"language": name} for row in read_scores(folder) if row["task"] == task and row["language"] == of]
     means = [average(scores, out, task, names, name) for task in tasks
              for name, names in ((l0, [f"{l0}.{l}" for l in parts]), ("average", list(parts))) if {*names} <= {row["language"] for row in scores if row["task"] == task}]
     return [row for row in scores if row["language"] in parts] + means
@@ -100,13 +99,19 @@ class Study:
     "What is compared, over which settings."
     recipe: str                                       # a shipped recipe, or a file
     title: str = ""                                   # what it asks, in a few words
-    methods: list = field(default_factory=list)       # rows of 22; none: the recipe's
-    abilities: list = field(default_factory=list)     # none: all of the recipe
-    seeds: list = field(default_factory=lambda: [0])
+    methods: list[str] = field(default_factory=list)  # rows of 22; none: the recipe's
+    abilities: list[str] = field(default_factory=list) # none: all of the recipe
+    seeds: list[int] = field(default_factory=lambda: [0])
     change: dict = field(default_factory=dict)        # dotted key of the recipe -> value, in all settings
     order: bool = True                                # say whether MAET is first, as in Table 2: is that the question?
-    vary: dict = field(default_factory=dict)          # dotted key -> [values]; or a name -> {variant: {dotted key: value}}
-    against: list = field(default_factory=list)       # {axis: value or variant} or {method: row}: what each is compared with; what is left out stays as it is
+    vary: dict[str, list | dict[str, dict | None]] = field(default_factory=dict) # dotted key -> [values]; or a name -> {variant: {dotted key: value}}
+    against: list[dict[str, str | int | float | bool]] = field(default_factory=list) # {axis: value or variant} or {method: row}: what each is compared with; what is left out stays as it is
+
+    def __post_init__(self):
+        if not self.seeds: raise MaetError("seeds: none is given")
+        at_least(0, **{f"seeds[{n}]": seed for n, seed in enumerate(self.seeds)})
+        for axis, of in self.vary.items():
+            if not of: raise MaetError(f"vary.{axis}: it has no values")
 
 def studies() -> list[str]:
     "Names of the studies that ship with the package."
@@ -121,8 +126,8 @@ def load_study(source: str | Path) -> Study: # a file, or the name of a shipped 
 def changed(content, key: str, value):
     "A recipe's content with one dotted key set; `*` stands for all keys of a level. Raises MaetError where there is no such place."
     first, _, rest = key.partition(".")
-    if first == "*": return {k: changed(v, rest, value) for k, v in content.items()}
     try:
+        if first == "*": return {k: changed(v, rest, value) for k, v in content.items()}
         if isinstance(content, list): return [changed(v, rest, value) if n == int(first) and rest else v for n, v in enumerate(content)]
         return content | {first: changed(content.get(first, {}), rest, value) if rest else value}
     except (TypeError, ValueError, AttributeError): raise MaetError(f"{key}: the recipe has no such place") from None
@@ -135,8 +140,9 @@ def axes(study: Study) -> list[list[tuple]]: # (axis, value or variant, dotted k
 def settings(study: Study) -> list[tuple[dict, Recipe]]: # (axis -> value or variant, the recipe there)
     "All points of a study, the last axis fastest."
     content, found = read_yaml(study.recipe), []
-    if unknown := set(study.abilities) - set(content.get("abilities", ())): raise MaetError(f"abilities: {', '.join(unknown)} is not in {study.recipe}")
-    if study.abilities: content = content | {"abilities": {a: content["abilities"][a] for a in study.abilities}}
+    known = content["abilities"] if isinstance(content.get("abilities"), dict) else {}
+    if unknown := set(study.abilities) - known.keys(): raise MaetError(f"abilities: {', '.join(unknown)} is not in {study.recipe}")
+    if study.abilities: content = content | {"abilities": {a: known[a] for a in study.abilities}}
     for point in product(*axes(study)):
         here = content
         for key, value in [*study.change.items(), *(pair for *_, keys in point for pair in keys.items())]: here = changed(here, key, value)
@@ -180,21 +186,29 @@ def wanted(study: Study, seed: int, store: Store) -> None: # what workers are se
 def score_rows(s: Sitting, shared: dict) -> list[dict]:
     "Its scores as ledger rows. `shared`: fields that all rows of a study have."
     setting = {"ability": s.ability, **s.point} | ({"models": "one a language"} if s.parted else {})
-    scores = json.loads((s.exam / "scores.json").read_text(encoding="utf-8"))
-    return [shared | score | {"scale": s.run.recipe.scale, "method": s.method, "setting": setting} for score in scores]
+    return [shared | score | {"scale": s.run.recipe.scale, "method": s.method, "setting": setting} for score in read_scores(s.exam)]
 
 # %% ../nbs/24_study.ipynb #f1abd670
 def answered(exam: Path, task: str, language: str) -> list[list[dict]]: # for each model the samples of 23
-    "What a row of the table answered."
+    "What a row of the table answered. Raises MaetError."
     folder = exam / "samples" / task
     files = [one] if (one := folder / f"{language}.jsonl").exists() else sorted(folder.glob(f"{language}.*.jsonl"))
-    return [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    if not files: raise MaetError(f"{folder}: there are no answers in {language}; remove this exam's folder, and the run makes it again")
+    return [[_answer(*line) for line in read_lines(file)] for file in files]
+
+def _answer(where: str, row) -> dict:
+    if isinstance(row, dict) and isinstance(row.get("id"), str | int | float): return row
+    raise MaetError(f"{where} is no answer to a question with an id; remove this exam's folder, and the run makes it again")
+
+def _number(answer: dict, key: str, exam: Path) -> float:
+    if isinstance(answer[key], bool | int | float): return float(answer[key])
+    raise MaetError(f"{exam}: {key} of item {answer['id']} is no number; remove this exam's folder, and the run makes it again")
 
 def marks(exam: Path, task: str, language: str, key: str = "correct") -> dict[str, float] | None: # item -> right answers, 0 to 1; or another number of the samples
     "The mean over models of what each item got; None where the samples have no such number."
     each = answered(exam, task, language)
     if any(key not in answer for answers in each for answer in answers): return None
-    found = [{answer["id"]: float(answer[key]) for answer in answers} for answers in each]
+    found = [{answer["id"]: _number(answer, key, exam) for answer in answers} for answers in each]
     return {i: sum(f[i] for f in found) / len(found) for i in found[0]}
 
 def paired_texts(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, float, int] | None: # of a minus b, bit/byte; documents of a language
@@ -202,7 +216,7 @@ def paired_texts(a: Path, b: Path, task: str, languages: list[str]) -> tuple[flo
     found = []
     for l in languages:
         x, y, size = (marks(exam, task, l, key) for exam, key in ((a, "bits"), (b, "bits"), (b, "bytes")))
-        if None in (x, y) or x.keys() != y.keys(): return None
+        if None in (x, y, size) or not x.keys() == y.keys() == size.keys() or not sum(size.values()): return None
         gain = [(x[i] - y[i], size[i]) for i in x]
         found.append((sum(d for d, _ in gain) / sum(m for _, m in gain), ratio_stderr(gain) or 0, len(gain)))
     values, errors, counts = zip(*found)
@@ -213,6 +227,7 @@ def paired(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, fl
     pairs = [(marks(a, task, l), marks(b, task, l)) for l in languages]
     if any(one is None or one.keys() != pairs[0][0].keys() for pair in pairs for one in pair): return None
     gain = [sum(x[i] - y[i] for x, y in pairs) / len(pairs) for i in pairs[0][0]]
+    if not gain: return None
     mean = sum(gain) / len(gain)
     return mean, math.sqrt(sum((g - mean) ** 2 for g in gain) / max(len(gain) - 1, 1) / len(gain)), len(gain)
 

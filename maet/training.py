@@ -29,7 +29,7 @@ from .corpora import Tokens
 from .deltas import apply_delta, open_pack, save_pack
 from .names import Layout, complete, needed_layout, unquantised
 from .sparse import VALUES, Block, expert_delta, freeze, full_shape, gathered, parameter_of, sharded
-from .tensors import MaetError
+from .tensors import MaetError, reading
 
 # %% ../nbs/10_training.ipynb #c1dfd96e
 MODES = ("dense", "lora", "key-neuron")
@@ -65,8 +65,8 @@ def _whole(least, default): # a whole number, `least` or more; with a default of
 def _flag(default, must="true or false"): return _setting(default, bool, lambda v: True, must)
 
 def _check_names(settings, known):
-    if unknown := sorted(set(settings) - set(known)):
-        raise MaetError(f"training: unknown key {', '.join(map(str, unknown))}; known keys: {', '.join(known)}")
+    if unknown := sorted(map(str, set(settings) - set(known))):
+        raise MaetError(f"training: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
 
 def _one_of(choices, default):
     must = f"{', '.join(choices[:-1])} or {choices[-1]}" + (", or none" if default is None else "")
@@ -248,8 +248,9 @@ def seal(checkpoint: Path, # a folder with everything in it
 
 def _mark(checkpoint):
     "What a checkpoint's mark says, or None if it is not whole."
-    try: return json.loads((checkpoint/MARK).read_text())
-    except (OSError, ValueError): return None
+    try: found = json.loads((checkpoint/MARK).read_text())
+    except (OSError, ValueError, RecursionError): return None
+    return found if isinstance(found, dict) and {"run", "seconds"} <= found.keys() else None
 
 # %% ../nbs/10_training.ipynb #bc33ea4e
 def _discard(checkpoint):
@@ -340,10 +341,10 @@ def load_base(path, # checkpoint folder
     "The model with the checkpoint's weights. MaetError if one is missing (it would be random) or not finite."
     from transformers import AutoModelForCausalLM
     try:
-        with _no_bars(), _in_shards(deepspeed, dtype):
+        with reading(path, "fetch the checkpoint again"), _no_bars(), _in_shards(deepspeed, dtype):
             model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True,
                                                                 output_loading_info=True, attn_implementation=attention)
-    except (ImportError, ValueError) as e:
+    except (ImportError, MaetError) as e:
         if not attention: raise
         raise MaetError(f"{path}: cannot use attention {attention}: {' '.join(str(e).split())}") from None
     if missing := sorted(found["missing_keys"]):
