@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'PIECE', 'RUN', 'DTYPES', 'CODES', 'PAGE', 'HUGE', 'DIRECT', 'LARGE', 'all_finite', 'finite', 'narrow',
-           'pieces', 'cores', 'keep_memory', 'in_order', 'in_one_go', 'exactly', 'Last', 'progress_bar', 'Stored',
-           'open_shard', 'disk_memory', 'as_bytes', 'state', 'fetch', 'take', 'Shard', 'plain_name', 'read_json',
-           'read_index', 'find_shards', 'some', 'find_tensors', 'says_tied', 'equal_tensors', 'find_aliases', 'local',
-           'memory_size', 'Checkpoint', 'hashed', 'memory', 'remembered', 'remember', 'same_tensors', 'born', 'alive',
-           'remove', 'sibling', 'inherit', 'sync', 'whole', 'identity', 'header_bytes', 'lay_out', 'put', 'create',
-           'Sink', 'header_room', 'Writer', 'plan_shards', 'Job', 'jobs_of', 'room_for', 'rounded', 'companions',
-           'copy_companions', 'write_shards', 'write_index', 'write_checkpoint']
+           'pieces', 'cores', 'keep_memory', 'in_order', 'in_one_go', 'exactly', 'Last', 'progress_bar', 'note',
+           'Stored', 'open_shard', 'disk_memory', 'as_bytes', 'state', 'fetch', 'take', 'Shard', 'plain_name',
+           'read_json', 'read_index', 'find_shards', 'some', 'find_tensors', 'says_tied', 'equal_tensors',
+           'find_aliases', 'local', 'memory_size', 'Checkpoint', 'hashed', 'memory', 'remembered', 'remember',
+           'same_tensors', 'born', 'alive', 'remove', 'sibling', 'inherit', 'sync', 'whole', 'identity', 'header_bytes',
+           'lay_out', 'put', 'create', 'Sink', 'header_room', 'Writer', 'plan_shards', 'Job', 'jobs_of', 'room_for',
+           'rounded', 'companions', 'copy_companions', 'write_shards', 'write_index', 'write_checkpoint']
 
 # %% ../nbs/01_checkpoints.ipynb #da4b9237
 from .tensors import MaetError, place
@@ -143,6 +143,14 @@ def progress_bar(total: int, # bytes
                  what: str): # a word for people
     "A bar on stderr that appears after two seconds. For a `with` block; has update(bytes)."
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2, leave=False, file=sys.stderr)
+
+# %% ../nbs/01_checkpoints.ipynb #5ad07e01
+_said = set()  # by this process
+
+def note(text: str) -> None:
+    "Say something on stderr, once."
+    if text not in _said: print(f"note: {text}", file=sys.stderr)
+    _said.add(text)
 
 # %% ../nbs/01_checkpoints.ipynb #f6e1126c
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -291,6 +299,8 @@ def find_shards(path: Path, # a checkpoint folder
     if (path/"model.safetensors.index.json").exists():
         index = read_index(path/"model.safetensors.index.json")
         return sorted(set(index["weight_map"].values())), index
+    if (path/"adapter_config.json").exists():
+        raise MaetError(f"{path}: is an adapter, not a whole model; give its base here, or BASE+ADAPTER to read from")
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles: raise MaetError(f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors")
     raise MaetError(f"{path}: has neither model.safetensors nor model.safetensors.index.json; give a checkpoint folder")
@@ -372,6 +382,8 @@ class Checkpoint:
         self.id = self.path.resolve().name if self.path == Path(path) else str(path)
         files, self.index = find_shards(self.path)
         self.config = read_json(self.path/"config.json")
+        if (self.path/"adapter_config.json").exists():
+            note(f"{self.path}: is a whole model; the adapter that was left beside it is not applied")
         self.files = {file: Shard(self.path/file) for file in files}
         self.stored = find_tensors(self.path, self.files.values(), self.index)
         self.shards = {file: sorted(shard.stored) for file, shard in self.files.items()}

@@ -13,6 +13,7 @@ __all__ = ['Part', 'VERSION', 'STATISTICS', 'pack_bits', 'unpack_bits', 'Packed'
            'check_pack', 'pack_card', 'push_pack', 'pull_pack']
 
 # %% ../nbs/08_deltas.ipynb #da4b9237
+from .adapters import Adapted, is_adapted, open_checkpoint
 from .checkpoints import (FLOATS, PIECE, RUN, Checkpoint, Last, Shard, Writer, all_finite, finite, header_room, identity, in_order,
                               local, narrow, pieces, progress_bar, same_tensors, some, whole, write_checkpoint)
 from .meaning import same_meaning
@@ -499,6 +500,7 @@ class Difference(Lazy):
         same_tensors(base, tuned)
         same_meaning(base, tuned, allow_mismatch)
         self.tuned, self.base, self.masks = tuned, base, keys
+        self.told = isinstance(tuned, Adapted) and tuned.base is base  # an adapter tells what it adds
         if keys is not None: fits(tuned.path, keys, base)
         self.identity = identity("difference", tuned, base, keys)
         for name in base.names: self.refuse(name)
@@ -514,23 +516,29 @@ class Difference(Lazy):
         said = " and ".join(sorted(map(str, kinds)))
         raise MaetError(f"{self.tuned.path}: {name} is {said} and differs from the base; dequantize both")
 
-    def piece(self, name: str, start: int, stop: int) -> Part:
+    def moved(self, name: str, start: int, stop: int) -> Tensor: # flat, float32, finite
+        if self.told: return finite(self.tuned.change(name, start, stop), name, self.tuned.folder, start)
         before, after = self.base.piece(name, start, stop), self.tuned.piece(name, start, stop)
         wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
         moved = after.to(wide, copy=True).sub_(before.to(wide)).float()
         if not all_finite(moved):
             finite(before, name, self.base.path, start), finite(after, name, self.tuned.path, start)
             finite(moved, name, f"{self.tuned.path} minus {self.base.path}", start)
+        return moved
+
+    def piece(self, name: str, start: int, stop: int) -> Part:
+        moved = self.moved(name, start, stop)
         if self.masks is None: return moved
         bits = bits_of(self.masks, name, start, stop)
         return Packed(bits, moved[ones(bits)], moved.shape)
 
 # %% ../nbs/08_deltas.ipynb #511a418e
-def open_delta(model: str | Path, # a checkpoint or a pack: a folder, a file, or a hub id
+def open_delta(model: str | Path, # a checkpoint, an adapter or a pack: a folder, a file, or a hub id
                base: Checkpoint,  # what it is a delta to
                allow_mismatch: bool = False, # of a checkpoint whose numbers mean something else (02c)
                ) -> Mapping[str, Part]: # by tensor name; what it lacks is zero
-    "The delta of a tuned checkpoint, or a pack of this base. Anything else: MaetError."
+    "The delta of a tuned checkpoint or of an adapter, or a pack of this base. Anything else: MaetError."
+    if is_adapted(model): return Difference(open_checkpoint(model, base), base, allow_mismatch=allow_mismatch)
     path = local(model)
     complete(unquantised(base))
     if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)

@@ -9,10 +9,10 @@ __all__ = ['in_ends', 'shares', 'scaled', 'one_word', 'has_mean', 'Weights', 'Sw
            'Kept', 'Reverted', 'only', 'threshold_for', 'Revert', 'Tuned', 'RevertFile', 'restored', 'open_revert']
 
 # %% ../nbs/21_layer_swapping.ipynb #77de68da
-from .checkpoints import FLOATS, Checkpoint, identity, local
+from .checkpoints import FLOATS, Checkpoint, identity
 from .deltas import Difference, Lazy, Packed, Part, ones, pack_bits, piece_of, scan, shapes_of, statistic
 from .merging import (Method, Mixture, Model, Task, Whole, add_method, as_number, linear, name_unsupported, one_of, open_model,
-                          out_dtype, random_mask, rows_of, stored_bytes, total_weight)
+                          open_pattern, out_dtype, random_mask, rows_of, stored_bytes, total_weight)
 from .settings import strict
 from .tensors import MaetError, place
 
@@ -175,11 +175,10 @@ def open_experts(names: Iterable[str], base_model: str | None, where: str,
     "The pattern of the result, and the models. Raises MaetError: not there, tensors that differ, a pack without its base."
     names = list(names)
     pattern = base_model or names[0]  # without a base: the state dictionary of the first task expert, as in section 4.1
-    if local(pattern).is_file(): raise MaetError(f"{where}: {pattern} is a pack, which is a delta; give its base as base_model")
-    like = Checkpoint(local(pattern))
+    like, first = open_pattern(pattern, bool(base_model))
     base = like if base_model else None
     opened = {name: open_model(name, base, like, allow_mismatch, one_vocabulary) for name in names if name != pattern}
-    return like, {name: opened.get(name) or Model(name, like.path, like, None) for name in names}
+    return like, {name: opened.get(name, first) for name in names}
 
 def layers_of(like: Checkpoint) -> int: # L
     "How many layers a checkpoint has. Raises MaetError if there are none."

@@ -8,13 +8,14 @@ __all__ = ['METHODS', 'UNSUPPORTED', 'DTYPE_WORDS', 'WEIGHT', 'DENSITY', 'ELECT'
            'keep_count', 'trim', 'bits', 'upper_counts', 'lower_counts', 'from_top', 'threshold', 'find_cut', 'cut_of',
            'agreed', 'ties', 'random_mask', 'rescaling', 'drop', 'dare_linear', 'dare_ties', 'slerp_factors', 'slerp',
            'as_number', 'as_share', 'as_flag', 'as_count', 'one_of', 'Choice', 'read_setting', 'value_at', 'Parameter',
-           'Method', 'add_method', 'Model', 'open_model', 'Task', 'Thin', 'sums', 'rescaled', 'trimming', 'dropping',
-           'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected', 'Ingredient', 'Slice',
-           'Mergekit', 'name_unsupported', 'read_file', 'spans', 'read_parameters', 'resolve', 'depth_of', 'out_dtype',
-           'Mixture', 'ingredients', 'open_models', 'make_tasks', 'thin_readings', 'family', 'Transferred', 'open_maet',
-           'stored_bytes', 'readable', 'plan', 'merge']
+           'Method', 'add_method', 'Model', 'open_model', 'open_pattern', 'Task', 'Thin', 'sums', 'rescaled',
+           'trimming', 'dropping', 'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected',
+           'Ingredient', 'Slice', 'Mergekit', 'name_unsupported', 'read_file', 'spans', 'read_parameters', 'resolve',
+           'depth_of', 'out_dtype', 'Mixture', 'ingredients', 'open_models', 'make_tasks', 'thin_readings', 'family',
+           'Transferred', 'open_maet', 'stored_bytes', 'readable', 'plan', 'merge']
 
 # %% ../nbs/20_merging.ipynb #77de68da
+from .adapters import Adapted, is_adapted, open_checkpoint
 from .checkpoints import (FLOATS, PIECE, Checkpoint, cores, finite, identity, in_order, local, pieces, progress_bar,
                               same_tensors, some, write_checkpoint)
 from .deltas import Packed, Part, add_to, dot_flat, open_delta, origin, piece_of
@@ -355,11 +356,11 @@ def add_method(method: Method) -> None:
 # %% ../nbs/20_merging.ipynb #fe2ef495
 @dataclass(eq=False)
 class Model:
-    "A checkpoint, or a pack of the base."
+    "A checkpoint, or a pack of the base or an adapter on it."
     where: str                       # as the file says it
     path: Path
-    checkpoint: Checkpoint | None    # None: it is a pack
-    delta: Mapping[str, Part] | None # of the pack
+    checkpoint: Checkpoint | None    # None: it is a pack or an adapter
+    delta: Mapping[str, Part] | None # of the pack or adapter
 
     def read(self, name: str, start: int, stop: int) -> Tensor: # flat, (stop - start,); not to be written into
         "A run of a tensor: of a checkpoint as stored, of a pack as a delta, dense."
@@ -373,17 +374,24 @@ def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
                one_vocabulary: bool = False, # refuse another vocabulary than that of `like`
                ) -> Model:
     "Raises MaetError: not there, a pack without its base, other tensors than `like`, or another meaning of them."
-    if not Path(where).exists() and "+" in where:
-        raise MaetError(f"{where}: an adapter on a model is not supported; merge it into the model first, or make a pack of it")
+    if base and is_adapted(where):
+        delta = open_delta(where, base, allow_mismatch)
+        return Model(where, delta.tuned.folder, None, delta)
     path = local(where)
     if path.is_file() and not base: raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
     if path.is_file(): return Model(where, path, None, open_delta(path, base))
-    checkpoint = aligned(complete(unquantised(Checkpoint(path))), like)
+    checkpoint = aligned(complete(unquantised(open_checkpoint(where))), like)  # an adapter is on the base that it names
     same_tensors(like, checkpoint)
     same_meaning(like, checkpoint, allow_mismatch, one_vocabulary)
     exotic = [n for n in like.names if like.dtype(n) in FLOATS and checkpoint.dtype(n) not in FLOATS]
     if exotic: raise MaetError(f"{where}: {some(exotic)} is {checkpoint.dtype(exotic[0])}, which cannot be summed; dequantize it")
-    return Model(where, path, checkpoint, None)
+    return Model(where, checkpoint.path, checkpoint, None)
+
+def open_pattern(where: str, is_base: bool) -> tuple[Checkpoint, Model]:
+    "The checkpoint that a result is like, and the model by that name: an adapter's result is like its base."
+    if local(where).is_file(): raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
+    model = complete(unquantised(Checkpoint(where) if is_base else open_checkpoint(where)))
+    return model.base if isinstance(model, Adapted) else model, Model(where, model.path, model, None)
 
 # %% ../nbs/20_merging.ipynb #827bfc45
 @dataclass(eq=False)
@@ -566,7 +574,7 @@ class Mergekit:
 
 UNSUPPORTED = {"modules": "models of several modules are not supported; merge a causal language model by `models`",
                "chat_template": "not supported; the result has its base's template, which can be edited in the folder",
-               "residual_weight": "not supported; take it out", "lora": "adapters are not supported; merge the adapter into its model first",
+               "residual_weight": "not supported; take it out", "lora": "write the adapter's folder, or BASE+ADAPTER, as model",
                "override_architecture": "not supported and not needed; tensors are merged by their names"}
 
 def name_unsupported(content, where: str) -> None:
@@ -685,14 +693,13 @@ def open_models(method: Method, content: Mapping, where: str, mask: Callable = r
     "Read a file in mergekit's language and open what it names."
     file = read_file(content, where)
     pattern = file.base_model or (file.models or file.slices[0].sources)[0].model
-    if local(pattern).is_file(): raise MaetError(f"{pattern}: a pack is a delta; give its base as base_model")
-    like = complete(unquantised(Checkpoint(local(pattern))))
+    like, first = open_pattern(pattern, bool(file.base_model))
     layers = 1 + max((place(name).layer for name in like.names if place(name).layer is not None), default=-1)
     parts = [(run, replace(part, sources=ingredients(file, part.sources, method, where))) for run, part in spans(file, layers, where)]
     base = like if file.base_model else None
     models = {entry.model: None for _, part in parts for entry in part.sources}
     for name in models:
-        if name == pattern: models[name] = Model(name, like.path, like, None)
+        if name == pattern: models[name] = first
         else: models[name] = open_model(name, base, like, allow_mismatch, bool(file.tokenizer_source))
     tasks = make_tasks(file, method, like, parts, models, where, mask)
     return Mixture(method, like, list(models.values()), tasks, out_dtype(file, like, list(models.values()), where), content, mask is random_mask)

@@ -258,6 +258,9 @@ BLOCK = 1 << 18  # scalars
 def scores_of(difference: Difference, name: str, start: int, stop: int) -> Iterator[np.ndarray]: # float32, by blocks
     "Importance of the scalars of one piece. Raises MaetError that names file and tensor for NaN or infinity."
     base, tuned = difference.base, difference.tuned
+    if difference.told:  # by an adapter
+        yield from (part.abs_().numpy() for part in difference.moved(name, start, stop).split(BLOCK))
+        return
     before, after = (checkpoint.piece(name, start, stop) for checkpoint in (base, tuned))
     for b, a in zip(before.split(BLOCK), after.split(BLOCK)):
         scores = moves(b, a).numpy()
