@@ -28,7 +28,7 @@ from .tensors import MaetError, meta_model, of_kinds, reading
 from .checkpoints import Checkpoint, local, sync
 from .deltas import Keys, apply_delta, open_delta, origin
 from .names import complete, unquantised
-from .corpora import Source, check, documents, identity, write_tokens
+from .corpora import Source, check, documents, identity, texts_in, write_tokens
 from .miniworld import ABILITIES, LANGUAGES, write_forums, write_world
 from .settings import load, recipes, strict
 from .training import Training, total_tokens
@@ -296,8 +296,8 @@ class Progress:
         return progress_bar(self.title(name), line=self.line)
 
 # %% ../nbs/16_pipeline.ipynb #91032ad7
-def make_tokenizer(texts: Iterable[str], # documents
-                   vocabulary: int):     # tokens, 257 or more
+def make_tokenizer(texts: Iterable[str | list[str]], # documents, or the texts in them
+                   vocabulary: int): # tokens, 257 or more
     "A byte-level BPE with `<|end|>` between documents."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -418,8 +418,8 @@ def untrained(recipe: Base, store: Store, texts: Texts) -> Path:
     first, same = recipe.phases[0], dict(vocabulary=recipe.vocabulary, model=recipe.model)
 
     def make(part, step):
-        some = (text for c in first.shares for text in islice(documents(texts.source(c, 1)), 5000))
-        make_backbone(part / "base", some, seed=first.training.seed, **same)
+        some = (found for c in first.shares for found in islice(documents(texts.source(c, 1)), 5000))
+        make_backbone(part / "base", map(texts_in, some), seed=first.training.seed, **same)
 
     seen = {texts.identity(corpus): share for corpus, share in first.shares.items()}
     return store.stage("start", make, corpora=seen, seed=first.training.seed, **same) / "base"
