@@ -42,8 +42,10 @@ def save_ability(out: str | Path,      # the pack to be
                  base: str | Path,     # the checkpoint that both experts started from
                  ability: str | Path,  # expert of ability and language: a checkpoint or a pack
                  language: str | Path, # expert of the language: a checkpoint or a pack
-                 alpha: float = 0.8, beta: float = 0.2) -> None:
+                 alpha: float = 0.8, beta: float = 0.2,
+                 allow_mismatch: bool = False, # of configurations that give numbers another meaning (02c)
+                 ) -> None:
     "Write R(A) as a pack, a tensor at a time. Raises MaetError for experts of another base."
     base = Checkpoint(base)
-    weights = AbilityWeights(open_delta(ability, base), open_delta(language, base), alpha, beta)
+    weights = AbilityWeights(open_delta(ability, base, allow_mismatch), open_delta(language, base, allow_mismatch), alpha, beta)
     save_pack(out, weights, base, what="ability", alpha=alpha, beta=beta)

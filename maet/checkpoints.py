@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'PIECE', 'RUN', 'DTYPES', 'CODES', 'PAGE', 'HUGE', 'DIRECT', 'LARGE', 'all_finite', 'finite', 'narrow',
-           'pieces', 'cores', 'keep_memory', 'in_order', 'in_one_go', 'Last', 'progress_bar', 'Stored', 'open_shard',
-           'disk_memory', 'as_bytes', 'state', 'fetch', 'take', 'Shard', 'plain_name', 'read_json', 'read_index',
-           'find_shards', 'some', 'find_tensors', 'says_tied', 'equal_tensors', 'find_aliases', 'local', 'memory_size',
-           'Checkpoint', 'hashed', 'memory', 'same_tensors', 'born', 'alive', 'remove', 'sibling', 'inherit', 'sync',
-           'whole', 'identity', 'header_bytes', 'lay_out', 'put', 'create', 'Sink', 'header_room', 'Writer',
-           'plan_shards', 'Job', 'jobs_of', 'room_for', 'rounded', 'companions', 'copy_companions', 'write_shards',
-           'write_index', 'write_checkpoint']
+           'pieces', 'cores', 'keep_memory', 'in_order', 'in_one_go', 'exactly', 'Last', 'progress_bar', 'note',
+           'Stored', 'open_shard', 'disk_memory', 'as_bytes', 'state', 'fetch', 'take', 'Shard', 'plain_name',
+           'read_json', 'read_index', 'find_shards', 'some', 'find_tensors', 'says_tied', 'equal_tensors',
+           'find_aliases', 'local', 'memory_size', 'Checkpoint', 'hashed', 'memory', 'remembered', 'remember',
+           'same_tensors', 'born', 'alive', 'remove', 'sibling', 'inherit', 'sync', 'whole', 'identity', 'header_bytes',
+           'lay_out', 'put', 'create', 'Sink', 'header_room', 'Writer', 'plan_shards', 'Job', 'jobs_of', 'room_for',
+           'rounded', 'companions', 'copy_companions', 'write_shards', 'write_index', 'write_checkpoint']
 
 # %% ../nbs/01_checkpoints.ipynb #da4b9237
 from .tensors import MaetError, place
@@ -116,6 +116,13 @@ def in_one_go(start: int, stop: int, step: int = PIECE) -> Iterator[tuple[int, i
     try: yield from ((start + first, start + last) for first, last in pieces(stop - start, step))
     finally: _going.stop = 0
 
+@contextmanager
+def exactly():
+    "Inside, this thread reads what it asks for and nothing beyond: the run that it began is of another tensor."
+    begun, _going.stop = _going.stop, 0
+    try: yield
+    finally: _going.stop = begun
+
 class Last(threading.local):
     "What each thread read last of a source."
     name, start, stop, run = None, 0, 0, None
@@ -137,6 +144,14 @@ def progress_bar(total: int, # bytes
     "A bar on stderr that appears after two seconds. For a `with` block; has update(bytes)."
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2, leave=False, file=sys.stderr)
 
+# %% ../nbs/01_checkpoints.ipynb #5ad07e01
+_said = set()  # by this process
+
+def note(text: str) -> None:
+    "Say something on stderr, once."
+    if text not in _said: print(f"note: {text}", file=sys.stderr)
+    _said.add(text)
+
 # %% ../nbs/01_checkpoints.ipynb #f6e1126c
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -152,7 +167,11 @@ class Stored(NamedTuple):
 
 def open_shard(file: Path): # one safetensors file
     "safetensors' handle on a file, or a MaetError that names it: missing, unreadable, truncated, not safetensors."
-    try: return safe_open(file, framework="pt")
+    try:
+        with open(file, "rb"): pass  # safetensors says of whatever it may not open that it is missing
+        return safe_open(file, framework="pt")
+    except (PermissionError, IsADirectoryError) as error:
+        raise MaetError(f"{file}: cannot be read ({error.strerror}); change its permissions or give another") from None
     except FileNotFoundError: raise MaetError(f"{file}: this file is missing; copy or download it again") from None
     except (SafetensorError, OSError) as error:
         raise MaetError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
@@ -254,7 +273,8 @@ def read_json(file: Path) -> dict:
     "A JSON object from a file, or a MaetError that names the file."
     try: value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError: raise MaetError(f"{file}: this file is missing; a checkpoint needs it") from None
-    except (ValueError, OSError) as error:
+    except OSError as error: raise MaetError(f"{file}: cannot be read ({error.strerror}); change its permissions or replace it") from None
+    except (ValueError, RecursionError) as error:
         raise MaetError(f"{file}: cannot be read as JSON ({error}); mend or replace it") from None
     if not isinstance(value, dict): raise MaetError(f"{file}: is JSON but not an object; mend or replace it")
     return value
@@ -274,11 +294,13 @@ def read_index(file: Path, # model.safetensors.index.json
 def find_shards(path: Path, # a checkpoint folder
                 ) -> tuple[list[str], dict | None]: # file names of its shards; its index if it has one
     "Which shards a folder has. `model.safetensors` wins over an index, as in transformers."
-    if not path.is_dir(): raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
+    if not os.path.isdir(path): raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
     if (path/"model.safetensors").exists(): return ["model.safetensors"], None
     if (path/"model.safetensors.index.json").exists():
         index = read_index(path/"model.safetensors.index.json")
         return sorted(set(index["weight_map"].values())), index
+    if (path/"adapter_config.json").exists():
+        raise MaetError(f"{path}: is an adapter, not a whole model; give its base here, or BASE+ADAPTER to read from")
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles: raise MaetError(f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors")
     raise MaetError(f"{path}: has neither model.safetensors nor model.safetensors.index.json; give a checkpoint folder")
@@ -333,7 +355,7 @@ def local(model: str | Path, # a folder, a file, or "owner/name[@revision]" on t
           ) -> Path:         # of a folder or a file; only a hub id is sure to exist
     "Where a model is on this machine; it is downloaded if it has to be. Raises a one-line MaetError if it cannot be."
     path = Path(model)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(model)): return path
+    if os.path.exists(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(model)): return path
     from huggingface_hub import snapshot_download
     name, _, revision = str(model).partition("@")
     try:
@@ -360,6 +382,8 @@ class Checkpoint:
         self.id = self.path.resolve().name if self.path == Path(path) else str(path)
         files, self.index = find_shards(self.path)
         self.config = read_json(self.path/"config.json")
+        if (self.path/"adapter_config.json").exists():
+            note(f"{self.path}: is a whole model; the adapter that was left beside it is not applied")
         self.files = {file: Shard(self.path/file) for file in files}
         self.stored = find_tensors(self.path, self.files.values(), self.index)
         self.shards = {file: sorted(shard.stored) for file, shard in self.files.items()}
@@ -436,32 +460,37 @@ def _sample(self) -> str: # 16 digits
 Checkpoint.identity, Checkpoint.sample = property(_identity), property(_sample)
 
 # %% ../nbs/01_checkpoints.ipynb #511a418e
-_fingerprints = {}  # identity of a checkpoint -> its fingerprint
+_found = {}  # what this process found out: key -> text
 
 def memory(key: str) -> Path:
-    "The file in which a fingerprint is remembered."
+    "The file in which something is remembered."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"maet"/"fingerprints"/key
+
+def remembered(key: str) -> str:
+    "What was found out under this key, by this process or another; empty if nothing was."
+    if key not in _found:
+        with suppress(OSError, UnicodeDecodeError): _found[key] = memory(key).read_text()
+    return _found.get(key, "")
+
+def remember(key: str, text: str,
+             lasting: bool, # for other processes too: it was dear
+             ) -> None:
+    "Keep what was found out."
+    _found[key] = text
+    if not lasting: return
+    with suppress(OSError):  # no home, no space: then it is not kept
+        file = memory(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
+        part.write_text(text)
+        os.replace(part, file)
 
 def _known(self) -> str | None:
     "The fingerprint, if it can be told without reading."
-    key = self.identity
-    if key not in _fingerprints and self.bytes >= LARGE:
-        with suppress(OSError, UnicodeDecodeError):
-            if re.fullmatch("[0-9a-f]{64}", text := memory(key).read_text()): _fingerprints[key] = text
-    return _fingerprints.get(key)
+    found = remembered(self.identity)
+    return found if re.fullmatch("[0-9a-f]{64}", found) else None
 
-def _remember(self, fingerprint: str) -> None:
-    "Keep it for this process; if it was dear, for others too."
-    _fingerprints[self.identity] = fingerprint
-    with suppress(OSError):  # no home, no space: then it is not kept
-        if self.bytes >= LARGE:
-            file = memory(self.identity)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-            part.write_text(fingerprint)
-            os.replace(part, file)
-
-Checkpoint.known, Checkpoint.remember = _known, _remember
+Checkpoint.known = _known
 
 # %% ../nbs/01_checkpoints.ipynb #a17554a0
 def _unread(self) -> list[tuple[str, int, int]]: # (name, start, stop)
@@ -477,7 +506,7 @@ def _fingerprint(self) -> str: # 64 hexadecimal digits
     rows = ([n, self.stored[n].code, list(self.shape(n)), *(self.digests[n, start].hex() for start, _ in pieces(self.size(n)))]
             for n in self.names)
     fingerprint = hashed(rows)[:48] + self.sample
-    self.remember(fingerprint)
+    remember(self.identity, fingerprint, lasting=self.bytes >= LARGE)
     return fingerprint
 
 Checkpoint.unread, Checkpoint.fingerprint = _unread, property(_fingerprint)
@@ -840,7 +869,7 @@ def room_for(out: str | Path, size: int) -> None:
     if size > free:
         unit, name = (1e9, "GB") if size > 1e9 else (1e6, "MB")
         raise MaetError(f"{out}: needs {size / unit:,.2f} {name} where {free / unit:,.2f} {name} are free; "
-                        "make room or choose another disk")
+                        "make room or choose another disk") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 # %% ../nbs/01_checkpoints.ipynb #17503a6b
 def rounded(job: Job, like: Checkpoint, piece: Callable[[str, int, int], Tensor], out: str | Path) -> Tensor:
@@ -861,7 +890,7 @@ def rounded(job: Job, like: Checkpoint, piece: Callable[[str, int, int], Tensor]
 # %% ../nbs/01_checkpoints.ipynb #a1422e6a
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".pkl",
             ".pickle"}
-_STALE = {"README.md", "trainer_state.json", "maet_config.yml"}  # they tell of the old numbers
+_STALE = {"README.md", "trainer_state.json", "maet_config.yml", "adapter_config.json"}  # they tell of the old numbers
 
 def companions(path: Path, # a checkpoint folder
                ) -> list[Path]: # relative to it

@@ -13,8 +13,11 @@ __all__ = ['Part', 'VERSION', 'STATISTICS', 'pack_bits', 'unpack_bits', 'Packed'
            'check_pack', 'pack_card', 'push_pack', 'pull_pack']
 
 # %% ../nbs/08_deltas.ipynb #da4b9237
+from .adapters import Adapted, is_adapted, open_checkpoint
 from .checkpoints import (FLOATS, PIECE, RUN, Checkpoint, Last, Shard, Writer, all_finite, finite, header_room, identity, in_order,
                               local, narrow, pieces, progress_bar, same_tensors, some, whole, write_checkpoint)
+from .meaning import same_meaning
+from .names import aligned, complete, unquantised
 from .tensors import MaetError, place
 
 # %% ../nbs/08_deltas.ipynb #77de68da
@@ -490,10 +493,14 @@ def fits(path: str | Path, delta: Mapping[str, Part], base: Checkpoint) -> None:
 class Difference(Lazy):
     """Tuned minus base: name -> float32 Part, computed when asked for. With `keys` only at the key neurons, and Packed.
 
-    Other tensors or shapes than the base's, NaN, integers or 8-bit floats that differ: MaetError."""
-    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None):
+    Other tensors or shapes than the base's, another meaning of them (02c), NaN, integers or 8-bit floats that differ: MaetError."""
+    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None, allow_mismatch: bool = False):
+        for checkpoint in (base, tuned): complete(unquantised(checkpoint))
+        tuned = aligned(tuned, base)
         same_tensors(base, tuned)
+        same_meaning(base, tuned, allow_mismatch)
         self.tuned, self.base, self.masks = tuned, base, keys
+        self.told = isinstance(tuned, Adapted) and tuned.base is base  # an adapter tells what it adds
         if keys is not None: fits(tuned.path, keys, base)
         self.identity = identity("difference", tuned, base, keys)
         for name in base.names: self.refuse(name)
@@ -509,24 +516,32 @@ class Difference(Lazy):
         said = " and ".join(sorted(map(str, kinds)))
         raise MaetError(f"{self.tuned.path}: {name} is {said} and differs from the base; dequantize both")
 
-    def piece(self, name: str, start: int, stop: int) -> Part:
+    def moved(self, name: str, start: int, stop: int) -> Tensor: # flat, float32, finite
+        if self.told: return finite(self.tuned.change(name, start, stop), name, self.tuned.folder, start)
         before, after = self.base.piece(name, start, stop), self.tuned.piece(name, start, stop)
         wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
         moved = after.to(wide, copy=True).sub_(before.to(wide)).float()
         if not all_finite(moved):
             finite(before, name, self.base.path, start), finite(after, name, self.tuned.path, start)
             finite(moved, name, f"{self.tuned.path} minus {self.base.path}", start)
+        return moved
+
+    def piece(self, name: str, start: int, stop: int) -> Part:
+        moved = self.moved(name, start, stop)
         if self.masks is None: return moved
         bits = bits_of(self.masks, name, start, stop)
         return Packed(bits, moved[ones(bits)], moved.shape)
 
 # %% ../nbs/08_deltas.ipynb #511a418e
-def open_delta(model: str | Path, # a checkpoint or a pack: a folder, a file, or a hub id
+def open_delta(model: str | Path, # a checkpoint, an adapter or a pack: a folder, a file, or a hub id
                base: Checkpoint,  # what it is a delta to
+               allow_mismatch: bool = False, # of a checkpoint whose numbers mean something else (02c)
                ) -> Mapping[str, Part]: # by tensor name; what it lacks is zero
-    "The delta of a tuned checkpoint, or a pack of this base. Anything else: MaetError."
+    "The delta of a tuned checkpoint or of an adapter, or a pack of this base. Anything else: MaetError."
+    if is_adapted(model): return Difference(open_checkpoint(model, base), base, allow_mismatch=allow_mismatch)
     path = local(model)
-    if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base)
+    complete(unquantised(base))
+    if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)
     if path.is_dir() and len(list(path.glob("*.safetensors"))) == 1 or path.is_file(): return Pack(pack_file(path), base)
     raise MaetError(f"{model}: no checkpoint folder and no pack; check the path")
 
@@ -558,7 +573,7 @@ def apply_delta(out: str | Path,           # a new folder
                 max_shard_size: int | str | None = None,      # bytes, or as "5GB"; None: as in the base
                 ) -> Checkpoint:           # the new one
     "Write base + delta: all of it or nothing. Holds a few pieces at a time. Finished shards survive a kill."
-    fits(out, delta, base)
+    fits(out, delta, complete(unquantised(base)))
     def piece(name, *at):
         before, terms = base.piece(name, *at), terms_of(delta, name, *at)
         for _, part in terms: shaped(out, name, part, tuple(before.shape))

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from .tensors import MaetError
+from .adapters import NO_ADAPTER, Adapted, open_checkpoint
 from .checkpoints import Checkpoint, local, whole
 from .exams import GROUPS, TASKS, Exam, bleu, exam, expand, held, mgsm_exams, read_exam, tasks_of, template
 
@@ -183,17 +184,20 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
     if importlib.util.find_spec("lm_eval") is None: raise MaetError("lm-eval is not installed: pip install 'maet[evaluation]'")
     if backend == "vllm" and importlib.util.find_spec("vllm") is None: raise MaetError("backend vllm: vLLM is not installed: pip install vllm, or use the backend hf")
     if backend == "vllm" and device: raise MaetError(f"device {device!r}: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES lists, so set that")
-    path = Checkpoint(model).path
-    tokenizer = _tokenizer(path)
-    try: return _vllm(path, batch_size, dtype, more) if backend == "vllm" else _hf(path, tokenizer, batch_size, dtype, device, more)
+    what = open_checkpoint(model)
+    path, tokenizer = what.path, _tokenizer(_homes(what)[-1])
+    if backend == "vllm" and isinstance(what, Adapted):
+        raise MaetError(f"{model}: backend vllm takes whole models; use the backend hf, or merge the adapter first")
+    try: return _vllm(path, batch_size, dtype, more) if backend == "vllm" else _hf(what, tokenizer, batch_size, dtype, device, more)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         if isinstance(e, MaetError): raise
         raise MaetError(f"{path}: backend {backend} refused its options ({_first_line(e)})") from None
 
-def _hf(path: Path, tokenizer, batch_size: int, dtype: str, device: str | None, more: dict):
+def _hf(what: Checkpoint, tokenizer, batch_size: int, dtype: str, device: str | None, more: dict):
     from lm_eval.models.huggingface import HFLM
     if unknown := set(more) - set(inspect.signature(HFLM.__init__).parameters): raise TypeError(f"{', '.join(sorted(unknown))}: unknown")
-    loaded = _causal(path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = _causal(what.path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(what, Adapted): what.into(loaded)
     return type("Examinee", (Shared, HFLM), {})(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, **more)
 
 def _vllm(path: Path, batch_size: int, dtype: str, more: dict):
@@ -201,9 +205,15 @@ def _vllm(path: Path, batch_size: int, dtype: str, more: dict):
     return VLLM(pretrained=str(path), batch_size=batch_size, dtype=dtype, **more)
 
 # %% ../nbs/23_evaluation.ipynb #b6692ea5
+def _homes(what: Checkpoint) -> list[Path]:
+    "Folders that a model is of; the last has its tokenizer. An adapter may bring one."
+    if not isinstance(what, Adapted): return [what.path]
+    brings_one = any((what.folder / name).is_file() for name in TOKENIZERS)
+    return [what.path, what.folder] if brings_one else [what.folder, what.path]
+
 def _causal(path: Path, dtype: str):
     from transformers import AutoModelForCausalLM
-    how = dict(dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    how = dict(dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **NO_ADAPTER)
     try: return AutoModelForCausalLM.from_pretrained(path, **how)
     except (OSError, ValueError, KeyError) as e: raise MaetError(f"{path}: not a causal language model ({_first_line(e)})") from None
 
@@ -545,7 +555,7 @@ def _asked(exam: Exam, how: list) -> str:
 
 def _files(model: str | Path) -> list: # name, size in bytes, time of change in ns
     "What tells one model folder from another, and from itself before a change, without reading it."
-    found = sorted(p for p in Checkpoint(model).path.iterdir() if p.is_file())
+    found = sorted(p for home in _homes(open_checkpoint(model)) for p in home.iterdir() if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
 def _finished(out: Path) -> dict[tuple[str, str], dict]: # (task, language) -> row

@@ -69,7 +69,7 @@ def _hostfile(path):
     machines = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.strip().startswith("#"): continue
-        found = re.fullmatch(r"\s*(\S+)\s+slots=([1-9]\d*)\s*(#.*)?", line)
+        found = re.fullmatch(r"\s*(\S+)\s+slots=([1-9]\d{0,5})\s*(#.*)?", line)
         if not found or found[1] in machines:
             raise MaetError(f"{path}: line {number} is {line.strip()!r}; a line is a new name and its ranks: node-1 slots=8")
         machines[found[1]] = int(found[2])
@@ -124,7 +124,7 @@ def read_config(path: str | Path) -> dict:
     "A DeepSpeed config. MaetError: no such file, no JSON, an unknown section, a ZeRO stage that does not exist."
     try: config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise MaetError(f"{path}: the DeepSpeed config cannot be read ({e.strerror})") from None
-    except ValueError as e: raise MaetError(f"{path}: not JSON ({e})") from None
+    except (ValueError, RecursionError) as e: raise MaetError(f"{path}: not JSON ({e})") from None
     if not isinstance(config, dict): raise MaetError(f"{path}: a DeepSpeed config is a JSON object")
     if unknown := sorted(set(config) - SECTIONS):
         raise MaetError(f"{path}: DeepSpeed has no section {', '.join(unknown)}; correct it, or take it out")
@@ -159,9 +159,10 @@ class Job:
         self.keys, self.held_out = [absolute(k) for k in self.keys], self.held_out and absolute(self.held_out)
 
 def _read(path):
-    "JSON of a file, or None."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    "The JSON object of a file, or None."
+    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return None
+    return found if isinstance(found, dict) else None
 
 def _write(path, content):
     with whole(path) as part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -179,7 +180,10 @@ class KeysUnion(Mapping):
     @property
     def identity(self) -> str: return " ".join(digest(keys.path) for keys in self.files)
 
-    def __iter__(self): return iter(dict.fromkeys(name for keys in self.files for name in keys))
+    @property
+    def shapes(self) -> dict[str, tuple]: return {name: shape for keys in self.files for name, shape in keys.shapes.items()}
+
+    def __iter__(self): return iter(self.shapes)
     def __len__(self): return sum(1 for _ in self)
     def __contains__(self, name): return any(name in keys for keys in self.files)
 
@@ -212,13 +216,13 @@ def _lines(data): # bytes of whole and perhaps broken lines -> dicts
     out = []
     for line in data.splitlines():
         try: out.append(json.loads(line))
-        except ValueError: pass
-    return [line for line in out if isinstance(line, dict) and "step" in line]
+        except (ValueError, RecursionError): pass
+    return [line for line in out if isinstance(line, dict) and all(type(line.get(key)) is int for key in ("step", "steps"))]
 
 def curve(work: str | Path) -> list[dict]: # a dict a step, in order
     "What a run has said so far: step, steps, loss, tokens_per_second, tokens_left, peak_bytes."
     path = Path(work)/"progress.jsonl"
-    said = {line["step"]: line for line in _lines(path.read_bytes() if path.exists() else b"")}
+    said = {line["step"]: line for line in _lines(path.read_bytes() if path.is_file() else b"")}
     return [said[step] for step in sorted(said)]
 
 # %% ../nbs/11_launch.ipynb #887309d0
@@ -458,7 +462,9 @@ def failure(work: Path) -> Exception:
     "Why the last launch of a folder left no report."
     known = _read(work/"launcher.json") or {}
     logs = work/"logs"/known.get("id", "")
-    errors = sorted(filter(None, map(_read, logs.glob("*.error.json"))), key=lambda e: e["at"])
+    wanted = {"at", "ours", "kind", "said", "rank"}
+    errors = [e for e in map(_read, logs.glob("*.error.json")) if e and wanted <= e.keys() and isinstance(e["at"], (int, float))]
+    errors.sort(key=lambda e: e["at"])
     for error in errors:
         if error["ours"]: return MaetError(error["said"])
     for error in errors:
@@ -504,7 +510,7 @@ def _shown(work, progress):
     else: yield lambda lines: [progress(line["step"], line["steps"], line["loss"]) for line in lines]
 
 def _news(path, seen): # bytes read so far -> new whole lines, bytes read so far
-    if not path.exists(): return [], seen
+    if not path.is_file(): return [], seen
     with open(path, "rb") as file:
         file.seek(seen)
         data = file.read()
@@ -516,7 +522,7 @@ def _outcome(work):
     "The report of a finished run; otherwise its failure is raised."
     if (report := _read(work/"report.json")) is None: raise failure(work)
     for key, value in report.items():  # JSON has made text of steps
-        if isinstance(value, dict) and value and all(k.isdigit() for k in value): report[key] = {int(k): v for k, v in value.items()}
+        if isinstance(value, dict) and value and all(k.isdecimal() for k in value): report[key] = {int(k): v for k, v in value.items()}
     return report
 
 def follow(work: str | Path, # folder of a job
@@ -526,6 +532,8 @@ def follow(work: str | Path, # folder of a job
     work = Path(work)
     known = _read(work/"launcher.json")
     if not known: raise MaetError(f"{work}: nothing was launched there")
+    if type(known.get("progress_from")) is not int or known["progress_from"] < 0:
+        raise MaetError(f"{work}: its launcher.json is damaged; remove it")
     seen, alive = known["progress_from"], True
     try:
         with _shown(work, progress) as show:

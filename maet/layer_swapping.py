@@ -9,10 +9,10 @@ __all__ = ['in_ends', 'shares', 'scaled', 'one_word', 'has_mean', 'Weights', 'Sw
            'Kept', 'Reverted', 'only', 'threshold_for', 'Revert', 'Tuned', 'RevertFile', 'restored', 'open_revert']
 
 # %% ../nbs/21_layer_swapping.ipynb #77de68da
-from .checkpoints import FLOATS, Checkpoint, identity, local
+from .checkpoints import FLOATS, Checkpoint, identity
 from .deltas import Difference, Lazy, Packed, Part, ones, pack_bits, piece_of, scan, shapes_of, statistic
 from .merging import (Method, Mixture, Model, Task, Whole, add_method, as_number, linear, name_unsupported, one_of, open_model,
-                          out_dtype, random_mask, rows_of, same_vocabularies, stored_bytes, total_weight)
+                          open_pattern, out_dtype, random_mask, rows_of, stored_bytes, total_weight)
 from .settings import strict
 from .tensors import MaetError, place
 
@@ -169,14 +169,16 @@ def read_swap(content: Mapping, where: str) -> SwapFile:
     return file
 
 # %% ../nbs/21_layer_swapping.ipynb #22d200f8
-def open_experts(names: Iterable[str], base_model: str | None, where: str) -> tuple[Checkpoint, dict[str, Model]]:
+def open_experts(names: Iterable[str], base_model: str | None, where: str,
+                 allow_mismatch: bool = False, one_vocabulary: bool = False, # as in `open_model`
+                 ) -> tuple[Checkpoint, dict[str, Model]]:
     "The pattern of the result, and the models. Raises MaetError: not there, tensors that differ, a pack without its base."
     names = list(names)
     pattern = base_model or names[0]  # without a base: the state dictionary of the first task expert, as in section 4.1
-    if local(pattern).is_file(): raise MaetError(f"{where}: {pattern} is a pack, which is a delta; give its base as base_model")
-    like = Checkpoint(local(pattern))
+    like, first = open_pattern(pattern, bool(base_model))
     base = like if base_model else None
-    return like, {name: Model(name, like.path, like, None) if name == pattern else open_model(name, base, like) for name in names}
+    opened = {name: open_model(name, base, like, allow_mismatch, one_vocabulary) for name in names if name != pattern}
+    return like, {name: opened.get(name, first) for name in names}
 
 def layers_of(like: Checkpoint) -> int: # L
     "How many layers a checkpoint has. Raises MaetError if there are none."
@@ -229,13 +231,13 @@ class Swapped(Mixture):
         return [(str(self.like.path), stored_bytes(self.like.path), base), *rows] if base else rows
 
 # %% ../nbs/21_layer_swapping.ipynb #972a67c4
-def open_swap(method: Method, content: Mapping, where: str, mask: Callable = random_mask) -> Swapped:
+def open_swap(method: Method, content: Mapping, where: str, mask: Callable = random_mask, allow_mismatch: bool = False) -> Swapped:
     "Read a file of layer_swap and open what it names."
     file = read_swap(content, where)
     experts = sorted(file.models, key=lambda expert: expert.role, reverse=True)  # task first
-    like, models = open_experts((expert.model for expert in experts), file.base_model, where)
+    names, one_vocabulary = (expert.model for expert in experts), bool(file.tokenizer_source)
+    like, models = open_experts(names, file.base_model, where, allow_mismatch, one_vocabulary)
     swap = fitted(file.parameters, layers_of(like), where)
-    if file.tokenizer_source: same_vocabularies([like.path, *(model.path for model in models.values() if model.checkpoint)])
     def of(role): return zip(*((models[e.model], e.weight) for e in experts if e.role == role))
     two = [as_one(*map(list, of(role)), like) for role in ("task", "language")]
     tasks = swap_tasks(method, like, two, swap, bool(file.base_model))
@@ -379,16 +381,16 @@ def restored(task: Task, start: int, base: Tensor | None, tensors: list[Tensor])
     before, after = tensors
     return torch.where(task.known.mask(task.name, start, start + len(after)), after, before)
 
-def open_revert(method: Method, content: Mapping, where: str, mask: Callable = random_mask) -> Mixture:
+def open_revert(method: Method, content: Mapping, where: str, mask: Callable = random_mask, allow_mismatch: bool = False) -> Mixture:
     "Read a file of revert and open what it names."
     name_unsupported(content, where)
     file = strict(RevertFile, content, where)
     if len(file.models) != 1: raise MaetError(f"{where}: models: revert takes one model, not {len(file.models)}; make a file for each")
     if file.models[0].model == file.base_model: raise MaetError(f"{where}: {file.base_model} is base and model; there is nothing to take back")
-    like, models = open_experts([file.base_model, file.models[0].model], file.base_model, where)
+    like, models = open_experts([file.base_model, file.models[0].model], file.base_model, where, allow_mismatch)
     base, expert = models.values()
     options, layers = fitted(file.parameters, layers_of(like), where), layers_of(like)
-    delta = Difference(expert.checkpoint, like) if expert.checkpoint else expert.delta
+    delta = Difference(expert.checkpoint, like, allow_mismatch=allow_mismatch) if expert.checkpoint else expert.delta
     if options.keep < 1: options = replace(options, threshold=threshold_for(options.keep, delta, options.rows), keep=1.)
     kept = Kept(delta, options.threshold, options.rows)
     tasks = {}

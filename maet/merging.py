@@ -8,16 +8,19 @@ __all__ = ['METHODS', 'UNSUPPORTED', 'DTYPE_WORDS', 'WEIGHT', 'DENSITY', 'ELECT'
            'keep_count', 'trim', 'bits', 'upper_counts', 'lower_counts', 'from_top', 'threshold', 'find_cut', 'cut_of',
            'agreed', 'ties', 'random_mask', 'rescaling', 'drop', 'dare_linear', 'dare_ties', 'slerp_factors', 'slerp',
            'as_number', 'as_share', 'as_flag', 'as_count', 'one_of', 'Choice', 'read_setting', 'value_at', 'Parameter',
-           'Method', 'add_method', 'Model', 'open_model', 'Task', 'Thin', 'sums', 'rescaled', 'trimming', 'dropping',
-           'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected', 'Ingredient', 'Slice',
-           'Mergekit', 'name_unsupported', 'read_file', 'spans', 'read_parameters', 'resolve', 'depth_of', 'vocabulary',
-           'same_vocabularies', 'out_dtype', 'Mixture', 'ingredients', 'open_models', 'make_tasks', 'thin_readings',
-           'family', 'Transferred', 'open_maet', 'stored_bytes', 'readable', 'plan', 'merge']
+           'Method', 'add_method', 'Model', 'open_model', 'open_pattern', 'Task', 'Thin', 'sums', 'rescaled',
+           'trimming', 'dropping', 'turning', 'Whole', 'thinned', 'soup_of', 'turned', 'adjusted', 'summed', 'elected',
+           'Ingredient', 'Slice', 'Mergekit', 'name_unsupported', 'read_file', 'spans', 'read_parameters', 'resolve',
+           'depth_of', 'out_dtype', 'Mixture', 'ingredients', 'open_models', 'make_tasks', 'thin_readings', 'family',
+           'Transferred', 'open_maet', 'stored_bytes', 'readable', 'plan', 'merge']
 
 # %% ../nbs/20_merging.ipynb #77de68da
+from .adapters import Adapted, is_adapted, open_checkpoint
 from .checkpoints import (FLOATS, PIECE, Checkpoint, cores, finite, identity, in_order, local, pieces, progress_bar,
                               same_tensors, some, write_checkpoint)
 from .deltas import Packed, Part, add_to, dot_flat, open_delta, origin, piece_of
+from .meaning import same_meaning
+from .names import aligned, complete, unquantised
 from .settings import read_yaml, strict
 from .tensors import MaetError, place
 
@@ -335,7 +338,7 @@ class Method:
     "A way to merge."
     name: str                     # merge_method
     paper: str                    # URL
-    open: Callable                # (method, content of the file, where it stands, mask) -> what is ready to be written
+    open: Callable                # (method, content of the file, where it stands, mask, allow_mismatch) -> what is ready to be written
     merge: Callable | None = None # (task, start, base, inputs) -> float32 block; inputs are deltas if `base`
     each: Mapping[str, Parameter] = field(default_factory=dict)   # parameters of each model
     shared: Mapping[str, Parameter] = field(default_factory=dict) # parameters of the whole
@@ -353,11 +356,11 @@ def add_method(method: Method) -> None:
 # %% ../nbs/20_merging.ipynb #fe2ef495
 @dataclass(eq=False)
 class Model:
-    "A checkpoint, or a pack of the base."
+    "A checkpoint, or a pack of the base or an adapter on it."
     where: str                       # as the file says it
     path: Path
-    checkpoint: Checkpoint | None    # None: it is a pack
-    delta: Mapping[str, Part] | None # of the pack
+    checkpoint: Checkpoint | None    # None: it is a pack or an adapter
+    delta: Mapping[str, Part] | None # of the pack or adapter
 
     def read(self, name: str, start: int, stop: int) -> Tensor: # flat, (stop - start,); not to be written into
         "A run of a tensor: of a checkpoint as stored, of a pack as a delta, dense."
@@ -366,18 +369,29 @@ class Model:
         if part is None: return torch.zeros(stop - start)
         return part.dense() if isinstance(part, Packed) else part
 
-def open_model(where: str, base: Checkpoint | None, like: Checkpoint) -> Model:
-    "Raises MaetError: not there, a pack without its base, other tensors than `like`."
-    if not Path(where).exists() and "+" in where:
-        raise MaetError(f"{where}: an adapter on a model is not supported; merge it into the model first, or make a pack of it")
+def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
+               allow_mismatch: bool = False, # only warn where a configuration gives numbers another meaning than in `like` (02c)
+               one_vocabulary: bool = False, # refuse another vocabulary than that of `like`
+               ) -> Model:
+    "Raises MaetError: not there, a pack without its base, other tensors than `like`, or another meaning of them."
+    if base and is_adapted(where):
+        delta = open_delta(where, base, allow_mismatch)
+        return Model(where, delta.tuned.folder, None, delta)
     path = local(where)
     if path.is_file() and not base: raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
     if path.is_file(): return Model(where, path, None, open_delta(path, base))
-    checkpoint = Checkpoint(path)
+    checkpoint = aligned(complete(unquantised(open_checkpoint(where))), like)  # an adapter is on the base that it names
     same_tensors(like, checkpoint)
+    same_meaning(like, checkpoint, allow_mismatch, one_vocabulary)
     exotic = [n for n in like.names if like.dtype(n) in FLOATS and checkpoint.dtype(n) not in FLOATS]
     if exotic: raise MaetError(f"{where}: {some(exotic)} is {checkpoint.dtype(exotic[0])}, which cannot be summed; dequantize it")
-    return Model(where, path, checkpoint, None)
+    return Model(where, checkpoint.path, checkpoint, None)
+
+def open_pattern(where: str, is_base: bool) -> tuple[Checkpoint, Model]:
+    "The checkpoint that a result is like, and the model by that name: an adapter's result is like its base."
+    if local(where).is_file(): raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
+    model = complete(unquantised(Checkpoint(where) if is_base else open_checkpoint(where)))
+    return model.base if isinstance(model, Adapted) else model, Model(where, model.path, model, None)
 
 # %% ../nbs/20_merging.ipynb #827bfc45
 @dataclass(eq=False)
@@ -560,7 +574,7 @@ class Mergekit:
 
 UNSUPPORTED = {"modules": "models of several modules are not supported; merge a causal language model by `models`",
                "chat_template": "not supported; the result has its base's template, which can be edited in the folder",
-               "residual_weight": "not supported; take it out", "lora": "adapters are not supported; merge the adapter into its model first",
+               "residual_weight": "not supported; take it out", "lora": "write the adapter's folder, or BASE+ADAPTER, as model",
                "override_architecture": "not supported and not needed; tensors are merged by their names"}
 
 def name_unsupported(content, where: str) -> None:
@@ -613,21 +627,6 @@ def depth_of(name: str, parts: list[tuple[range, Any]]) -> tuple[float, Any]:
     for layers, part in parts:
         if layer in layers: return ((layer - layers[0]) / (len(layers) - 1) if len(layers) > 1 else 1.), part
     return 0., parts[0 if kind == "embed" else -1][1]
-
-# %% ../nbs/20_merging.ipynb #a17554a0
-def vocabulary(path: Path) -> str:
-    "The tokens of a checkpoint and their numbers, as one text. Raises MaetError if it has no tokenizer.json."
-    try: content = json.loads((path/"tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): raise MaetError(f"{path}: has no tokenizer.json that can be read; leave tokenizer_source out") from None
-    added = [[token.get("id"), token.get("content")] for token in content.get("added_tokens") or []]
-    return json.dumps([content.get("model", {}).get("vocab"), added], sort_keys=True)
-
-def same_vocabularies(paths: Sequence[Path]) -> None:
-    "Raise a MaetError if a checkpoint has another vocabulary than the first."
-    first, *others = paths
-    for path in others:
-        if vocabulary(path) != vocabulary(first):
-            raise MaetError(f"{path}: its vocabulary is not that of {first}; models of different tokenizers cannot be merged here")
 
 # %% ../nbs/20_merging.ipynb #2a459380
 DTYPE_WORDS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -690,18 +689,18 @@ def ingredients(file: Mergekit, entries: list[Ingredient], method: Method, where
     raise MaetError(f"{where}: there is no model beside the base; give one")
 
 # %% ../nbs/20_merging.ipynb #a72b2006
-def open_models(method: Method, content: Mapping, where: str, mask: Callable = random_mask) -> Mixture:
+def open_models(method: Method, content: Mapping, where: str, mask: Callable = random_mask, allow_mismatch: bool = False) -> Mixture:
     "Read a file in mergekit's language and open what it names."
     file = read_file(content, where)
     pattern = file.base_model or (file.models or file.slices[0].sources)[0].model
-    if local(pattern).is_file(): raise MaetError(f"{pattern}: a pack is a delta; give its base as base_model")
-    like = Checkpoint(local(pattern))
+    like, first = open_pattern(pattern, bool(file.base_model))
     layers = 1 + max((place(name).layer for name in like.names if place(name).layer is not None), default=-1)
     parts = [(run, replace(part, sources=ingredients(file, part.sources, method, where))) for run, part in spans(file, layers, where)]
     base = like if file.base_model else None
     models = {entry.model: None for _, part in parts for entry in part.sources}
-    models = {name: Model(name, like.path, like, None) if name == pattern else open_model(name, base, like) for name in models}
-    if file.tokenizer_source: same_vocabularies([like.path, *(model.path for model in models.values() if model.checkpoint)])
+    for name in models:
+        if name == pattern: models[name] = first
+        else: models[name] = open_model(name, base, like, allow_mismatch, bool(file.tokenizer_source))
     tasks = make_tasks(file, method, like, parts, models, where, mask)
     return Mixture(method, like, list(models.values()), tasks, out_dtype(file, like, list(models.values()), where), content, mask is random_mask)
 
@@ -764,21 +763,23 @@ class Transferred:
     method: Method
     like: Checkpoint
     recipe: Any        # pipeline's Merge
+    allow_mismatch: bool = False
     dtype: None = None
 
     def write(self, out: str | Path) -> Checkpoint:
         from maet.pipeline import merge
-        return merge(self.recipe, out)
+        return merge(self.recipe, out, self.allow_mismatch)
 
     def readings(self) -> list[tuple[str, int, int]]:
         "Model, bytes, how often: the experts for the selection and for the sum."
         experts = [self.recipe.ability.model, *(language.model for language in self.recipe.languages)]
+        for model in experts: open_delta(model, self.like, self.allow_mismatch)  # what a merge would refuse, a dry run refuses
         return [(str(self.recipe.base_model), stored_bytes(self.like.path), 2), *((model, stored_bytes(local(model)), 2) for model in experts)]
 
-def open_maet(method: Method, content: Mapping, where: str, mask: Callable) -> Transferred:
+def open_maet(method: Method, content: Mapping, where: str, mask: Callable, allow_mismatch: bool = False) -> Transferred:
     from maet.pipeline import Merge  # here, because it brings the rooms of training with it, which no other method needs
     recipe = strict(Merge, content, where)
-    return Transferred(method, Checkpoint(local(recipe.base_model)), recipe)
+    return Transferred(method, Checkpoint(local(recipe.base_model)), recipe, allow_mismatch)
 
 add_method(Method("maet", "https://arxiv.org/abs/2410.07825", open_maet))
 
@@ -821,11 +822,12 @@ def merge(recipe: str | Path | Mapping, # a file, or its content
           out: str | Path,              # the checkpoint folder to be
           dry_run: bool = False,        # only say what would be done
           mask: Callable = random_mask, # of DARE
+          allow_mismatch: bool = False, # only warn where configurations give the same shapes another meaning (02c)
           ) -> Checkpoint | str:        # the result; of a dry run the plan
     "Merge as a file says, in mergekit's language or ours: all of it or nothing. Raises MaetError in one line."
     content, where = (recipe, "recipe") if isinstance(recipe, Mapping) else (read_yaml(recipe), Path(recipe).name)
     name = content.get("merge_method") if isinstance(content, Mapping) else None
     if name not in METHODS: raise MaetError(f"{where}: merge_method: {name!r} is not known; known are {', '.join(METHODS)}")
     method = METHODS[name]
-    opened = method.open(method, content, where, mask)
+    opened = method.open(method, content, where, mask, allow_mismatch)
     return plan(opened, out) if dry_run else opened.write(out)

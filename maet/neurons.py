@@ -258,6 +258,9 @@ BLOCK = 1 << 18  # scalars
 def scores_of(difference: Difference, name: str, start: int, stop: int) -> Iterator[np.ndarray]: # float32, by blocks
     "Importance of the scalars of one piece. Raises MaetError that names file and tensor for NaN or infinity."
     base, tuned = difference.base, difference.tuned
+    if difference.told:  # by an adapter
+        yield from (part.abs_().numpy() for part in difference.moved(name, start, stop).split(BLOCK))
+        return
     before, after = (checkpoint.piece(name, start, stop) for checkpoint in (base, tuned))
     for b, a in zip(before.split(BLOCK), after.split(BLOCK)):
         scores = moves(b, a).numpy()
@@ -393,10 +396,11 @@ def locate(base: Checkpoint,  # before training
            out: str | Path,   # the keys file to be
            share: str = "neurons", # what k1 is a share of: neurons, or scalars (where neurons differ in length)
            kinds: str | list[str] = "all", # of tensors that are ranked (00); others have no key neuron
+           allow_mismatch: bool = False, # of configurations that give numbers another meaning (02c)
            ) -> dict: # ratio, granularity, kinds, threshold, neurons (ranked and key), counts (tensor -> key scalars)
     "Write the masks of the top k1 % of neurons by Eq. 1. Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there."
     if share not in ("neurons", "scalars"): raise MaetError(f"share: {share!r} is neither neurons nor scalars")
-    difference = Difference(tuned, base)
+    difference = Difference(tuned, base, allow_mismatch=allow_mismatch)
     difference.shapes = {name: shape for name, shape in difference.shapes.items() if of_kinds(name, kinds)}
     if not difference.shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
     total = sum(neurons_of(shape, granularity) for shape in difference.shapes.values())

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'WORLD', 'at_least', 'plain_names', 'World', 'Phase', 'Base', 'Locate', 'Extract', 'Transfer', 'Ability',
-           'ExamSettings', 'Rivals', 'Recipe', 'quiet', 'Stage', 'Store', 'progress_bar', 'Progress', 'make_tokenizer',
-           'open_tokenizer', 'llama_config', 'make_backbone', 'plain', 'Texts', 'named', 'tokens', 'trained_from',
-           'backbone', 'untrained', 'Run', 'workshop', 'train_run', 'make_base', 'Term', 'Parameters', 'Merge', 'merge',
-           'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred', 'trainings',
-           'budget', 'needs', 'in_order', 'ready', 'work', 'side_by_side']
+           'ExamSettings', 'Rivals', 'Recipe', 'quiet', 'Stage', 'worth_keeping', 'Store', 'progress_bar', 'Progress',
+           'make_tokenizer', 'open_tokenizer', 'llama_config', 'make_backbone', 'plain', 'Texts', 'named', 'tokens',
+           'trained_from', 'backbone', 'untrained', 'Run', 'workshop', 'train_run', 'make_base', 'Term', 'Parameters',
+           'Merge', 'merge', 'Pipeline', 'trained', 'located', 'expert', 'language_expert', 'extracted', 'transferred',
+           'trainings', 'budget', 'needs', 'in_order', 'ready', 'work', 'side_by_side']
 
 # %% ../nbs/16_pipeline.ipynb #da4b9237
-import copy, hashlib, json, math, multiprocessing, os, re, shutil, signal, threading, time
+import copy, hashlib, json, math, multiprocessing, os, re, shutil, signal, threading, time, traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .tensors import MaetError, meta_model, of_kinds, reading
 from .checkpoints import Checkpoint, local, sync
 from .deltas import Keys, apply_delta, open_delta, origin
+from .names import complete, unquantised
 from .corpora import Source, check, documents, identity, write_tokens
 from .miniworld import ABILITIES, LANGUAGES, write_forums, write_world
 from .settings import load, recipes, strict
@@ -215,6 +216,11 @@ class Stage(NamedTuple):
 def _as_text(name: str, inputs: dict) -> str: return json.dumps([FORMAT, name, inputs], sort_keys=True, ensure_ascii=False)
 
 # %% ../nbs/16_pipeline.ipynb #fa35e192
+def worth_keeping(error: Exception, work: Path) -> bool:
+    "Is there something to go on from? After bad input never; after a full disk or a fault of ours, if `work` holds a file."
+    bad_input = isinstance(error, MaetError) and not isinstance(error.__cause__, OSError)
+    return not bad_input and any(path.is_file() and path.suffix != ".lock" for path in work.rglob("*"))
+
 class Store:
     "A run folder. With `dry` it makes nothing and notes what would be made: the plan."
     def __init__(self, root: str | Path, dry: bool = False):
@@ -243,8 +249,8 @@ class Store:
         began = time.monotonic()
         with (self.progress or quiet)(final.name) as step:
             try: stage.make(part, step)
-            except MaetError:  # bad input is not a thing to resume from
-                shutil.rmtree(part)
+            except Exception as error:
+                if not worth_keeping(error, part): shutil.rmtree(part)
                 raise
         (part / "stage.json").write_text(_as_text(stage.name, stage.inputs) + "\n", encoding="utf-8")
         (part / "seconds.txt").write_text(f"{time.monotonic() - began:.1f}\n")  # since the last start, if it was killed before
@@ -436,15 +442,16 @@ class Run:
 
 # %% ../nbs/16_pipeline.ipynb #22d200f8
 @contextmanager
-def workshop(out: Path):
+def workshop(out: Path, what: str = "work"):
     "A folder beside `out` for a command that goes on after a kill. Bad input leaves none, unless there was one before."
-    work, new = out.parent / f".{out.name}.work", not (out.parent / f".{out.name}.work").exists()
+    work = out.parent / f".{out.name}.{what}"
+    new = not work.exists()
     if out.exists(): raise MaetError(f"{out}: exists; choose a new place")
     try: work.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise MaetError(f"{out}: cannot be written ({e.strerror})") from None
     try: yield work
-    except MaetError:
-        if new: shutil.rmtree(work, ignore_errors=True)
+    except Exception as error:
+        if new and not worth_keeping(error, work): shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work)
 
@@ -452,7 +459,7 @@ def train_run(r: Run, out: str | Path) -> dict: # losses, held_out, steps, token
     "A checkpoint folder, or with keys a pack file, at `out`. Called again after a kill, it goes on."
     base, t = local(r.base), r.training
     with workshop(Path(out)) as work:
-        start, tokenizer = Checkpoint(base), open_tokenizer(base)
+        start, tokenizer = complete(unquantised(Checkpoint(base))), open_tokenizer(base)
         for file in r.keys: Keys(file, start)
         def table(name, sources, size): return str(write_tokens(work / name, sources, tokenizer, size, t.sequence_length, t.seed, t.whole_documents))
         held_out = table("held_out.safetensors", r.held_out, r.held_out_tokens) if r.held_out else None
@@ -460,14 +467,12 @@ def train_run(r: Run, out: str | Path) -> dict: # losses, held_out, steps, token
 
 def make_base(r: Base, out: str | Path) -> None:
     "A backbone at `out`; its stages lie beside it while it is made."
-    if Path(out).exists(): raise MaetError(f"{out}: exists; choose a new place")
-    store = Store(Path(out).parent / f".{Path(out).name}.stages")
-    plan = Store(store.root, dry=True)
-    backbone(r, plan, Texts(plan, None, {}))
-    store.progress = Progress(plan.plan, store.root)
-    made = backbone(r, store, Texts(store, None, {}))
-    os.replace(made, out)
-    shutil.rmtree(store.root)
+    with workshop(Path(out), "stages") as root:
+        plan = Store(root, dry=True)
+        backbone(r, plan, Texts(plan, None, {}))
+        store = Store(root)
+        store.progress = Progress(plan.plan, root)
+        os.replace(backbone(r, store, Texts(store, None, {})), out)
 
 # %% ../nbs/16_pipeline.ipynb #63266754
 @dataclass
@@ -490,13 +495,15 @@ class Merge:
     merge_method: str = "maet"
     parameters: Parameters = field(default_factory=Parameters)
 
-def merge(r: Merge, out: str | Path) -> Checkpoint:
+def merge(r: Merge, out: str | Path,
+          allow_mismatch: bool = False, # of configurations that give numbers another meaning (02c)
+          ) -> Checkpoint:
     "Eq. 3-5 on files. Raises MaetError for a pack of another base, differing shapes, NaN."
     if r.merge_method != "maet": raise MaetError(f"merge_method: {r.merge_method!r} is not known; known is maet")
     base, p = Checkpoint(r.base_model), r.parameters
     mu = [1 / len(r.languages) if l.weight is None else l.weight for l in r.languages]
-    deltas = [open_delta(l.model, base) for l in r.languages]
-    delta = MaetTransfer(base.names, open_delta(r.ability.model, base), deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
+    ability, *deltas = [open_delta(expert.model, base, allow_mismatch) for expert in (r.ability, *r.languages)]
+    delta = MaetTransfer(base.names, ability, deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
     return apply_delta(out, base, delta, origin(asdict(r), [r.base_model], "maet", "https://arxiv.org/abs/2410.07825"))
 
 # %% ../nbs/16_pipeline.ipynb #b6692ea5
@@ -612,12 +619,13 @@ def work(wanted: Callable[[Store], None], out: Path, number: int, errors) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
-    wanted(store := Store(out, dry=True))
-    store.progress, order = Progress(store.plan, out, number), in_order(store.plan)
     try:
+        wanted(store := Store(out, dry=True))
+        store.progress, order = Progress(store.plan, out, number), in_order(store.plan)
         while not all((out / name).exists() for name in order) and errors.empty():
             if not any(store.make(name, wait=False) for name in ready(out, order)): time.sleep(0.1)
-    except (MaetError, OSError) as e: errors.put(str(e))
+    except (MaetError, OSError) as e: errors.put((str(e), ""))
+    except Exception as e: errors.put((f"{type(e).__name__}: {e}", traceback.format_exc()))
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent: time.sleep(0.2)
@@ -631,7 +639,10 @@ def side_by_side(wanted: Callable[[Store], None], out: Path, workers: int) -> No
     for worker in started: worker.start()
     try:
         while any(worker.is_alive() for worker in started) and not any(worker.exitcode for worker in started): time.sleep(0.1)
+        codes = [worker.exitcode for worker in started if worker.exitcode]  # before the others are ended
     finally:
         for worker in started: worker.kill()
-    if not errors.empty(): raise MaetError(errors.get())
-    if any(worker.exitcode for worker in started): raise RuntimeError(f"{out}: a worker ended before its work; what it printed is above")
+    said, trace = errors.get() if not errors.empty() else ("", "")
+    if trace: raise RuntimeError(said) from RuntimeError(trace)
+    if said: raise MaetError(said)
+    if codes: raise MaetError(f"{out}: a worker was ended with code {codes[0]} (-9: where memory runs out); the same command goes on from here")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SAME', 'BUCKET', 'IN_USE', 'PREFETCHED', 'GPUS', 'UNITS', 'ADVICE', 'Watch', 'expected_block',
-           'trained_form', 'stored', 'Rehearsal', 'rehearse', 'shares', 'memory', 'GPU', 'gpu', 'seconds', 'operations',
-           'disk', 'Cluster', 'computes_in', 'plan_run', 'Unread', 'stages', 'config_of', 'trainings', 'plan', 'modes',
-           'sized', 'describe', 'read', 'cluster_of', 'device_memory', 'must_fit']
+           'trained_form', 'stored', 'of_text', 'Rehearsal', 'rehearse', 'shares', 'memory', 'GPU', 'gpu', 'seconds',
+           'operations', 'disk', 'Cluster', 'computes_in', 'plan_run', 'Unread', 'stages', 'config_of', 'trainings',
+           'plan', 'modes', 'sized', 'describe', 'read', 'cluster_of', 'device_memory', 'must_fit']
 
 # %% ../nbs/17_plan.ipynb #da4b9237
 import copy, json, math, os, weakref
@@ -122,6 +122,9 @@ _ZERO = dict(zero_optimization=dict(stage=1))  # room 10 asks a DeepSpeed config
 def stored(config) -> torch.dtype: # of the base's weights
     return config.dtype or torch.float32
 
+def of_text(config): # Gemma 3 and its like keep what is said of the language model in a config of its own
+    return config.get_text_config(decoder=True)
+
 # %% ../nbs/17_plan.ipynb #f1abd670
 def _without_storage(model):
     "Every parameter and buffer in its fake form, in place. To be called under FakeTensorMode."
@@ -145,10 +148,15 @@ def _count(block, shape) -> int: # key neurons of a block
     if block.inside is not None: return len(block.inside)
     return math.prod(n if lines is None else len(lines) for n, lines in zip(shape, block))
 
+def _one_expert(input, weight, offs): # in place of transformers' _grouped_mm: (tokens, in) by (experts, in, out), each token by one expert
+    "As much work, and gradients of the same sizes. torch's own form without storage knows bfloat16 alone."
+    return input.to(weight.dtype) @ weight[0]
+
 @contextmanager
 def _blind():
-    "Two functions look at numbers: the one above, and transformers' search for several documents in one sequence."
-    with patch("maet.sparse.take_sparse", _sorted_rows), \
+    "Three functions look at numbers: the two above, and transformers' search for several documents in one sequence."
+    import transformers.integrations.moe  # patch finds it only when it is there
+    with patch("maet.sparse.take_sparse", _sorted_rows), patch("transformers.integrations.moe._grouped_mm", _one_expert), \
          patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None): yield
 
 # %% ../nbs/17_plan.ipynb #0716d970
@@ -200,7 +208,7 @@ def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spr
     from torch._subclasses.fake_tensor import FakeTensorMode
     model = trained_form(config, training, ratio, granularity, spread)
     ids, laps = torch.Size((sequences, training.sequence_length)), []
-    with FakeTensorMode(), Watch(config.vocab_size) as watch, _blind():
+    with FakeTensorMode(), Watch(of_text(config).vocab_size) as watch, _blind():
         optimizer = _prepared(_without_storage(model), watch, accumulated)
         _step(model, optimizer, torch.zeros(ids, dtype=torch.long), training.max_grad_norm,
               room._autocast(training, stored(config), _ZERO if spread else None, torch.device("cpu")), lambda: laps.append(len(watch.timeline)))
@@ -215,14 +223,15 @@ def _repeats(config) -> bool:
     layers = {}
     for name, shape in shapes(config).items(): layers.setdefault(place(name).layer, []).append(shape)
     layers.pop(None, None)
-    types = getattr(config, "layer_types", None) or [None]
-    return len(layers) == config.num_hidden_layers > 4 and all(of == layers[0] for of in layers.values()) and len(set(types)) == 1
+    types = getattr(of_text(config), "layer_types", None) or [None]
+    return len(layers) == of_text(config).num_hidden_layers > 4 and all(of == layers[0] for of in layers.values()) and len(set(types)) == 1
 
 def _of_layers(config, layers: int):
     "The config of a shallower model."
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None): config.layer_types = config.layer_types[:layers]
+    text = of_text(config)
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None): text.layer_types = text.layer_types[:layers]
     return config
 
 def _stretched(two, three, times: int): # times: layers beyond two
@@ -235,7 +244,7 @@ def _deep(config, *form) -> Rehearsal:
     "A rehearsal, of a few layers where the others only repeat them."
     if not _repeats(config): return _rehearsal(config, *form)
     two, three = (_rehearsal(_of_layers(config, layers), *form) for layers in (2, 3))
-    times = config.num_hidden_layers - 2
+    times = of_text(config).num_hidden_layers - 2
     timelines = tuple(_stretched(a, b, times) for a, b in zip(two.timelines, three.timelines))
     numbers = {name: _stretched(getattr(two, name), getattr(three, name), times) for name in two._fields[1:] if name != "sequences"}
     return two._replace(timelines=timelines, **numbers)

@@ -30,7 +30,7 @@ from .ability import AbilityWeights
 from .transfer import MaetTransfer
 from .settings import strict
 from .pipeline import Pipeline, Progress, Recipe, Store, expert, language_expert, side_by_side, transferred
-from .plan import config_of
+from .plan import config_of, of_text
 from . import merging
 from .layer_swapping import scaled
 from .exams import exam
@@ -190,7 +190,7 @@ def maet_space(run: Pipeline, ability: str) -> dict[str, Range]:
 
 def swap_space(run: Pipeline, ability: str) -> dict[str, Range]:
     "At most half of the layers at the bottom, and fewer than the rest at the top: some layer is left to the ability."
-    layers = config_of(run.recipe).num_hidden_layers
+    layers = of_text(config_of(run.recipe)).num_hidden_layers
     return {"bottom": Range(0, layers // 2, scaled(5, layers)), "top": Range(0, (layers - 1) // 2, scaled(2, layers)), "ability": Range(0., 1., .5)}
 
 @dataclass(frozen=True)

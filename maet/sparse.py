@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'Block', 'find_block', 'take', 'put', 'take_sparse', 'KeyWeight', 'sharded', 'Keep', 'KeyProduct',
-           'key_product', 'full_shape', 'gathered', 'parameter_of', 'freeze_at', 'freeze', 'expert_delta']
+           'key_product', 'full_shape', 'gathered', 'parameter_of', 'Span', 'spans', 'in_parameters', 'freeze_at',
+           'freeze', 'Taken', 'expert_delta']
 
 # %% ../nbs/09_sparse.ipynb #da4b9237
 from collections.abc import Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 # %% ../nbs/09_sparse.ipynb #77de68da
 from .checkpoints import Checkpoint
-from .deltas import Packed, pack_bits
+from .deltas import Packed, pack_bits, shapes_of
+from .names import Layout
 from .tensors import MaetError
 
 # %% ../nbs/09_sparse.ipynb #c1dfd96e
@@ -214,22 +217,45 @@ def parameter_of(model, # a PreTrainedModel
         except AttributeError: pass
     raise MaetError(f"{name}: {type(model).__name__} has no such parameter; use names of the base checkpoint's tensors")
 
-def _names(model, keys):
-    "id of a parameter -> its names in the keys: a tied tensor may go by two."
-    names = {}
-    for name in keys: names.setdefault(id(parameter_of(model, name)), []).append(name)
-    return names
+# %% ../nbs/09_sparse.ipynb #5d1f0a32
+class Span(NamedTuple):
+    "Scalars of a tensor that are neighbours in a parameter, too."
+    parameter: nn.Parameter
+    first: int  # where they begin in the flat parameter
+    start: int  # and in the flat tensor
+    size: int
 
-def _mask(parameter, names, keys):
-    "The key neurons of one parameter, all its names joined. One tensor's mask at a time: the keys may be a file."
-    mask = torch.zeros(full_shape(parameter), dtype=torch.bool)
-    for name in names:
-        key = keys[name]  # read once: it may come from a file
-        if key.shape != mask.shape:
-            raise MaetError(f"{name}: the keys' mask is {tuple(key.shape)}, the tensor {tuple(mask.shape)}; "
-                            "they are of another model")
-        mask |= key
-    return mask
+def spans(model, name: str, # a tensor's name in the checkpoint
+          layout: Layout | None = None) -> list[Span]: # in the tensor's order
+    "Where the scalars of a tensor are in a model. Raises MaetError for a tensor that the model does not have."
+    if layout is None or name not in layout.tensors:
+        parameter = parameter_of(model, name)
+        return [Span(parameter, 0, 0, full_shape(parameter).numel())]
+    found, start = [], 0
+    for run in layout.parts(name, 0, prod(layout.tensors[name])):
+        found.append(Span(parameter_of(model, run.name), run.start, start, run.stop - run.start))
+        start += run.stop - run.start
+    return found
+
+# %% ../nbs/09_sparse.ipynb #5d1f0a33
+def in_parameters(model, keys, layout) -> dict[int, dict[str, list[Span]]]: # id of a parameter -> tensor -> its spans there
+    "Which tensors of the keys lie in which parameter: several experts in one, a tied tensor under two names."
+    found = {}
+    for name, shape in shapes_of([keys]).items():
+        parts = spans(model, name, layout)
+        stored = layout.tensors[name] if layout and name in layout.tensors else tuple(full_shape(parts[0].parameter))
+        if shape != stored: raise MaetError(f"{name}: the keys' mask is {shape}, the tensor {stored}; they are of another model")
+        for span in parts: found.setdefault(id(span.parameter), {}).setdefault(name, []).append(span)
+    return found
+
+def _mask(parameter, tensors, keys):
+    "The key neurons of one parameter, all its tensors joined. One tensor's mask at a time: the keys may be a file."
+    shape = full_shape(parameter)
+    mask = torch.zeros(shape.numel(), dtype=torch.bool)
+    for name, parts in tensors.items():
+        key = keys[name].flatten()  # read once: it may come from a file
+        for _, first, start, size in parts: mask[first:first + size] |= key[start:start + size]
+    return mask.view(shape)
 
 # %% ../nbs/09_sparse.ipynb #d435a6cd
 def _values(parameter, block):
@@ -255,30 +281,53 @@ def freeze_at(model, # a PreTrainedModel; changed in place
 # %% ../nbs/09_sparse.ipynb #4d134bc0
 def freeze(model, # a PreTrainedModel; changed in place
            keys: Mapping[str, Tensor], # tensor name -> bool mask of its shape; an absent tensor has no key neuron
+           layout: Layout | None = None, # of the base, whose names the keys speak; None: they are the parameters' own
            ): # the same model: only the key neurons' values want gradients
     "Freeze everything but the key neurons, which get a parameter of their own. MaetError: keys of another model, or none."
-    names, blocks = _names(model, keys), {}
+    tensors, blocks = in_parameters(model, keys, layout), {}
     for p in model.parameters():
-        if id(p) not in names: continue
-        mask = _mask(p, names[id(p)], keys)
+        if id(p) not in tensors: continue
+        mask = _mask(p, tensors[id(p)], keys)
         if mask.any(): blocks[id(p)] = find_block(mask.to(p.device))
     if not blocks: raise MaetError("keys: no key neuron in any tensor, there is nothing to train")
     return freeze_at(model, blocks)
+
+# %% ../nbs/09_sparse.ipynb #5d1f0a34
+class Taken:
+    "Cuts spans out of trained parameters. Holds one parameter: the tensors of a layer come one after another."
+    def __init__(self, find): # a parameter -> its mask, and its values in the mask's order
+        self.find, self.parameter = find, None
+
+    def of(self, span: Span) -> tuple[Tensor, Tensor]: # bool (span.size,); float32, as many as it has ones
+        "The mask and the values of a span."
+        if span.parameter is not self.parameter:
+            (mask, self.values), self.parameter = self.find(span.parameter), span.parameter
+            self.mask, self.counted, self.count = mask.flatten(), 0, 0
+        if span.first < self.counted: self.counted = self.count = 0
+        self.count += int(self.mask[self.counted:span.first].count_nonzero())  # values before the span
+        self.counted = span.first
+        part = self.mask[span.first:span.first + span.size]
+        return part, self.values[self.count:self.count + int(part.count_nonzero())]
 
 # %% ../nbs/09_sparse.ipynb #f1f836cb
 def expert_delta(model, # after `freeze` and training
                  base: Checkpoint, # what it started from
                  keys: Mapping[str, Tensor], # as given to `freeze`
                  whole=lambda p: p.detach(), # a parameter -> all of it; all ranks come here together
+                 layout: Layout | None = None, # as given to `freeze`
                  ) -> dict: # tensor name -> Packed: trained minus base at the mask, float32
     "What training changed."
     pairs = [(p, getattr(m, n + VALUES, None)) for m in model.modules() for n, p in m._parameters.items()]
     trained = {id(p): values for p, values in pairs if values is not None}
-    names, delta = _names(model, keys), {}
+    tensors, delta = in_parameters(model, keys, layout), {}
+    def find(parameter):
+        values = whole(trained[id(parameter)]).cpu().float() if id(parameter) in trained else torch.empty(0)
+        return _mask(parameter, tensors[id(parameter)], keys), values
+    taken = Taken(find)
     for name in {base.aliases.get(name, name): None for name in keys}:  # a tied head goes by its embedding's name
-        frozen = parameter_of(model, name)
-        if id(frozen) not in trained: continue  # a mask without a key neuron
-        mask = _mask(frozen, names[id(frozen)], keys)
-        values = whole(trained[id(frozen)]).cpu().float() - base.read(name)[mask].float()
-        delta[name] = Packed(pack_bits(mask), values, tuple(mask.shape))
+        parts = [taken.of(span) for span in spans(model, name, layout)]
+        mask, values = (torch.cat(pieces) for pieces in zip(*parts))
+        if not len(values): continue  # a mask without a key neuron
+        values = values - base.read(name).flatten()[mask].float()
+        delta[name] = Packed(pack_bits(mask), values, base.shape(name))
     return delta

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST', 'KINDS', 'GROUPS', 'MOST_LAYERS', 'one_line', 'MaetError', 'reading', 'parse_json', 'read_lines', 'Place',
-           'place', 'of_kinds', 'meta_model', 'shapes']
+           'place', 'of_kinds', 'not_quantised', 'UnknownModel', 'meta_model', 'shapes']
 
 # %% ../nbs/00_tensors.ipynb #77de68da
-import json, os, re
-from collections.abc import Iterable, Iterator
+import json, os, re, sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -165,18 +165,43 @@ def of_kinds(name: str,                  # name of a tensor
     return any(place(name).kind in allowed[word] for word in words)
 
 # %% ../nbs/00_tensors.ipynb #b6692ea5
+def not_quantised(config: Mapping, # the content of a config.json
+                  where: str | Path, # of what, for the message
+                  ) -> None:
+    "Raise a MaetError that names the method of quantised weights: they are no numbers to add to, and nothing trained fits back into them."
+    for part in (config, config.get("text_config")):
+        said = isinstance(part, Mapping) and (part.get("quantization_config") or part.get("compression_config"))
+        if not said: continue
+        words = [said[word] for word in ("quant_method", "quant_algo", "quantization") if isinstance(said, Mapping) and word in said]
+        raise MaetError(f"{where}: quantised with {words[0] if words else 'some method'}; dequantize it first")
+
+class UnknownModel(MaetError):
+    "transformers has no causal language model of this type: names are all that can be known of it."
+
 def _read_config(folder: Path):
     "The transformers config of a checkpoint folder. Code that came with the checkpoint is never run."
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
     file = folder / "config.json"
     if not file.is_file(): raise MaetError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
-    try: kind = parse_json(file.read_bytes(), file)["model_type"]
+    try: kind = (content := parse_json(file.read_bytes(), file))["model_type"]
     except (OSError, MaetError, TypeError, KeyError):
         raise MaetError(f"{file}: not a JSON object with a model_type; fetch the checkpoint again") from None
+    not_quantised(content, folder)
     refusal = f"transformers cannot build model_type {kind!r} from it, and remote code is never run"
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING: raise UnknownModel(f"{file}: {refusal}; it knows no such type")
     with reading(file, refusal): return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 # %% ../nbs/00_tensors.ipynb #972a67c4
+@contextmanager
+def _unspread():
+    "Inside, transformers does not spread what it builds over ranks, though a run under ZeRO-3 asked for it before."
+    room = sys.modules.get("transformers.integrations.deepspeed")
+    asked = room and room._hf_deepspeed_config_weak_ref
+    if room: room._hf_deepspeed_config_weak_ref = None
+    try: yield
+    finally:
+        if room: room._hf_deepspeed_config_weak_ref = asked
+
 MOST_LAYERS = 10_000  # the deepest language models have a few hundred
 
 def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
@@ -186,9 +211,10 @@ def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
     file = Path(config) / "config.json" if isinstance(config, (str, Path)) else "config"
     if isinstance(config, (str, Path)): config = _read_config(Path(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise MaetError(f"{file}: transformers has no causal language model for model_type {config.model_type!r}")
-    with reading(file, f"transformers cannot build {config.model_type} from it"), torch.device("meta"):
-        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > MOST_LAYERS: raise MaetError(f"{file}: {layers} layers are more than any model has")
+        raise UnknownModel(f"{file}: transformers has no causal language model for model_type {config.model_type!r}")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS: raise MaetError(f"{file}: {layers} layers are more than any model has")
+    with reading(file, f"transformers cannot build {config.model_type} from it"), _unspread(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 def shapes(config,  # a PretrainedConfig, or the path of a checkpoint folder

@@ -6,8 +6,8 @@
 __all__ = ['MODES', 'SCHEDULES', 'PRECISIONS', 'ATTENTIONS', 'DEEPSPEED', 'MARK', 'Training', 'batch_sequences', 'total_steps',
            'total_tokens', 'at_once', 'check_ranks', 'reading_order', 'Sequences', 'ranks', 'rank', 'meet',
            'from_rank_0', 'seal', 'newest_whole', 'base_dtype', 'weight_dtype', 'load_base', 'prepare', 'Watch',
-           'MaetTrainer', 'Saving', 'HeldOut', 'whole_of', 'lora_layers', 'write_expert', 'Candidates', 'write_kept',
-           'state_bytes', 'peak_memory', 'train']
+           'MaetTrainer', 'Saving', 'HeldOut', 'whole_of', 'lora_layers', 'pieces_from', 'write_expert', 'Candidates',
+           'write_kept', 'state_bytes', 'peak_memory', 'train']
 
 # %% ../nbs/10_training.ipynb #da4b9237
 import copy, functools, hashlib, itertools, json, math, os, re, shutil, time
@@ -27,8 +27,9 @@ from torch import Tensor
 from .checkpoints import Checkpoint, finite, narrow, whole, write_checkpoint
 from .corpora import Tokens
 from .deltas import apply_delta, open_pack, save_pack
+from .names import Layout, complete, needed_layout, unquantised
 from .sparse import VALUES, Block, expert_delta, freeze, full_shape, gathered, parameter_of, sharded
-from .tensors import MaetError
+from .tensors import MaetError, reading
 
 # %% ../nbs/10_training.ipynb #c1dfd96e
 MODES = ("dense", "lora", "key-neuron")
@@ -64,8 +65,8 @@ def _whole(least, default): # a whole number, `least` or more; with a default of
 def _flag(default, must="true or false"): return _setting(default, bool, lambda v: True, must)
 
 def _check_names(settings, known):
-    if unknown := sorted(set(settings) - set(known)):
-        raise MaetError(f"training: unknown key {', '.join(map(str, unknown))}; known keys: {', '.join(known)}")
+    if unknown := sorted(map(str, set(settings) - set(known))):
+        raise MaetError(f"training: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
 
 def _one_of(choices, default):
     must = f"{', '.join(choices[:-1])} or {choices[-1]}" + (", or none" if default is None else "")
@@ -247,8 +248,9 @@ def seal(checkpoint: Path, # a folder with everything in it
 
 def _mark(checkpoint):
     "What a checkpoint's mark says, or None if it is not whole."
-    try: return json.loads((checkpoint/MARK).read_text())
-    except (OSError, ValueError): return None
+    try: found = json.loads((checkpoint/MARK).read_text())
+    except (OSError, ValueError, RecursionError): return None
+    return found if isinstance(found, dict) and {"run", "seconds"} <= found.keys() else None
 
 # %% ../nbs/10_training.ipynb #bc33ea4e
 def _discard(checkpoint):
@@ -339,10 +341,10 @@ def load_base(path, # checkpoint folder
     "The model with the checkpoint's weights. MaetError if one is missing (it would be random) or not finite."
     from transformers import AutoModelForCausalLM
     try:
-        with _no_bars(), _in_shards(deepspeed, dtype):
+        with reading(path, "fetch the checkpoint again"), _no_bars(), _in_shards(deepspeed, dtype):
             model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True,
                                                                 output_loading_info=True, attn_implementation=attention)
-    except (ImportError, ValueError) as e:
+    except (ImportError, MaetError) as e:
         if not attention: raise
         raise MaetError(f"{path}: cannot use attention {attention}: {' '.join(str(e).split())}") from None
     if missing := sorted(found["missing_keys"]):
@@ -370,13 +372,14 @@ def _with_lora(model, training):
 
 def prepare(model, # as `load_base` returns it
             training: Training,
-            keys: Mapping[str, Tensor] | None = None): # key-neuron: tensor name -> bool mask
+            keys: Mapping[str, Tensor] | None = None,  # key-neuron: tensor name -> bool mask
+            layout: Layout | None = None): # of the base, whose names the keys speak
     "The model that is trained: what the mode freezes is frozen, and what it adds is there."
     model.config.use_cache = False
     if training.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
         enable(dict(use_reentrant=False))
-    if training.mode == "key-neuron": return freeze(model, keys)
+    if training.mode == "key-neuron": return freeze(model, keys, layout)
     return _with_lora(model, training) if training.mode == "lora" else model
 
 # %% ../nbs/10_training.ipynb #5b384ce3
@@ -537,11 +540,14 @@ def _collected(model):
         if rank() == 0: found[id(p)] = tensor
     return found
 
-def _parameters(model, base): # tensor name -> parameter, of those that a model has: some checkpoints store buffers too
+def _parameters(model, base): # name -> parameter, of those that a checkpoint gives a model; it may store buffers, too
     found = {}
-    for name in base.names:
-        with suppress(MaetError): found[name] = parameter_of(model, name)
+    for name in needed_layout(base).parameters:
+        with suppress(AttributeError): found[name] = model.get_parameter(name)
     return found
+
+def _dtype(parameter, base): # name of a parameter -> the dtype in which the base stores it
+    return base.dtype(needed_layout(base).places(parameter, 0, 1)[0].name)
 
 def _gathered_checkpoint(place, parameters, base): # all ranks
     "Dense weights as a checkpoint, a file a tensor. Only rank 0 writes it, and has it."
@@ -552,22 +558,21 @@ def _gathered_checkpoint(place, parameters, base): # all ranks
     files = {name: f"{number}.safetensors" for number, name in enumerate(parameters)}
     for name, file in files.items():
         tensor = whole_of(parameters[name])
-        if rank() == 0: save_file({name: narrow(tensor.cpu(), base.dtype(name), name, place).contiguous()}, place/file)
+        if rank() == 0: save_file({name: narrow(tensor.cpu(), _dtype(name, base), name, place).contiguous()}, place/file)
     if rank(): return None
     (place/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
     return Checkpoint(place)
 
 # %% ../nbs/10_training.ipynb #827bfc45
 def lora_layers(model, # a PeftModel
-                base: Checkpoint) -> dict: # tensor name in the base -> its layer
-    "Which tensors LoRA changes. MaetError for one that the base has not: a head tied to the embedding."
-    found, plain = {}, model.get_base_model()
-    for path, layer in plain.named_modules():
+                base: Checkpoint) -> dict: # name of a parameter -> its layer
+    "Which parameters LoRA changes. MaetError for one that the base has not: a head tied to the embedding."
+    found, stored = {}, needed_layout(base).parameters
+    for path, layer in model.get_base_model().named_modules():
         if not hasattr(layer, "lora_A"): continue
-        names = (f"{path}.weight", f"{path}.weight".removeprefix(f"{plain.base_model_prefix}."))
-        name = next((n for n in names if n in base.names), None)
-        if not name: raise MaetError(f"training: lora_targets: {path} shares its weight with another layer; leave it out")
-        found[name] = layer
+        if f"{path}.weight" not in stored:
+            raise MaetError(f"training: lora_targets: {path} shares its weight with another layer; leave it out")
+        found[f"{path}.weight"] = layer
     return found
 
 def _product(layer, trained, start, stop): # a layer of peft's, what is trained
@@ -579,10 +584,8 @@ def _product(layer, trained, start, stop): # a layer of peft's, what is trained
     return rows.flatten()[start - first*width:stop - first*width]
 
 def _merged(base, layers, trained): # -> the pieces of a merged checkpoint
-    def piece(name, start, stop):
-        own = base.piece(name, start, stop)
-        return own.float() + _product(layers[name], trained, start, stop) if name in layers else own
-    return piece
+    def of_run(run, own): return own.float() + _product(layers[run.name], trained, run.start, run.stop) if run.name in layers else own
+    return pieces_from(base, of_run)
 
 def _write_adapter(out, model, trained):
     "An adapter that peft loads."
@@ -594,16 +597,31 @@ def _write_adapter(out, model, trained):
         save_file(state, place/"adapter_model.safetensors", metadata=dict(format="pt"))
         config.save_pretrained(str(place))
 
+# %% ../nbs/10_training.ipynb #6e2a0b41
+def pieces_from(base: Checkpoint,
+                of_run: Callable, # (a run of a parameter, the base's own scalars there) -> the scalars in their place
+                ) -> Callable:    # (tensor name, start, stop) -> flat, for `write_checkpoint`
+    "The tensors of a checkpoint from the parameters of a model; what no model reads is the base's."
+    found = needed_layout(base)
+    def piece(name, start, stop):
+        own, parts, at = base.piece(name, start, stop), [], 0
+        for run in found.parts(name, start, stop) if name in found.tensors else ():
+            size = run.stop - run.start
+            parts.append(of_run(run, own[at:at + size]))
+            at += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else own
+    return piece
+
 # %% ../nbs/10_training.ipynb #64e095fe
 def _write_dense(out, model, base, work, identity):
     parameters, source = _parameters(model, base), None
     if any(sharded(p) or hasattr(p, "_hp_mapping") for p in parameters.values()):
         source = _gathered_checkpoint(work/"gathered", parameters, base)
-    def piece(name, start, stop):
-        if name not in parameters: return base.piece(name, start, stop)
-        return source.piece(name, start, stop) if source else parameters[name].detach().reshape(-1)[start:stop].cpu()
+    def of_run(run, own):
+        if run.name not in parameters: return own
+        return source.piece(*run) if source else parameters[run.name].detach().reshape(-1)[run.start:run.stop].cpu()
     if rank() == 0:
-        write_checkpoint(out, base, piece, identity=identity)
+        write_checkpoint(out, base, pieces_from(base, of_run), identity=identity)
         shutil.rmtree(work/"gathered", ignore_errors=True)
 
 def write_expert(out, model, base, training, keys, work, identity, plain=False): # all ranks; plain: in any case a checkpoint
@@ -615,7 +633,7 @@ def write_expert(out, model, base, training, keys, work, identity, plain=False):
         write_checkpoint(out, base, _merged(base, lora_layers(model, base), trained), identity=identity)
     elif training.mode == "lora": _write_adapter(out, model, trained)
     else:
-        delta = expert_delta(model, base, keys, lambda p: trained[id(p)])
+        delta = expert_delta(model, base, keys, lambda p: trained[id(p)], needed_layout(base))
         if plain: apply_delta(out, base, delta)
         else: save_pack(out, delta, base, what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
 
@@ -715,8 +733,10 @@ def _check_tokens(tokens, name, length, vocabulary):
 
 def _check_inputs(base, corpus, training, keys, held_out, score):
     "Everything that can be known to be wrong before training starts."
+    complete(unquantised(base))
+    vocabulary = needed_layout(base).model.config.get_text_config(decoder=True).vocab_size
     for name, tokens in (("corpus", corpus), ("held_out", held_out)):
-        if tokens is not None: _check_tokens(tokens, name, training.sequence_length, base.config["vocab_size"])
+        if tokens is not None: _check_tokens(tokens, name, training.sequence_length, vocabulary)
     if (training.mode == "key-neuron") != (keys is not None):
         raise MaetError(f"training: mode is {training.mode}, but keys are {'missing' if keys is None else 'given'}; "
                         f"{'locate them first' if keys is None else 'use mode: key-neuron'}")
@@ -779,7 +799,7 @@ def _as_tokens(corpus): # a bare table of ids, or Tokens, or None
 def _model(base, training, keys, deepspeed):
     "What is trained, from the base."
     dtype = weight_dtype(training, base_dtype(base), deepspeed)
-    model = prepare(load_base(base.path, dtype, training.attention, deepspeed), training, keys)
+    model = prepare(load_base(base.path, dtype, training.attention, deepspeed), training, keys, needed_layout(base))
     if training.mode == "lora": lora_layers(model, base)  # before a step is made for nothing
     return model
 

@@ -1,5 +1,5 @@
 "What a user can get wrong: one line that names it, exit code 2, and nothing left behind."
-import json, os, shutil
+import json, logging, os, shlex, shutil, signal, tempfile
 from pathlib import Path
 
 import pytest
@@ -7,17 +7,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from maet import checkpoints, pipeline, training
 from maet.checkpoints import Checkpoint
 from maet.cli import main
 from maet.deltas import Difference, save_keys
-from maet.pipeline import make_tokenizer
+from maet.pipeline import make_tokenizer, side_by_side
+from maet.tensors import MaetError
 from test_run import TINY
 
 
-def make(folder: Path, hidden: int = 16, seed: int = 0) -> Path:
+def make(folder: Path, hidden: int = 16, seed: int = 0, layers: int = 1) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=300,
+    LlamaForCausalLM(LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, vocab_size=300,
                                  bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     make_tokenizer(["a few words"] * 9, 300).save_pretrained(folder)
     return folder
@@ -131,3 +133,154 @@ def test_unwritable_output(folder, capsys):
     assert "file" in refused(capsys, folder, "run", "--recipe", "run.yml", "--out", "file/out")
     assert "file" in refused(capsys, folder, *locate()[:3], "--out", "file/keys.safetensors")
     assert "file" in refused(capsys, folder, *expert(folder)[:2], "--out", "file/expert")
+
+
+# ---- what nobody thought of ----
+
+MERGE = dict(merge_method="linear", models=[{"model": name, "parameters": {"weight": 1}} for name in ("base", "tuned")])
+WRITERS = {"merge": ("merge", "merge.yml", "out"), "locate": locate(), "pack": ("pack", "base", "tuned", "--out", "out"),
+           "extract": ("extract", "--base", "base", "--ability", "tuned", "--minus", "tuned", "--out", "out")}
+
+
+def failing(error: Exception):
+    "A function that fails like this, whatever it is asked."
+    def fails(*arguments, **options): raise error
+    return fails
+
+
+def files(folder: Path) -> dict: return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def ended(capsys, *arguments: str) -> tuple[int, str]:
+    "Run the command; it must end, and say one line, below bars if there were some."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit: main(list(arguments))
+    *bar, said = capsys.readouterr().err.removesuffix("\n").split("\n")
+    assert said.startswith("maet: ") and all(line.startswith("\r") for line in bar), [*bar, said]
+    return exit.value.code, said
+
+
+@pytest.fixture
+def traces(tmp_path_factory, monkeypatch):
+    "An empty folder for temporary files."
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("error, code", [(ValueError("boom\nand more"), 1), (KeyError("boom"), 1), (AssertionError("boom"), 1),
+                                         (MemoryError("boom"), 2), (RuntimeError("boom: CUDA out of memory.\nmore"), 2),
+                                         (OSError(28, "boom: no space left", "x"), 2)])
+def test_one_line_and_nothing_left(folder, traces, capsys, monkeypatch, verb, error, code):
+    "The fault comes at the worst moment: when all numbers are written, and the output only needs its name."
+    (folder / "merge.yml").write_text(yaml.safe_dump(MERGE))
+    before = files(folder)
+    monkeypatch.setattr("maet.checkpoints.sync", failing(error))
+    found, said = ended(capsys, *WRITERS[verb])
+    assert found == code and "boom" in said and "and more" not in said and files(folder) == before
+    written = list(traces.glob("maet-traceback-*.txt"))
+    assert len(written) == (code == 1)
+    if code == 1:
+        text = written[0].read_text()
+        assert str(written[0]) in said and type(error).__name__ in said and "please report it" in said
+        assert text.splitlines()[1] == shlex.join(["maet", *WRITERS[verb]]) and "in fails" in text and "torch " in text.splitlines()[0]
+
+
+def test_a_traceback_that_cannot_be_written(folder, traces, capsys, monkeypatch):
+    monkeypatch.setattr("maet.checkpoints.sync", failing(ValueError("boom")))
+    monkeypatch.setattr(tempfile, "mkstemp", failing(OSError(28, "No space left on device")))
+    code, said = ended(capsys, *locate())
+    assert code == 1 and "the traceback cannot be written (No space left on device), MAET_TRACEBACK=1 shows it" in said
+
+
+def test_developers_see_the_traceback(folder, capsys, monkeypatch):
+    monkeypatch.setattr("maet.checkpoints.sync", failing(ValueError("boom")))
+    monkeypatch.setenv("MAET_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="boom"): main(list(locate()))
+
+
+def test_log_lines_of_libraries_do_not_come_first(folder, capsys, monkeypatch):
+    def fails(path):
+        for name in ("torch._subclasses", "transformers"): logging.getLogger(name).error("forty lines")
+        raise ValueError("boom")
+    monkeypatch.setattr("maet.checkpoints.sync", fails)
+    before = logging.root.manager.disable
+    assert ended(capsys, *locate())[0] == 1 and logging.root.manager.disable == before
+
+
+# ---- what a training leaves behind ----
+
+def trained(folder: Path, arguments: tuple, out: str) -> dict:
+    "The weights of an uninterrupted run."
+    with pytest.raises(SystemExit) as exit: main([*arguments[:-1], out])
+    assert exit.value.code == 0
+    return load_file(folder / out / "model.safetensors")
+
+
+def test_a_training_that_fails_before_anything_is_made(folder, traces, capsys, monkeypatch):
+    arguments = expert(folder)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr("maet.pipeline.write_tokens", failing(ValueError("boom")))
+    assert ended(capsys, *arguments)[0] == 1 and sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("boom"), 1), (OSError(28, "boom", "x"), 2)])
+def test_a_training_that_fails_goes_on(folder, traces, capsys, monkeypatch, error, code):
+    "The table of tokens is kept, and used."
+    arguments = expert(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("maet.pipeline.run_job", failing(error))
+        found, said = ended(capsys, *arguments)
+    table = folder / ".expert.work" / "tokens.safetensors"
+    state = table.stat().st_ino
+    assert found == code and "boom" in said and "the same command goes on from here" in said and not (folder / "expert").exists()
+    whole, seen = trained(folder, arguments, "whole"), []
+    with monkeypatch.context() as patch:
+        original = pipeline.run_job
+        def watched(*arguments):
+            seen.append(table.stat().st_ino)
+            return original(*arguments)
+        patch.setattr(pipeline, "run_job", watched)
+        again = trained(folder, arguments, "expert")
+    assert seen == [state] and not table.parent.exists() and all(torch.equal(again[n], whole[n]) for n in whole)
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_training(folder, traces, capsys, monkeypatch):
+    "The last checkpoint stays where the result finds no room; when there is room, no step is taken again."
+    arguments = expert(folder, training=dict(tokens=256, batch_tokens=64, sequence_length=32, learning_rate=0.001, save_every=2))
+    whole = trained(folder, arguments, "whole")
+    room_for = checkpoints.room_for
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "room_for", lambda out, size: room_for(out, 10**18))
+        code, said = ended(capsys, *arguments)
+    assert code == 2 and "needs 1,000,000,000.00 GB" in said and "the same command goes on from here" in said
+    assert not (folder / "expert").exists() and list((folder / ".expert.work").rglob("*.safetensors"))
+    seen, go_through = [], training._go_through
+    def watched(trainer, last, work):
+        seen.append(last.name)
+        go_through(trainer, last, work)
+    monkeypatch.setattr(training, "_go_through", watched)
+    again = trained(folder, arguments, "expert")
+    assert seen == ["checkpoint-4"] and not (folder / ".expert.work").exists()  # the last of 4 steps
+    assert all(torch.equal(again[n], whole[n]) for n in whole)
+
+
+def nobody_thought_of_it(store): raise KeyError("boom")
+def out_of_memory(store): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_fails_or_is_killed(folder):
+    with pytest.raises(RuntimeError, match="KeyError: 'boom'") as caught: side_by_side(nobody_thought_of_it, folder / "run", 1)
+    assert "in nobody_thought_of_it" in str(caught.value.__cause__)
+    with pytest.raises(MaetError, match="a worker was ended with code -9"): side_by_side(out_of_memory, folder / "run", 1)
+
+
+def test_a_base_of_bad_input(folder, capsys):
+    recipe = dict(corpora={"x": {"path": "text.jsonl"}}, vocabulary=300, model=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24),
+                  phases=[dict(shares={"x": 1}, training=dict(tokens=128, batch_tokens=64, sequence_length=32, learning_rate=0.001))])
+    (folder / "base.yml").write_text(yaml.safe_dump(recipe))
+    (folder / "text.jsonl").write_text('{"text": "a few words"}\n{"body": 1}\n')
+    before = files(folder)
+    code, said = ended(capsys, "base", "base.yml", "--out", "made")
+    assert code == 2 and "text.jsonl: line 2 lacks the column" in said and files(folder) == before

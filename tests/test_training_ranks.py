@@ -1,6 +1,6 @@
 """Two ranks against one process in what `tests/test_launch.py` leaves out: shards that are let go of after each use, offloading, recomputing,
 bfloat16, masked targets, a tied head, the best of a run. One launch does it all: this file is also the ranks' program."""
-import json, os, socket, subprocess, sys
+import json, sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from maet.checkpoints import Checkpoint
 from maet.corpora import Tokens
 from maet.training import Training, rank, train
+from ranks import two_ranks
 
 STEPS = dict(tokens=6*8*32, batch_tokens=8*32, sequence_length=32, device_batch=2, learning_rate=.01, eval_every=3, schedule="constant")
 BEST = dict(keep=2, save_samples=16)
@@ -37,10 +38,6 @@ def run(folder, name, ranks):
     if rank() == 0: at.with_name(at.name + ".json").write_text(json.dumps(report))
 
 
-def free_port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
-
-
 def content(path):
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     from safetensors.torch import load_file
@@ -60,11 +57,7 @@ def folder(tmp_path_factory):
     torch.save(data, folder/"data.pt")
     model.bfloat16().save_pretrained(folder/"bfloat16")
     for name in RUNS: run(folder, name, 1)
-    command = ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--master_port", str(free_port()), __file__, str(folder)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | dict(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PATH=path, PYTHONPATH=str(Path(__file__).parents[1]))
-    ended = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=400)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    two_ranks(__file__, folder)
     return folder
 
 
