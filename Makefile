@@ -2,13 +2,14 @@
 PYTHON ?= python3
 SCALE ?= mini
 SEED ?= 0
+SECONDS ?= 600
 STUDIES := $(basename $(notdir $(wildcard maet/recipes/studies/*.yml)))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env study experiments figures test notebooks export base clean
+.PHONY: help env study experiments figures test fuzz notebooks export base clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -32,6 +33,10 @@ figures: $(READY) ## draw every figure and table from the committed results, int
 
 test: $(READY) ## run every notebook and every test
 	$(BIN)/python -m pytest
+
+# Without SEED on the command line every call draws other cases.
+fuzz: $(READY) ## break files for every reader, for SECONDS (600): only success or one line may come out; counts, and how to see a failure again
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(filter-out file,$(origin SEED)),--seed $(SEED))
 
 notebooks: $(READY) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -274,7 +274,7 @@ def of_system(error: BaseException) -> str | None: # None: it was not the system
     if isinstance(error, OSError) and error.errno: return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     return first_line(error) if isinstance(error, OSError) or REFUSED.search(str(error)) else None
 
-def worded(error: Exception) -> tuple[int, str | None]: # exit code; one line, or None: nobody thought of this
+def worded(error: BaseException) -> tuple[int, str | None]: # exit code; one line, or None: nobody thought of this
     "What ends a command, for a user."
     kinds, said = {kind.__name__ for kind in type(error).__mro__}, str(error)
     again = "; the same command goes on from here" if getattr(error, "resumes", False) else ""
@@ -304,7 +304,7 @@ def keep_traceback(error: BaseException, arguments: list[str]) -> str: # where i
     except OSError as unwritable: return f"the traceback cannot be written ({unwritable.strerror}), MAET_TRACEBACK=1 shows it"
     return f"the traceback is in {name}"
 
-def unexpected(error: Exception, arguments: list[str]) -> str:
+def unexpected(error: BaseException, arguments: list[str]) -> str:
     "One line for what nobody thought of."
     kept = "; what is finished is kept, and the same command goes on from here" if getattr(error, "resumes", False) else ""
     return f"{type(error).__name__}: {first_line(error)}: a fault of maet or of a library; {keep_traceback(error, arguments)}; please report it{kept}"
@@ -317,7 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
     raw, level = os.environ.get("MAET_TRACEBACK"), logging.root.manager.disable
     if not raw: logging.disable(logging.ERROR)  # libraries log at length what they then raise
     try: return app(arguments)
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt): raise
+    except BaseException as error:  # a panic of Rust is no Exception
         if raw: raise
         code, said = worded(error)
         if type(error).__name__ == "RankError": print(f"maet: {error}", file=sys.stderr)  # with its last lines

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTHING', 'MEANING', 'GELU', 'matters', 'same_value', 'differing', 'with_heads', 'as_class_reads', 'filled',
            'Mismatch', 'text_parts', 'mismatch', 'mismatches', 'vocabulary', 'same_bytes', 'vocabulary_mismatch',
-           'shown', 'same_meaning']
+           'shown', 'sentences', 'same_meaning']
 
 # %% ../nbs/02c_meaning.ipynb #ca95cbba
 import copy, json, logging, re, sys, warnings
@@ -61,8 +61,9 @@ def same_value(a, b) -> bool:
     "Are two values of a configuration the same to a model?"
     if isinstance(a, str) and isinstance(b, str): return a.casefold().replace("swish", "silu") == b.casefold().replace("swish", "silu")
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)): return len(a) == len(b) and all(map(same_value, a, b))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)): return isclose(a, b, rel_tol=1e-6)
-    return a == b
+    if not (isinstance(a, (int, float)) and isinstance(b, (int, float))): return a == b
+    try: return isclose(a, b, rel_tol=1e-6)
+    except OverflowError: return a == b  # an integer beyond all floats
 
 def differing(a: Mapping, b: Mapping, path: str = "") -> Iterator[tuple[str, Any, Any]]: # key with dots, value, value; `...`: absent
     "What matters and is not the same in two nested mappings."
@@ -90,7 +91,8 @@ def as_class_reads(config: Mapping) -> dict | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))).to_dict()
+            told = {key: copy.deepcopy(value) for key, value in config.items() if matters(key) != "nothing"}
+            return CONFIG_MAPPING[config["model_type"]].from_dict(told).to_dict()
     except Exception: return None  # a config.json may hold anything, and each class fails in its own way
     finally: logging.disable(silent)
 
@@ -168,10 +170,16 @@ def vocabulary_mismatch(base: Path, other: Path) -> str | None: # one line; None
     return f"{other}: {len(apart):,} of {len(ours.keys() | theirs.keys()):,} tokens are not those of {base}: {'; '.join(map(told, apart[:2]))}"
 
 # %% ../nbs/02c_meaning.ipynb #8943c6d2
-def shown(value) -> str: # short
+def shown(value) -> str: # short, and printable
     if value is ...: return "not given"
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+def sentences(base, other, rows: list[Mismatch], most: int) -> list[str]:
+    "What is to be said of some mismatches, and of how many it is not said."
+    names = [row.key if row.key.isprintable() and len(row.key) <= 80 else repr(row.key[:80]) for row in rows]
+    said = [f"{name} is {shown(row.other)}, in {base.path} {shown(row.base)}" for name, row in zip(names, rows)]
+    return said if len(said) <= most else [*said[:most], f"{len(said) - most} more keys differ"]
 
 def same_meaning(base,  # a Checkpoint, or whatever has a `path` and a `config`; its values stand in the result
                  other, # the same
@@ -180,15 +188,15 @@ def same_meaning(base,  # a Checkpoint, or whatever has a `path` and a `config`;
                  ) -> None:
     "Raise a MaetError if tensors of one shape mean something else in two models; warn on stderr of what changes their use."
     if getattr(other, "compared_with", None) is base: return  # a pair may pass several doors
-    rows = mismatches(base.config, other.config)
-    said = [f"{row.key} is {shown(row.other)}, in {base.path} {shown(row.base)}" for row in rows]
-    refused = "; ".join(text for row, text in zip(rows, said) if row.refused)
+    try: rows = mismatches(base.config, other.config)
+    except RecursionError: raise MaetError(f"{other.path}: its config.json or that of {base.path} is nested too deeply to be read; mend or replace it") from None
+    refused = "; ".join(sentences(base, other, [row for row in rows if row.refused], 5))
     if refused and not allow_mismatch:
         raise MaetError(f"{other.path}: {refused}: shapes are the same, but numbers mean something else; give models of one kind, or --allow-mismatch")
     unknown = next((path for path in (other.path, base.path) if one_vocabulary and vocabulary(path) is None), None)
     if unknown: raise MaetError(f"{unknown}: has no tokenizer.json that can be read; leave tokenizer_source out")
     tokens = vocabulary_mismatch(base.path, other.path)
     if tokens and one_vocabulary: raise MaetError(f"{tokens}; models of different tokenizers cannot be merged here")
-    for text in [*(f"{other.path}: {text}" for text in said), *([tokens] if tokens else [])]:
+    for text in [*(f"{other.path}: {text}" for text in sentences(base, other, rows, 20)), *([tokens] if tokens else [])]:
         print(f"maet: warning: {text}; that of {base.path} stands", file=sys.stderr)
     other.compared_with = base

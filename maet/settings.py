@@ -6,7 +6,7 @@
 __all__ = ['MOST_VALUES', 'strict', 'parse_yaml', 'recipes', 'read_yaml', 'load']
 
 # %% ../nbs/07_settings.ipynb #da4b9237
-import math, types
+import math, os, types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from importlib.resources import files
@@ -90,7 +90,7 @@ def recipes() -> list[str]:
 def read_yaml(source: str | Path) -> dict: # a YAML file, or the name of a shipped recipe, with or without .yml
     "The content of a recipe. Raises MaetError: no such file, not YAML."
     path = Path(source)
-    if not path.is_file() and f"{path.stem}.yml" in recipes() and path.parent == Path("."): path = files("maet") / "recipes" / f"{path.stem}.yml"
+    if not os.path.isfile(path) and f"{path.stem}.yml" in recipes() and path.parent == Path("."): path = files("maet") / "recipes" / f"{path.stem}.yml"
     with reading(source, f"shipped recipes are {', '.join(recipes())}"): text = path.read_text(encoding="utf-8")
     return parse_yaml(text, source)
 

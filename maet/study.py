@@ -120,7 +120,7 @@ def studies() -> list[str]:
 def load_study(source: str | Path) -> Study: # a file, or the name of a shipped study
     "Raises MaetError: not there, not YAML, an unknown key."
     if str(source) in studies(): source = files("maet") / "recipes" / "studies" / f"{source}.yml"
-    elif not Path(source).is_file(): raise MaetError(f"{source}: no such study; shipped are {', '.join(studies())}")
+    elif not os.path.isfile(source): raise MaetError(f"{source}: no such study; shipped are {', '.join(studies())}")
     return strict(Study, read_yaml(source), Path(source).name)
 
 def changed(content, key: str, value):

@@ -27,6 +27,7 @@ from torch import Tensor
 from .checkpoints import Checkpoint, finite, narrow, whole, write_checkpoint
 from .corpora import Tokens
 from .deltas import apply_delta, open_pack, save_pack
+from .adapters import factors_of, product
 from .names import Layout, complete, needed_layout, unquantised
 from .sparse import VALUES, Block, expert_delta, freeze, full_shape, gathered, parameter_of, sharded
 from .tensors import MaetError, reading
@@ -570,21 +571,21 @@ def lora_layers(model, # a PeftModel
     found, stored = {}, needed_layout(base).parameters
     for path, layer in model.get_base_model().named_modules():
         if not hasattr(layer, "lora_A"): continue
-        if f"{path}.weight" not in stored:
+        name = f"{path.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"  # peft nests what it wraps
+        if name not in stored:
             raise MaetError(f"training: lora_targets: {path} shares its weight with another layer; leave it out")
-        found[f"{path}.weight"] = layer
+        found[name] = layer
     return found
 
-def _product(layer, trained, start, stop): # a layer of peft's, what is trained
-    "Scalars start to stop of alpha / r B A, flat, float32: only the rows that they lie in are multiplied."
-    a, b = (trained[id(part["default"].weight)].float() for part in (layer.lora_A, layer.lora_B))
-    left, right = (a.t(), b.t()) if layer.fan_in_fan_out else (b, a)
-    first, width = start//right.shape[1], right.shape[1]
-    rows = left[first:-(-stop//width)] @ right * layer.scaling["default"]
-    return rows.flatten()[start - first*width:stop - first*width]
+def _factors(layer, trained): # a layer of peft's, what is trained -> the two thin matrices of its change (room 02b)
+    a, b = (trained[id(part["default"].weight)] for part in (layer.lora_A, layer.lora_B))
+    experts = getattr(layer, "num_experts", 1)  # of a mixture, whose experts are one parameter
+    turned = layer.fan_in_fan_out or experts > 1 and not layer._did_swap_in_out_features
+    return factors_of(a, b, layer.scaling["default"], experts, turned)
 
 def _merged(base, layers, trained): # -> the pieces of a merged checkpoint
-    def of_run(run, own): return own.float() + _product(layers[run.name], trained, run.start, run.stop) if run.name in layers else own
+    changes = {name: _factors(layer, trained) for name, layer in layers.items()}
+    def of_run(run, own): return own.float() + product(changes[run.name], run.start, run.stop) if run.name in changes else own
     return pieces_from(base, of_run)
 
 def _write_adapter(out, model, trained):

@@ -175,7 +175,9 @@ class Json:
 class Yaml(Json):
     quote = ""
     @staticmethod
-    def load(data: bytes): return json_copy(yaml.safe_load(data))
+    def load(data: bytes):
+        if any(deep in data for deep in (b"[[[[[[", b"[0,[0,[0,", b'{"a":{"a":{"a":')): raise ValueError("an earlier change made it deep, and PyYAML takes seconds over that")
+        return json_copy(yaml.safe_load(data))
     @staticmethod
     def dump(tree) -> str: return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 

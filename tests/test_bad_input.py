@@ -283,4 +283,4 @@ def test_a_base_of_bad_input(folder, capsys):
     (folder / "text.jsonl").write_text('{"text": "a few words"}\n{"body": 1}\n')
     before = files(folder)
     code, said = ended(capsys, "base", "base.yml", "--out", "made")
-    assert code == 2 and "text.jsonl: line 2 lacks the text" in said and files(folder) == before
+    assert code == 2 and "text.jsonl: line 2 lacks the column" in said and files(folder) == before
