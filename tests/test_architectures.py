@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from maet.checkpoints import Checkpoint
 from maet.cli import main
 from maet.deltas import Difference, save_pack
+from maet.tensors import MaetError
+from written import disturbed, written
 
 SIZES = {0: "num_kv_shared_layers",
          2: "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k num_decoder_layers decoder_layers "
@@ -28,6 +30,7 @@ SIZES = {0: "num_kv_shared_layers",
              "encoder_ffn_dim shared_intermediate_size expert_ffn_hidden_size",
          96: "vocab_size n_words vocab_size_per_layer_input"}
 MOST = {word: size for size, words in SIZES.items() for word in words.split()}
+REFUSED = set()  # model types that cannot be trained; one that is refused and not here is a fault
 DEPTHS = "num_hidden_layers n_layer n_layers num_layers".split()
 # what a default configuration lacks, and what must agree where the sizes above do not
 LACKING = {"dbrx": {"attn_config": {"rope_theta": 1e4}}, "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
@@ -65,13 +68,6 @@ def tiny(kind: str, **changes):
     if size > 4e7: raise ValueError(f"{size / 1e6:.0f} million parameters with every size reduced that is known here")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)
-
-
-def disturbed(model, share=1., size=.01):
-    "The same model with a share of its scalars moved."
-    with torch.no_grad():
-        for parameter in model.parameters(): parameter.add_(size * torch.randn_like(parameter) * (torch.rand_like(parameter) < share))
-    return model
 
 
 def merge(folder: Path, **recipe) -> Path:
@@ -200,14 +196,14 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {said[min(1, len(said) - 1)].strip()}" if said else type(error).__name__
 
 
-def through(kind: str, folder: Path) -> tuple[str, str]:
-    "Build a tiny model, disturb it, merge the two, load the result: what became of it, and why."
+def through(kind: str, folder: Path) -> tuple[str, str, str]:
+    "Build a tiny model, disturb it, merge the two, load the result; train it, so to say, and write that: what became of both, and why."
     try:
         with at_most(20):
             model = tiny(kind)
             model.save_pretrained(folder / "base")
             disturbed(model).save_pretrained(folder / "tuned")
-    except Exception as error: return "not built", reason(error)
+    except Exception as error: return "not built", "not built", reason(error)
     with at_most(20):
         merged = merge(folder, ability={"model": str(folder / "tuned")}, languages=[{"model": str(folder / "tuned"), "weight": 1.}],
                        parameters={"gamma": .25, "eta": .25, "select_ratio": 1.})
@@ -216,8 +212,11 @@ def through(kind: str, folder: Path) -> tuple[str, str]:
         for name in found: assert torch.allclose(found[name], (before[name] + after[name]) / 2, rtol=1e-5, atol=1e-7), (kind, name)
         original, result = reading(folder / "base"), reading(merged)
     assert result == original or isinstance(original, str), (kind, result)
-    if isinstance(result, str): return "merged, but transformers cannot load its own base either", result
-    return "merged and loaded", ""
+    if isinstance(result, str): return "merged, but transformers cannot load its own base either", "not loaded", result
+    with at_most(40):
+        try: compared, apart = written(folder / "base", folder, kind)
+        except MaetError as error: return "merged and loaded", "refused", str(error)
+    return "merged and loaded", f"{'by another name' if apart else 'plainly'}, compared by {compared}", ""
 
 
 def test_every_architecture(capsys):
@@ -226,8 +225,12 @@ def test_every_architecture(capsys):
     found = {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         with tempfile.TemporaryDirectory() as folder: found[kind] = through(kind, Path(folder))
-    counts = Counter(what for what, _ in found.values())
-    lines = [f"transformers {transformers.__version__}: {len(found)} causal language models; " + ", ".join(f"{n} {w}" for w, n in counts.items())]
-    lines += [f"    {kind:26} {what}; {why}"[:150] for kind, (what, why) in found.items() if why]
+    counts, writings = (Counter(row[column] for row in found.values()) for column in (0, 1))
+    lines = [f"transformers {transformers.__version__}: {len(found)} causal language models; " + ", ".join(f"{n} {w}" for w, n in counts.items()),
+             "    changed, written and loaded again: " + ", ".join(f"{n} {w}" for w, n in writings.items())]
+    lines += [f"    {kind:26} {what}; {why}"[:150] for kind, (what, _, why) in found.items() if why]
     with capsys.disabled(): print("", *lines, sep="\n")
     assert counts["merged and loaded"] >= .85 * len(found)
+    refused = {kind: why for kind, (_, what, why) in found.items() if what == "refused"}
+    assert refused.keys() == REFUSED, refused
+    assert sum(n for what, n in writings.items() if what.endswith("compared by logits")) >= 160
