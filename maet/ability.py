@@ -40,8 +40,8 @@ class AbilityWeights(Sum):
 # %% ../nbs/14_ability.ipynb #b3f0c7f6
 def save_ability(out: str | Path,      # the pack to be
                  base: str | Path,     # the checkpoint that both experts started from
-                 ability: str | Path,  # expert of ability and language: a checkpoint or a pack
-                 language: str | Path, # expert of the language: a checkpoint or a pack
+                 ability: str | Path,  # expert of ability and language: a checkpoint, an adapter or a pack
+                 language: str | Path, # expert of the language: a checkpoint, an adapter or a pack
                  alpha: float = 0.8, beta: float = 0.2,
                  allow_mismatch: bool = False, # of configurations that give numbers another meaning (02c)
                  ) -> None:

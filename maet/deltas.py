@@ -516,21 +516,25 @@ class Difference(Lazy):
         said = " and ".join(sorted(map(str, kinds)))
         raise MaetError(f"{self.tuned.path}: {name} is {said} and differs from the base; dequantize both")
 
-    def moved(self, name: str, start: int, stop: int) -> Tensor: # flat, float32, finite
-        if self.told: return finite(self.tuned.change(name, start, stop), name, self.tuned.folder, start)
-        before, after = self.base.piece(name, start, stop), self.tuned.piece(name, start, stop)
-        wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-        moved = after.to(wide, copy=True).sub_(before.to(wide)).float()
-        if not all_finite(moved):
-            finite(before, name, self.base.path, start), finite(after, name, self.tuned.path, start)
-            finite(moved, name, f"{self.tuned.path} minus {self.base.path}", start)
-        return moved
+# %% ../nbs/08_deltas.ipynb #5ad07e12
+def _moved(self, name: str, start: int, stop: int) -> Tensor: # flat, float32, finite
+    "A run of tuned minus base, masks aside."
+    if self.told: return finite(self.tuned.change(name, start, stop), name, self.tuned.folder, start)
+    before, after = self.base.piece(name, start, stop), self.tuned.piece(name, start, stop)
+    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    moved = after.to(wide, copy=True).sub_(before.to(wide)).float()
+    if not all_finite(moved):
+        finite(before, name, self.base.path, start), finite(after, name, self.tuned.path, start)
+        finite(moved, name, f"{self.tuned.path} minus {self.base.path}", start)
+    return moved
 
-    def piece(self, name: str, start: int, stop: int) -> Part:
-        moved = self.moved(name, start, stop)
-        if self.masks is None: return moved
-        bits = bits_of(self.masks, name, start, stop)
-        return Packed(bits, moved[ones(bits)], moved.shape)
+def _difference_piece(self, name: str, start: int, stop: int) -> Part:
+    moved = self.moved(name, start, stop)
+    if self.masks is None: return moved
+    bits = bits_of(self.masks, name, start, stop)
+    return Packed(bits, moved[ones(bits)], moved.shape)
+
+Difference.moved, Difference.piece = _moved, _difference_piece
 
 # %% ../nbs/08_deltas.ipynb #511a418e
 def open_delta(model: str | Path, # a checkpoint, an adapter or a pack: a folder, a file, or a hub id

@@ -27,7 +27,7 @@ from torch import Tensor
 from .checkpoints import Checkpoint, finite, narrow, whole, write_checkpoint
 from .corpora import Tokens
 from .deltas import apply_delta, open_pack, save_pack
-from .adapters import factors_of, product
+from .adapters import NO_ADAPTER, factors_of, product
 from .names import Layout, complete, needed_layout, unquantised
 from .sparse import VALUES, Block, expert_delta, freeze, full_shape, gathered, parameter_of, sharded
 from .tensors import MaetError, reading
@@ -344,7 +344,7 @@ def load_base(path, # checkpoint folder
     try:
         with reading(path, "fetch the checkpoint again"), _no_bars(), _in_shards(deepspeed, dtype):
             model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True,
-                                                                output_loading_info=True, attn_implementation=attention)
+                                                                output_loading_info=True, attn_implementation=attention, **NO_ADAPTER)
     except (ImportError, MaetError) as e:
         if not attention: raise
         raise MaetError(f"{path}: cannot use attention {attention}: {' '.join(str(e).split())}") from None

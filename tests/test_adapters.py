@@ -164,6 +164,16 @@ def test_an_adapter_beside_a_whole_model_is_not_applied_and_not_copied(left, cap
     assert all(torch.equal(*pair) for pair in zip(*(read_keys(f"{name}.keys").values() for name in ("left", "right"))))
 
 
+def test_training_begins_with_the_whole_model_and_not_with_what_was_left(left):
+    (left/"text.jsonl").write_text('{"text": "a few words"}\n' * 50)
+    for base in ("left", "low merged"):
+        training = dict(tokens=128, batch_tokens=64, sequence_length=32, learning_rate=.001)
+        Path("expert.yml").write_text(yaml.safe_dump(dict(base=base, corpora=[{"path": "text.jsonl"}], training=training)))
+        maet("train", "expert.yml", "--out", f"from {base}")
+    close(*(load_file(f"from {base}/model.safetensors") for base in ("left", "low merged")))
+    assert not list(Path("from left").glob("adapter*"))
+
+
 def test_what_was_left_is_said_in_one_line(left, python, tmp_path):
     program = ("import sys; from contextlib import redirect_stderr; sys.stderr = sys.stdout; from maet.checkpoints import Checkpoint; "
                "Checkpoint('left'), Checkpoint('left')")
