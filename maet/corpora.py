@@ -10,7 +10,7 @@ __all__ = ['FROM', 'BESIDE', 'Pair', 'Document', 'KINDS', 'BLOCK', 'MARKED', 'Wr
            'text_source', 'permutation', 'Index', 'batch', 'in_blocks', 'Gzipped', 'in_a_line', 'open_dataset', 'Rows',
            'reader', 'placed', 'documents', 'texts_in', 'place_of', 'check', 'shuffled', 'Encoded', 'encode',
            'encode_stream', 'chat_template', 'render', 'check_template', 'answers', 'encode_chat', 'Position',
-           'mixture', 'pack', 'pack_whole', 'Tokens', 'readers_of', 'sequences', 'corpus', 'Table', 'finish',
+           'mixture', 'pack', 'pack_whole', 'Tokens', 'readers_of', 'sequences', 'corpus', 'Table', 'drop', 'finish',
            'read_meta', 'open_tokens', 'save_tokens', 'digest', 'identity', 'fingerprint', 'write_tokens', 'catalogue',
            'stand_in']
 
@@ -811,11 +811,6 @@ class Table:
         room_for(self.out, self.size)
         with open(self.part, "wb") as file: file.truncate(self.size)
 
-    def drop(self) -> None:
-        "Leave nothing behind: from bad input nothing goes on."
-        for path in (self.part, self.noted): path.unlink(missing_ok=True)
-        with suppress(OSError): [folder.rmdir() for folder in self.new]
-
     def append(self, ids: np.ndarray, trained: np.ndarray, position: dict | None = None) -> None:
         "Write rows, then note that they are there and the position behind them."
         rows, (many, length) = self.note["rows"], self.shape
@@ -838,6 +833,12 @@ def _header(table: Table) -> bytes:
     if table.masked: tensors["trained"] = dict(dtype="BOOL", shape=[many, length], data_offsets=[many * length * 4, many * length * 5])
     meta = dict(format=FORMAT, identity=note["hash"], made=table.made, used=json.dumps(used), trained=str(note["trained"]))
     return struct.pack("<Q", table.begin - 8) + json.dumps({"__metadata__": meta} | tensors).encode().ljust(table.begin - 8)
+
+def drop(table: Table) -> None:
+    "Remove what was written: from bad input nothing goes on."
+    for path in (table.part, table.noted): path.unlink(missing_ok=True)
+    with suppress(OSError):
+        for folder in table.new: folder.rmdir()
 
 def finish(table: Table) -> Path:
     "Write the header and give the file its name."
@@ -951,7 +952,7 @@ def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transfor
                 bar.update(len(next_rows) * length)
                 if progress: progress(table.note["rows"] * length, many * length)
     except MaetError:
-        table.drop()
+        drop(table)
         raise
     return finish(table)
 
