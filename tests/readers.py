@@ -14,11 +14,13 @@ import yaml
 
 from maet import claims, evaluation, exams, figures, launch, ledger, merging, plan, report, search, study
 from maet import layer_swapping  # adds layer_swap
+from maet.adapters import open_checkpoint
 from maet.checkpoints import Checkpoint
-from maet.corpora import Position, Source, Table, Tokens, documents, encode, open_tokens, reader, save_tokens, shuffled
+from maet.corpora import Position, Source, Table, Tokens, corpus, documents, encode, fingerprint, open_tokens, reader, save_tokens, shuffled
 from maet.deltas import Difference, Keys, check_pack, open_delta, save_keys, save_pack
+from maet.names import complete, unquantised
 from maet.neurons import locate
-from maet.pipeline import make_tokenizer
+from maet.pipeline import make_tokenizer, open_tokenizer
 from maet.tensors import meta_model
 from maet.training import Sequences, Training, load_base
 from tiny import TEXTS, tiny
@@ -47,7 +49,7 @@ def add(name: str, make: Callable, open: Callable, *files: str, imports: tuple =
 
 def read_all(path: str) -> None:
     "What every command that reads weights does: open, ask for a fingerprint, read each tensor."
-    model = Checkpoint(path)
+    model = complete(unquantised(open_checkpoint(path)))
     model.fingerprint
     for name in model.names: model.dtype(name), list(model.chunks(name))
 
@@ -84,10 +86,47 @@ def read_pack():
     dict(open_delta("pack.safetensors", base))
 
 
-add("shard", of_one_file, lambda: read_all("model"), "model/model.safetensors")
-add("index", in_shards, lambda: read_all("model"), "model/*.safetensors", "model/*.index.json")
+def adapter(folder: Path):
+    "LoRA with a rank of its own for one module, DoRA, a bias and a head that is stored whole."
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    tiny(folder/"base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3}, alpha_pattern={"q_proj": 4}, use_dora=True, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config)
+    with torch.no_grad():
+        for parameter in model.parameters(): parameter += .01 * torch.rand_like(parameter)
+    model.save_pretrained("adapter")
+
+
+def read_adapter():
+    model = open_checkpoint("adapter")
+    for name in model.names: model.dtype(name), list(model.chunks(name))
+    dict(open_delta("adapter", Checkpoint("base")))
+
+
+def read_pair():
+    dict(open_delta("tuned", Checkpoint("base")))
+    dict(open_delta("tuned", Checkpoint("base"), allow_mismatch=True))
+
+
+def words(folder: Path):
+    of_one_file(folder)
+    Path("text.txt").write_text("\n\n".join(TEXTS))
+
+
+def read_words():
+    words = open_tokenizer(Path("model"))
+    fingerprint(words)
+    corpus([Source("text.txt")], words, 64, 16, 0)
+
+
+add("shard", of_one_file, lambda: read_all("model"), "model/model.safetensors", imports=LLAMA)
+add("index", in_shards, lambda: read_all("model"), "model/*.safetensors", "model/*.index.json", imports=LLAMA)
 add("config", of_one_file, lambda: (read_all("model"), meta_model(Path("model"))), "model/config.json", imports=LLAMA)
+add("pair", two_models, read_pair, "tuned/*.json", imports=LLAMA)
 add("model", of_one_file, lambda: load_base("model", torch.float32), "model/*.json", "model/model.safetensors", imports=LLAMA)
+add("tokenizer", words, read_words, "model/tokenizer*.json", imports=LLAMA)
+add("adapter", adapter, read_adapter, "adapter/*.json", "adapter/*.safetensors", imports=(*LLAMA, "peft"))
 add("keys", keys, read_keys, "keys.safetensors")
 add("pack", pack, read_pack, "pack.safetensors")
 
