@@ -170,6 +170,7 @@ class Rivals:
         try: return Training.of(asdict(of) | whole | settings | dict(mode="lora" if how == "lora" else "dense"))
         except MaetError as e: raise MaetError(f"rivals.{how}: {e}") from None
 
+# %% ../nbs/16_pipeline.ipynb #7a31c00b
 @dataclass
 class Recipe:
     "A whole run. What has a default has the paper's."
@@ -322,6 +323,7 @@ def open_tokenizer(model: Path):
 
 MOST_TOKENS = 1 << 24  # the tokenizers library holds a place in memory for every number below the largest
 
+# %% ../nbs/16_pipeline.ipynb #7a31c01b
 def llama_config(vocabulary: int, model: dict, **more): # -> LlamaConfig
     "The config of a new model. Raises MaetError: a key that LlamaConfig has not, values that make no model."
     from transformers import LlamaConfig

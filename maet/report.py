@@ -144,6 +144,7 @@ def _stage(path: Path) -> tuple[str, dict]:
 
 AGAIN = "remove this stage, and the run makes it again"
 
+# %% ../nbs/29_report.ipynb #7a31c03b
 def of_seed(folder: Path) -> str:
     "The tables of one seed, each with the figure beside it."
     parts = []

@@ -211,6 +211,7 @@ def marks(exam: Path, task: str, language: str, key: str = "correct") -> dict[st
     found = [{answer["id"]: _number(answer, key, exam) for answer in answers} for answers in each]
     return {i: sum(f[i] for f in found) / len(found) for i in found[0]}
 
+# %% ../nbs/24_study.ipynb #7a31c02b
 def paired_texts(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, float, int] | None: # of a minus b, bit/byte; documents of a language
     "Mean difference of bits per byte over all languages, document by document, with its standard error; None where there is none."
     found = []
