@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'WEIGHTS', 'GRID', 'NO_ADAPTER', 'is_adapter', 'adapter_file', 'is_number', 'is_count', 'is_flag', 'is_text',
            'is_list_of', 'is_table_of', 'is_targets', 'are_tokens', 'is_place', 'read_config', 'scale_of', 'Factors',
            'factors_of', 'product', 'read_key', 'Change', 'Target', 'module_of', 'target_of', 'parts_of', 'whole_parts',
-           'must_fit', 'unheard', 'Gathered', 'Adapted', 'along', 'named_base', 'say_base', 'is_adapted',
+           'must_fit', 'must_have', 'unheard', 'Gathered', 'Adapted', 'along', 'named_base', 'say_base', 'is_adapted',
            'open_checkpoint']
 
 # %% ../nbs/02b_adapters.ipynb #6afbfbbe
@@ -256,6 +256,19 @@ def must_fit(file: Path, stored: Mapping, # name -> header, of the file
     if (last := max(change.tokens, default=-1)) >= rows:
         raise MaetError(f"{file}: {change.rows} is of token {last}, {base.path} has {rows} of them")
 
+# %% ../nbs/02b_adapters.ipynb #6e637025
+def must_have(file: Path, config: Mapping, found: Layout | None, stored: Mapping, parts: Mapping) -> None:
+    "Raise a MaetError for two tensors of one use, and for what is said to be there and is not."
+    if sum(map(len, parts.values())) < len(stored):
+        raise MaetError(f"{file}: has two tensors of one use, under two names; save the adapter again")
+    if "trainable_token_indices" in config and not any("rows" in roles for roles in parts.values()):
+        raise MaetError(f"{file}: has no rows for trainable_token_indices; copy or download it again")
+    words = config.get("modules_to_save", [])
+    for word in [words] if isinstance(words, str) else words:
+        modules = [path for path, _ in found.model.named_modules() if path.endswith(word)] if found else []
+        if modules and not any(f"{path}.".startswith(f"{module}.") for path in parts for module in modules):
+            raise MaetError(f"{file}: has nothing for {word} of modules_to_save; copy or download it again")
+
 # %% ../nbs/02b_adapters.ipynb #b31b5265
 def unheard(found: Layout | None, config: Mapping, heard: set[str], # modules that the file has something for
             ) -> list[str]:
@@ -279,6 +292,7 @@ class Gathered:
     def __init__(self, shard: Shard, config: Mapping, base: Checkpoint):
         self.file, self.config, self.base, self.found = shard.path, config, base, layout(base)
         self.changes, parts = {}, parts_of(shard.stored)
+        must_have(self.file, config, self.found, shard.stored, parts)
         for path, roles in parts.items():
             whole_parts(self.file, config, path, roles)
             if "stored" in roles: self.change(path, roles["stored"]).stored = roles["stored"]
@@ -297,22 +311,26 @@ class Gathered:
         shape = self.base.shape(name) if direct else self.found.state[name]
         return self.changes.setdefault(name, Change(name, tuple(shape), direct))
 
-    def take_rows(self, path: str, key: str) -> None:
-        said = self.config.get("trainable_token_indices", [])
-        if isinstance(said, dict):
-            said = next((tokens for name, tokens in said.items() if f".{path}".endswith(f".{name}")), [])
-        change = self.change(f"{path}.weight", key)
-        change.rows, change.tokens = key, said
+# %% ../nbs/02b_adapters.ipynb #451c2bb0
+def _take_rows(self, path: str, key: str) -> None:
+    said = self.config.get("trainable_token_indices", [])
+    if isinstance(said, dict):
+        said = next((tokens for name, tokens in said.items() if f".{path}".endswith(f".{name}")), [])
+    change = self.change(f"{path}.weight", key)
+    change.rows, change.tokens = key, said
 
-    def take_product(self, path: str, roles: Mapping[str, str]) -> None:
-        name, asked, turned = target_of(self.found, self.config, path)
-        change = self.change(name, roles["a"])
-        change.a, change.b, change.magnitude = roles["a"], roles["b"], roles.get("magnitude", "")
-        change.rank, change.scale = scale_of(self.config, asked)
-        change.experts, change.turned = prod(change.shape[:-2]), turned or "lora_embedding" in roles["a"]
-        if "bias" not in roles: return
-        bias = self.change(f"{name.rpartition('.')[0]}.bias", roles["bias"])
-        bias.b, bias.scale = roles["bias"], change.scale
+def _take_product(self, path: str, roles: Mapping[str, str]) -> None:
+    name, asked, turned = target_of(self.found, self.config, path)
+    change = self.change(name, roles["a"])
+    if change.b: raise MaetError(f"{self.file}: {roles['a']} changes {name} a second time; save it again")
+    change.a, change.b, change.magnitude = roles["a"], roles["b"], roles.get("magnitude", "")
+    change.rank, change.scale = scale_of(self.config, asked)
+    change.experts, change.turned = prod(change.shape[:-2]), turned or "lora_embedding" in roles["a"]
+    if "bias" not in roles: return
+    bias = self.change(f"{name.rpartition('.')[0]}.bias", roles["bias"])
+    bias.b, bias.scale = roles["bias"], change.scale
+
+Gathered.take_rows, Gathered.take_product = _take_rows, _take_product
 
 # %% ../nbs/02b_adapters.ipynb #a750214d
 class Adapted(Checkpoint):
@@ -325,7 +343,11 @@ class Adapted(Checkpoint):
         said, self.shard = read_config(self.folder), Shard(adapter_file(self.folder))
         self.here, self.factors = layout(base), lru_cache(16)(self._factors)  # of what threads work on
         self.changes = Gathered(self.shard, said, base).changes
-        self.touched = {name for change in self.changes.values() for name in self.tensors_of(change)}
+        direct, others = ({name for change in self.changes.values() if change.direct == kind
+                           for name in self.tensors_of(change)} for kind in (True, False))
+        self.touched = direct | others
+        if twice := direct & others:
+            raise MaetError(f"{self.shard.path}: changes {some(twice)} under two names; save the adapter again")
         exotic = sorted(name for name in self.touched if base.dtype(name) not in FLOATS)
         if exotic: raise MaetError(f"{base.path}: {exotic[0]} is {base.dtype(exotic[0])}; dequantize it")
         self.tie()
@@ -499,9 +521,9 @@ def is_adapted(model: str | Path) -> bool:
     "Does this name an adapter, alone or as BASE+ADAPTER?"
     return is_adapter(local(model)) or "+" in str(model) and not Path(model).exists()
 
-def open_checkpoint(model: str | Path,              # a checkpoint, an adapter, or BASE+ADAPTER: folders or hub ids
-           base: Checkpoint | None = None, # of an adapter that comes alone; None: the one that it names
-           ) -> Checkpoint:
+def open_checkpoint(model: str | Path, # a checkpoint, an adapter, or BASE+ADAPTER: folders or hub ids
+                    base: Checkpoint | None = None, # of an adapter that comes alone; None: the one it names
+                    ) -> Checkpoint:
     "A model to read from. Raises MaetError for what is none."
     whole, plus, part = str(model).partition("+")
     if not plus or Path(model).exists(): whole, part = "", model
