@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'maet.cli.locate': ('cli.html#locate', 'maet/cli.py'),
                           'maet.cli.main': ('cli.html#main', 'maet/cli.py'),
                           'maet.cli.merge': ('cli.html#merge', 'maet/cli.py'),
+                          'maet.cli.of_memory': ('cli.html#of_memory', 'maet/cli.py'),
                           'maet.cli.of_system': ('cli.html#of_system', 'maet/cli.py'),
                           'maet.cli.options': ('cli.html#options', 'maet/cli.py'),
                           'maet.cli.pack': ('cli.html#pack', 'maet/cli.py'),

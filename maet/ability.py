@@ -47,5 +47,6 @@ def save_ability(out: str | Path,      # the pack to be
                  ) -> None:
     "Write R(A) as a pack, a tensor at a time. Raises MaetError for experts of another base."
     base = Checkpoint(base)
-    weights = AbilityWeights(open_delta(ability, base, allow_mismatch), open_delta(language, base, allow_mismatch), alpha, beta)
+    deltas = [open_delta(expert, base, allow_mismatch) for expert in (ability, language)]
+    weights = AbilityWeights(*deltas, alpha, beta)
     save_pack(out, weights, base, what="ability", alpha=alpha, beta=beta)

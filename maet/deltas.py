@@ -493,8 +493,9 @@ def fits(path: str | Path, delta: Mapping[str, Part], base: Checkpoint) -> None:
 class Difference(Lazy):
     """Tuned minus base: name -> float32 Part, computed when asked for. With `keys` only at the key neurons, and Packed.
 
-    Other tensors or shapes than the base's, another meaning of them (02c), NaN, integers or 8-bit floats that differ: MaetError."""
-    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None, allow_mismatch: bool = False):
+    Other tensors or shapes than the base's, another meaning of them, NaN, integers or 8-bit floats that differ: MaetError."""
+    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None,
+                 allow_mismatch: bool = False): # of configurations that give numbers another meaning (02c)
         for checkpoint in (base, tuned): complete(unquantised(checkpoint))
         tuned = aligned(tuned, base)
         same_tensors(base, tuned)

@@ -177,7 +177,8 @@ def open_experts(names: Iterable[str], base_model: str | None, where: str,
     pattern = base_model or names[0]  # without a base: the state dictionary of the first task expert, as in section 4.1
     like, first = open_pattern(pattern, bool(base_model))
     base = like if base_model else None
-    opened = {name: open_model(name, base, like, allow_mismatch, one_vocabulary) for name in names if name != pattern}
+    others = [name for name in names if name != pattern]
+    opened = {name: open_model(name, base, like, allow_mismatch, one_vocabulary) for name in others}
     return like, {name: opened.get(name, first) for name in names}
 
 def layers_of(like: Checkpoint) -> int: # L
@@ -231,7 +232,8 @@ class Swapped(Mixture):
         return [(str(self.like.path), stored_bytes(self.like.path), base), *rows] if base else rows
 
 # %% ../nbs/21_layer_swapping.ipynb #972a67c4
-def open_swap(method: Method, content: Mapping, where: str, mask: Callable = random_mask, allow_mismatch: bool = False) -> Swapped:
+def open_swap(method: Method, content: Mapping, where: str, mask: Callable = random_mask,
+              allow_mismatch: bool = False) -> Swapped:
     "Read a file of layer_swap and open what it names."
     file = read_swap(content, where)
     experts = sorted(file.models, key=lambda expert: expert.role, reverse=True)  # task first
@@ -381,13 +383,15 @@ def restored(task: Task, start: int, base: Tensor | None, tensors: list[Tensor])
     before, after = tensors
     return torch.where(task.known.mask(task.name, start, start + len(after)), after, before)
 
-def open_revert(method: Method, content: Mapping, where: str, mask: Callable = random_mask, allow_mismatch: bool = False) -> Mixture:
+def open_revert(method: Method, content: Mapping, where: str, mask: Callable = random_mask,
+                allow_mismatch: bool = False) -> Mixture:
     "Read a file of revert and open what it names."
     name_unsupported(content, where)
     file = strict(RevertFile, content, where)
     if len(file.models) != 1: raise MaetError(f"{where}: models: revert takes one model, not {len(file.models)}; make a file for each")
     if file.models[0].model == file.base_model: raise MaetError(f"{where}: {file.base_model} is base and model; there is nothing to take back")
-    like, models = open_experts([file.base_model, file.models[0].model], file.base_model, where, allow_mismatch)
+    names = [file.base_model, file.models[0].model]
+    like, models = open_experts(names, file.base_model, where, allow_mismatch)
     base, expert = models.values()
     options, layers = fitted(file.parameters, layers_of(like), where), layers_of(like)
     delta = Difference(expert.checkpoint, like, allow_mismatch=allow_mismatch) if expert.checkpoint else expert.delta

@@ -338,7 +338,7 @@ class Method:
     "A way to merge."
     name: str                     # merge_method
     paper: str                    # URL
-    open: Callable                # (method, content of the file, where it stands, mask, allow_mismatch) -> what is ready to be written
+    open: Callable                # (method, content of the file, where it stands, mask, allow_mismatch) -> a Mixture
     merge: Callable | None = None # (task, start, base, inputs) -> float32 block; inputs are deltas if `base`
     each: Mapping[str, Parameter] = field(default_factory=dict)   # parameters of each model
     shared: Mapping[str, Parameter] = field(default_factory=dict) # parameters of the whole
@@ -370,10 +370,10 @@ class Model:
         return part.dense() if isinstance(part, Packed) else part
 
 def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
-               allow_mismatch: bool = False, # only warn where a configuration gives numbers another meaning than in `like` (02c)
+               allow_mismatch: bool = False, # only warn where numbers have another meaning than in `like` (02c)
                one_vocabulary: bool = False, # refuse another vocabulary than that of `like`
                ) -> Model:
-    "Raises MaetError: not there, a pack without its base, other tensors than `like`, or another meaning of them."
+    "Raises MaetError: not there, a pack without its base, other tensors than `like`, another meaning of them."
     if base and is_adapted(where):
         delta = open_delta(where, base, allow_mismatch)
         return Model(where, delta.tuned.folder, None, delta)
@@ -689,7 +689,8 @@ def ingredients(file: Mergekit, entries: list[Ingredient], method: Method, where
     raise MaetError(f"{where}: there is no model beside the base; give one")
 
 # %% ../nbs/20_merging.ipynb #a72b2006
-def open_models(method: Method, content: Mapping, where: str, mask: Callable = random_mask, allow_mismatch: bool = False) -> Mixture:
+def open_models(method: Method, content: Mapping, where: str, mask: Callable = random_mask,
+                allow_mismatch: bool = False) -> Mixture:
     "Read a file in mergekit's language and open what it names."
     file = read_file(content, where)
     pattern = file.base_model or (file.models or file.slices[0].sources)[0].model
@@ -773,10 +774,11 @@ class Transferred:
     def readings(self) -> list[tuple[str, int, int]]:
         "Model, bytes, how often: the experts for the selection and for the sum."
         experts = [self.recipe.ability.model, *(language.model for language in self.recipe.languages)]
-        for model in experts: open_delta(model, self.like, self.allow_mismatch)  # what a merge would refuse, a dry run refuses
+        for model in experts: open_delta(model, self.like, self.allow_mismatch)  # refuses what a merge would refuse
         return [(str(self.recipe.base_model), stored_bytes(self.like.path), 2), *((model, stored_bytes(local(model)), 2) for model in experts)]
 
-def open_maet(method: Method, content: Mapping, where: str, mask: Callable, allow_mismatch: bool = False) -> Transferred:
+def open_maet(method: Method, content: Mapping, where: str, mask: Callable,
+              allow_mismatch: bool = False) -> Transferred:
     from maet.pipeline import Merge  # here, because it brings the rooms of training with it, which no other method needs
     recipe = strict(Merge, content, where)
     return Transferred(method, Checkpoint(local(recipe.base_model)), recipe, allow_mismatch)
@@ -822,7 +824,7 @@ def merge(recipe: str | Path | Mapping, # a file, or its content
           out: str | Path,              # the checkpoint folder to be
           dry_run: bool = False,        # only say what would be done
           mask: Callable = random_mask, # of DARE
-          allow_mismatch: bool = False, # only warn where configurations give the same shapes another meaning (02c)
+          allow_mismatch: bool = False, # only warn where the same shapes have another meaning (02c)
           ) -> Checkpoint | str:        # the result; of a dry run the plan
     "Merge as a file says, in mergekit's language or ours: all of it or nothing. Raises MaetError in one line."
     content, where = (recipe, "recipe") if isinstance(recipe, Mapping) else (read_yaml(recipe), Path(recipe).name)

@@ -218,7 +218,7 @@ def _as_text(name: str, inputs: dict) -> str: return json.dumps([FORMAT, name, i
 
 # %% ../nbs/16_pipeline.ipynb #fa35e192
 def worth_keeping(error: Exception, work: Path) -> bool:
-    "Is there something to go on from? After bad input never; after a full disk or a fault of ours, if `work` holds a file."
+    "Is there something to go on from? Never after bad input; after a full disk or a fault of ours, any file."
     bad_input = isinstance(error, MaetError) and not isinstance(error.__cause__, OSError)
     return not bad_input and any(path.is_file() and path.suffix != ".lock" for path in work.rglob("*"))
 
@@ -511,7 +511,8 @@ def merge(r: Merge, out: str | Path,
     if r.merge_method != "maet": raise MaetError(f"merge_method: {r.merge_method!r} is not known; known is maet")
     base, p = Checkpoint(r.base_model), r.parameters
     mu = [1 / len(r.languages) if l.weight is None else l.weight for l in r.languages]
-    ability, *deltas = [open_delta(expert.model, base, allow_mismatch) for expert in (r.ability, *r.languages)]
+    experts = [expert.model for expert in (r.ability, *r.languages)]
+    ability, *deltas = [open_delta(model, base, allow_mismatch) for model in experts]
     delta = MaetTransfer(base.names, ability, deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
     return apply_delta(out, base, delta, origin(asdict(r), [r.base_model], "maet", "https://arxiv.org/abs/2410.07825"))
 
@@ -654,4 +655,6 @@ def side_by_side(wanted: Callable[[Store], None], out: Path, workers: int) -> No
     said, trace = errors.get() if not errors.empty() else ("", "")
     if trace: raise RuntimeError(said) from RuntimeError(trace)
     if said: raise MaetError(said)
-    if codes: raise MaetError(f"{out}: a worker was ended with code {codes[0]} (-9: where memory runs out); the same command goes on from here")
+    if codes:
+        said = f"{out}: a worker was ended with code {codes[0]} (-9: where memory runs out)"
+        raise MaetError(f"{said}; the same command goes on from here")
