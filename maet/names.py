@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Run', 'Runs', 'one_run', 'joined_runs', 'find_groups', 'numbered', 'both_ways', 'trace', 'Layout', 'same_storage',
-           'layout', 'needed_layout', 'complete', 'unquantised', 'Aligned', 'aligned']
+           'layout', 'needed_layout', 'misfits', 'complete', 'unquantised', 'Aligned', 'aligned']
 
 # %% ../nbs/02_names.ipynb #1446b29d
-from .checkpoints import (LARGE, Checkpoint, Stored, exactly, hashed, read_json, remembered, remember, same_tensors, some)
+from .checkpoints import (LARGE, Checkpoint, Stored, exactly, hashed, note, remember, remembered, same_tensors,
+                              some)
 from .tensors import MaetError, UnknownModel, meta_model, not_quantised
 
-# %% ../nbs/02_names.ipynb #3e37c08d
-import copy, re, sys
+# %% ../nbs/02_names.ipynb #21cf83ed
+import copy, re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from importlib.metadata import version
@@ -33,7 +34,7 @@ class Runs:
     "Of which runs of other tensors a flat tensor is made."
     def __init__(self,
                  names: list[str],    # of the others
-                 begins: np.ndarray,  # (runs + 1,) where each begins in this tensor; the last number is its size
+                 begins: np.ndarray,  # (runs + 1,) where each begins in this tensor; the last is its size
                  owners: np.ndarray,  # (runs,) in which of the others it lies
                  firsts: np.ndarray): # (runs,) and where it begins there
         self.names, self.begins, self.owners, self.firsts = names, begins, owners, firsts
@@ -66,10 +67,11 @@ def joined_runs(names: list[str],
 # %% ../nbs/02_names.ipynb #08e34b21
 def find_groups(names: Iterable[str], # of a checkpoint's tensors
                 model,                # on the meta device
-                ) -> tuple[dict, list]: # parameter -> (converter or None, [(tensor, pattern)]); tensors that no parameter takes
+                ) -> tuple[dict, list]: # parameter -> (converter or None, [(tensor, pattern)]); what no parameter takes
     "Which tensors transformers brings together for which parameter."
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
@@ -77,7 +79,8 @@ def find_groups(names: Iterable[str], # of a checkpoint's tensors
     state, prefix, groups, strange = model.state_dict(), model.base_model_prefix, {}, []
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state: target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state and name in state:  # it is a parameter's own name, for which no rule is meant
+            target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state: strange.append(name)
         else: groups.setdefault(target, (by_pattern.get(pattern), []))[1].append((name, pattern))
     return groups, strange
@@ -99,9 +102,10 @@ def numbered(target: str,     # parameter that the group is brought together for
     found = {name: part[0] if isinstance(part, list) else part for name, part in found.items()}
     for name, part in found.items():
         wanted = tuple(model.state_dict()[name].shape)
-        if tuple(part.shape) != ((*wanted[:-1], 1) if narrow else wanted): raise ValueError(f"{name} came out as {tuple(part.shape)}")
+        if narrow: wanted = (*wanted[:-1], 1)
+        if tuple(part.shape) != wanted: raise ValueError(f"{name} came out as {tuple(part.shape)}")
     numbers = torch.cat([part.flatten() for part in found.values()]).sort().values
-    if not torch.equal(numbers, torch.arange(total)): raise ValueError(f"{target}: not every number came out once")
+    if not torch.equal(numbers, torch.arange(total)): raise ValueError("not every number came out once")
     return found
 
 # %% ../nbs/02_names.ipynb #a800fd9b
@@ -134,25 +138,29 @@ def trace(target: str, converter, members: list, shapes: Mapping[str, tuple], mo
             unit = shapes[names[0]][-1] if narrow else 1
             return both_ways(found, {name: prod(shapes[name]) // max(unit, 1) for name in names}, unit)
     reason = " ".join(str(said).split())[:200]
-    raise MaetError(f"{target}: cannot be made from {some(names, 3)} ({reason}); save the checkpoint again with transformers")
+    raise MaetError(f"{target}: cannot be made from {some(names, 3)} ({reason}); "
+                    "save the checkpoint again with transformers")
 
 # %% ../nbs/02_names.ipynb #7c654c9b
 class Layout:
     """How the tensors of a checkpoint and the parameters of its model correspond.
 
-    tensors (name -> shape, of those that the model reads), parameters (name -> shape, of those that are stored; buffers included),
-    aside (stored, and passed over by transformers), missing, unexpected (sorted; both empty if the checkpoint is whole)."""
+    tensors: name -> shape, of those that the model reads
+    parameters: name -> shape, of those that are stored, buffers included
+    aside: what is stored, and passed over by transformers
+    missing, unexpected: sorted names; both are empty if the checkpoint is whole"""
     def __init__(self, model,                     # on the meta device
                  shapes: Mapping[str, tuple]):    # of the stored tensors
         self.model, (self.groups, strange) = model, find_groups(shapes, model)
         self.known, self.made_of, state = {}, {}, model.state_dict(keep_vars=True)
         self.group_of = {name: target for target, (_, members) in self.groups.items() for name, _ in members}
         self.tensors = {name: tuple(shapes[name]) for name in self.group_of}
-        self.state, self.tied = {name: tuple(tensor.shape) for name, tensor in state.items()}, same_storage(state)
+        self.state = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.tied = same_storage(state)
         self.report(set(strange))
 
 # %% ../nbs/02_names.ipynb #cdb38a70
-def same_storage(state: Mapping[str, Tensor]) -> dict[str, list[str]]: # a key -> all keys of the same parameter
+def same_storage(state: Mapping[str, Tensor]) -> dict[str, list[str]]: # key -> all keys of the same parameter
     "Which keys of a state dict, taken with its variables, are one parameter."
     keys = {}
     for name, tensor in state.items(): keys.setdefault(id(tensor), []).append(name)
@@ -165,8 +173,8 @@ def _report(self, strange: set[str]) -> None:
     for target, (converter, _) in self.groups.items():
         if converter and len(converter.target_patterns) > 1: made |= self.traced(target)[1].keys()
     held = {other for name in made for other in self.tied.get(name, [name])}
-    info = LoadStateDictInfo(missing_keys=set(self.state) - held, unexpected_keys=strange, mismatched_keys=set(),
-                             conversion_errors={}, error_msgs=[], skipped_pp_keys=set())
+    nothing = dict(mismatched_keys=set(), conversion_errors={}, error_msgs=[], skipped_pp_keys=set())
+    info = LoadStateDictInfo(missing_keys=set(self.state) - held, unexpected_keys=strange, **nothing)
     self.model._adjust_missing_and_unexpected_keys(info)
     self.parameters = {name: self.state[name] for name in self.state if name in made}
     self.missing, self.unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
@@ -175,8 +183,8 @@ def _report(self, strange: set[str]) -> None:
 Layout.report = _report
 
 # %% ../nbs/02_names.ipynb #d97079a6
-def _traced(self, target: str) -> tuple[dict, dict]: # tensor -> Runs of parameters; parameter -> Runs of tensors
-    "One group, both ways."
+def _traced(self, target: str) -> tuple[dict, dict]:
+    "One group, both ways: tensor -> Runs of parameters; parameter -> Runs of tensors."
     if target not in self.known:
         converter, members = self.groups[target]
         if converter is None:
@@ -192,7 +200,8 @@ def _parts(self, tensor: str, start: int, stop: int) -> list[Run]:
 
 def _places(self, parameter: str, start: int, stop: int) -> list[Run]:
     "A run of a flat parameter as runs of tensors."
-    stored = parameter if parameter in self.parameters else next(n for n in self.tied[parameter] if n in self.parameters)
+    twins = [parameter, *self.tied[parameter]]
+    stored = next(name for name in twins if name in self.parameters)
     target = stored if stored in self.groups else self.made_of[stored]
     return list(self.traced(target)[1][stored].cut(start, stop))
 
@@ -208,7 +217,8 @@ def layout(checkpoint: Checkpoint) -> Layout | None:
         try: model = meta_model(checkpoint.path) if "model_type" in checkpoint.config else None
         except UnknownModel: model = None
         if len(_layouts) > 16: _layouts.clear()
-        _layouts[key] = model and Layout(model, {name: part.shape for name, part in checkpoint.stored.items()})
+        shapes = {name: part.shape for name, part in checkpoint.stored.items()}
+        _layouts[key] = model and Layout(model, shapes)
     return _layouts[key]
 
 def needed_layout(checkpoint: Checkpoint) -> Layout:
@@ -226,31 +236,40 @@ def _verdict(checkpoint: Checkpoint) -> str:
     shapes = sorted([name, list(part.shape)] for name, part in checkpoint.stored.items())
     return "whole-" + hashed([[config, version("transformers")], *shapes])
 
+def misfits(found: Layout) -> str: # "" if there are none
+    "What does not fit between a checkpoint and its config.json, and what to do."
+    if found.missing: return f"lacks {some(found.missing)}, which its config.json asks for; copy the checkpoint again"
+    if found.unexpected:
+        return f"holds {some(found.unexpected)}, for which the model of its config.json has no place; mend one of them"
+    plain = {name: target for name, target in found.group_of.items() if found.groups[target][0] is None}
+    reshaped = [f"{name} is {found.tensors[name]} where the model has {found.state[target]}"
+                for name, target in plain.items() if found.tensors[name] != found.state[target]]
+    return f"{some(reshaped, 2)}; its config.json is of another model" if reshaped else ""
+
 def complete(checkpoint: Checkpoint) -> Checkpoint: # itself
-    "Raise a MaetError unless a checkpoint has just what the model of its config.json reads. Of unknown model types nothing can be said."
+    """Raise a MaetError unless a checkpoint has just what the model of its config.json reads.
+
+    Of a model type that transformers does not know nothing can be said."""
     key = _verdict(checkpoint)
     if remembered(key): return checkpoint
-    found, where = layout(checkpoint), checkpoint.path
-    if found is not None:
-        if found.missing: raise MaetError(f"{where}: lacks {some(found.missing)}, which its config.json asks for; copy the checkpoint again")
-        if found.unexpected: raise MaetError(f"{where}: holds {some(found.unexpected)}, for which the model of its config.json has no place; mend one of them")
-        reshaped = [f"{name} is {found.tensors[name]} where the model has {found.state[target]}" for name, target in found.group_of.items()
-                    if found.groups[target][0] is None and found.tensors[name] != found.state[target]]
-        if reshaped: raise MaetError(f"{where}: {some(reshaped, 2)}; its config.json is of another model")
-        remember(key, "whole", lasting=checkpoint.bytes >= LARGE)
+    found = layout(checkpoint)
+    if found is None: return checkpoint
+    if said := misfits(found): raise MaetError(f"{checkpoint.path}: {said}")
+    remember(key, "whole", lasting=checkpoint.bytes >= LARGE)
     return checkpoint
 
 # %% ../nbs/02_names.ipynb #a97fa2bf
 def unquantised(checkpoint: Checkpoint) -> Checkpoint: # itself
     "Raise a MaetError, one line that names the method or the tensor, for weights that are not plain numbers."
     not_quantised(checkpoint.config, checkpoint.path)
-    eighths = sorted(name for name, part in checkpoint.stored.items() if part.code.startswith(("F8", "F4", "F6", "E8M0")))
-    if eighths: raise MaetError(f"{checkpoint.path}: {eighths[0]} is stored as {checkpoint.stored[eighths[0]].code}; dequantize it first")
+    for name, part in sorted(checkpoint.stored.items()):
+        if part.code.startswith(("F8", "F6", "F4")):
+            raise MaetError(f"{checkpoint.path}: {name} is stored as {part.code}; dequantize it first")
     return checkpoint
 
 # %% ../nbs/02_names.ipynb #11f742f6
 class Aligned(Checkpoint):
-    "A checkpoint, seen under the names and shapes of another one of the same model. Has what a Checkpoint has for reading."
+    "A checkpoint under the names and shapes of another one of the same model. Has what a Checkpoint has for reading."
     def __init__(self, source: Checkpoint, like: Checkpoint):
         self.__dict__.update(source.__dict__)
         self.source, self.like, self.here, self.there = source, like, layout(like), layout(source)
@@ -259,7 +278,7 @@ class Aligned(Checkpoint):
         self.stored = {name: Stored("", like.shape(name), like.stored[name].code, 0) for name in like.names}
 
     def runs(self, name: str, start: int, stop: int) -> list[tuple[Checkpoint, Run]]:
-        "Where a run of one of its tensors lies: in its own files, or, if no model reads the tensor, in the other's."
+        "Where a run of a tensor lies: in its own files, or, if no model reads the tensor, in the other's."
         if name in self.here.aside: return [(self.like, Run(name, start, stop))]
         parts = self.here.parts(name, start, stop)
         return [(self.source, run) for part in parts for run in self.there.places(*part)]
@@ -287,16 +306,14 @@ Aligned.identity = property(lambda self: hashed([["aligned", self.source.identit
 # %% ../nbs/02_names.ipynb #2ad30cce
 def aligned(source: Checkpoint,
             like: Checkpoint,                     # of the same model
-            say: Callable[[str], None] | None = None, # told what is set aside; None: stderr
+            say: Callable[[str], None] = note, # told what is set aside
             ) -> Checkpoint:                      # `source`, or a view of it under the other's names
-    "A checkpoint under another's names. Raises MaetError, which lists what differs, if they are not layouts of one model."
+    "A checkpoint under another's names. Raises MaetError, which lists what differs, if they are not of one model."
     if set(source.names) == set(like.names): return source
     here, there = layout(like), layout(source)
     if here is None or there is None: same_tensors(like, source)
     complete(like), complete(source)
-    if {n: here.state[n] for n in here.parameters} != {n: there.state[n] for n in there.parameters}: same_tensors(like, source)
+    if here.parameters != there.parameters: same_tensors(like, source)
     for checkpoint, found in ((like, here), (source, there)):
-        if found.aside: (say or _note)(f"{checkpoint.path}: {some(found.aside, 2)} set aside: no model reads them")
+        if found.aside: say(f"{checkpoint.path}: {some(found.aside, 2)} set aside: no model reads them")
     return Aligned(source, like)
-
-def _note(text: str) -> None: print(f"note: {text}", file=sys.stderr)

@@ -807,8 +807,9 @@ def _model(base, training, keys, deepspeed):
 def _go_through(trainer, last, work):
     "All steps from the last checkpoint on."
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except MaetError:
-        if rank() == 0: _clear(work)  # going on would end there again
+    except MaetError as error:
+        full = isinstance(error.__cause__, OSError)  # a disk, say: where there is room again, the run goes on
+        if rank() == 0 and not full: _clear(work)  # going on would end there again
         raise
 
 def _finish(out, write, candidates, work): # all ranks
