@@ -202,7 +202,7 @@ def test_developers_see_the_traceback(folder, capsys, monkeypatch):
     with pytest.raises(ValueError, match="boom"): main(list(locate()))
 
 
-def test_log_lines_of_libraries_do_not_come_first(folder, capsys, monkeypatch):
+def test_log_lines_of_libraries_do_not_come_first(folder, traces, capsys, monkeypatch):
     def fails(path):
         for name in ("torch._subclasses", "transformers"): logging.getLogger(name).error("forty lines")
         raise ValueError("boom")
