@@ -13,7 +13,7 @@ __all__ = ['FLOATS', 'PIECE', 'RUN', 'DTYPES', 'CODES', 'PAGE', 'HUGE', 'DIRECT'
            'rounded', 'companions', 'copy_companions', 'write_shards', 'write_index', 'write_checkpoint']
 
 # %% ../nbs/01_checkpoints.ipynb #da4b9237
-from .tensors import MaetError, place
+from .tensors import MaetError, place, reading
 
 # %% ../nbs/01_checkpoints.ipynb #77de68da
 import errno, fcntl, hashlib, json, mmap, os, re, shutil, socket, struct, sys, tempfile, threading, weakref
@@ -380,7 +380,7 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = local(path)
         self.id = self.path.resolve().name if self.path == Path(path) else str(path)
-        files, self.index = find_shards(self.path)
+        with reading(self.path, "change its permissions or give another"): files, self.index = find_shards(self.path)
         self.config = read_json(self.path/"config.json")
         if (self.path/"adapter_config.json").exists():
             note(f"{self.path}: is a whole model; the adapter that was left beside it is not applied")
