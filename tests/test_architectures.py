@@ -219,7 +219,7 @@ def through(kind: str, folder: Path) -> tuple[str, str, str]:
     return "merged and loaded", f"{'by another name' if apart else 'plainly'}, compared by {compared}", ""
 
 
-def test_every_architecture(capsys):
+def test_every_architecture(tell):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     found = {}
@@ -229,7 +229,7 @@ def test_every_architecture(capsys):
     lines = [f"transformers {transformers.__version__}: {len(found)} causal language models; " + ", ".join(f"{n} {w}" for w, n in counts.items()),
              "    changed, written and loaded again: " + ", ".join(f"{n} {w}" for w, n in writings.items())]
     lines += [f"    {kind:26} {what}; {why}"[:150] for kind, (what, _, why) in found.items() if why]
-    with capsys.disabled(): print("", *lines, sep="\n")
+    tell("\n".join(lines))
     assert counts["merged and loaded"] >= .85 * len(found)
     refused = {kind: why for kind, (_, what, why) in found.items() if what == "refused"}
     assert refused.keys() == REFUSED, refused

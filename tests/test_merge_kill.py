@@ -97,7 +97,7 @@ def undisturbed(experts: Path, verb: str) -> tuple[dict, list[str], float]:
     return content(experts/"undisturbed"), sorted(os.listdir(experts)), time.monotonic() - began
 
 
-def test_twenty_kills_of_a_merge(experts, capsys):
+def test_twenty_kills_of_a_merge(experts, tell):
     right, names, seconds = undisturbed(experts, "merge")
     shards = [name for name in right if name.endswith(".safetensors")]
     rng, killed, kept, out = random.Random(0), [], 0, experts/"merged"
@@ -121,9 +121,9 @@ def test_twenty_kills_of_a_merge(experts, capsys):
     kept += reused(out, before)
     assert content(out) == right
     assert sorted(os.listdir(experts)) == sorted([*names, "merged"])
-    with capsys.disabled():
-        print(f"\n{len(killed)} kills in {turn + 1} runs, at these shares of the {seconds:.2f} s that a merge of {len(shards)} shards takes: "
-              + " ".join(f"{moment:.0%}" for moment in sorted(killed)) + f"; {kept} finished shards were taken over")
+    moments = " ".join(f"{moment:.0%}" for moment in sorted(killed))
+    tell(f"{len(killed)} kills in {turn + 1} runs of a merge, at these shares of its {seconds:.2f} s: {moments}; "
+         f"{kept} finished shards of {len(shards)} were taken over")
     assert len(killed) == 20
     assert kept > 0
 

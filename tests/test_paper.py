@@ -120,9 +120,9 @@ def readable(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)
 
-def test_what_does_not_add_up(capsys):
+def test_what_does_not_add_up(tell):
     found, committed = mismatches(), read("mismatches.csv")
-    with capsys.disabled(): print(f"\nprinted numbers that do not add up:\n{readable(found)}")
+    tell(f"printed numbers that do not add up:\n{readable(found)}")
     assert [[r[f] for f in FOUND] for r in found] == [[r[f] for f in FOUND] for r in committed]
     assert all(r["reading"] for r in committed)
 
