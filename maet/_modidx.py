@@ -919,6 +919,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'maet.names._places': ('names.html#_places', 'maet/names.py'),
                             'maet.names._read': ('names.html#_read', 'maet/names.py'),
                             'maet.names._report': ('names.html#_report', 'maet/names.py'),
+                            'maet.names._settle': ('names.html#_settle', 'maet/names.py'),
                             'maet.names._shape': ('names.html#_shape', 'maet/names.py'),
                             'maet.names._traced': ('names.html#_traced', 'maet/names.py'),
                             'maet.names._verdict': ('names.html#_verdict', 'maet/names.py'),
