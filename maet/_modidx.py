@@ -487,6 +487,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'maet.evaluation._answer': ('evaluation.html#_answer', 'maet/evaluation.py'),
                                  'maet.evaluation._asked': ('evaluation.html#_asked', 'maet/evaluation.py'),
                                  'maet.evaluation._begin': ('evaluation.html#_begin', 'maet/evaluation.py'),
+                                 'maet.evaluation._behind': ('evaluation.html#_behind', 'maet/evaluation.py'),
                                  'maet.evaluation._by_question': ('evaluation.html#_by_question', 'maet/evaluation.py'),
                                  'maet.evaluation._causal': ('evaluation.html#_causal', 'maet/evaluation.py'),
                                  'maet.evaluation._config': ('evaluation.html#_config', 'maet/evaluation.py'),
