@@ -1046,6 +1046,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'maet.pipeline.merge': ('pipeline.html#merge', 'maet/pipeline.py'),
                                'maet.pipeline.named': ('pipeline.html#named', 'maet/pipeline.py'),
                                'maet.pipeline.needs': ('pipeline.html#needs', 'maet/pipeline.py'),
+                               'maet.pipeline.on_disk': ('pipeline.html#on_disk', 'maet/pipeline.py'),
                                'maet.pipeline.open_tokenizer': ('pipeline.html#open_tokenizer', 'maet/pipeline.py'),
                                'maet.pipeline.plain': ('pipeline.html#plain', 'maet/pipeline.py'),
                                'maet.pipeline.plain_names': ('pipeline.html#plain_names', 'maet/pipeline.py'),

@@ -87,7 +87,7 @@ def append(path: str | Path,      # <study>.jsonl; made with its folder if it is
             added = list({_same(row): row for row in new if _same(row) not in known}.values())
             try: _write(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in added).encode())
             except BaseException: os.truncate(path, size); raise
-    except OSError as e: raise MaetError(f"{path}: cannot be written ({e.strerror})") from None
+    except OSError as e: raise MaetError(f"{path}: cannot be written ({e.strerror})") from e
     return len(added)
 
 # %% ../nbs/05_ledger.ipynb #fa35e192

@@ -9,12 +9,13 @@ __all__ = ['LOOKS', 'METHODS', 'PALETTE', 'OTHERS', 'GREYS', 'T975', 'METRICS', 
            'side', 'forest', 'as_csv', 'drawn', 'put', 'save']
 
 # %% ../nbs/06_plots.ipynb #da4b9237
-import csv, io, json, math, os
+import csv, io, json, math
 from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/06_plots.ipynb #77de68da
 from .tensors import KINDS, MaetError
+from .checkpoints import whole
 from .ledger import field
 
 # %% ../nbs/06_plots.ipynb #c1dfd96e
@@ -455,13 +456,8 @@ def drawn(figure, kind: str) -> bytes: # png or svg
 
 # %% ../nbs/06_plots.ipynb #667be543
 def put(path: Path, data: bytes) -> Path:
-    "Write a file that is whole or not there: beside it first, then renamed. Gives its path."
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as e: raise MaetError(f"{path}: cannot be written ({e.strerror})") from None
+    "Write a file that is whole or not there. Gives its path. Raises MaetError."
+    with whole(path) as part: part.write_bytes(data)
     return path
 
 def save(figure,             # a matplotlib Figure

@@ -25,10 +25,10 @@ from filelock import FileLock, Timeout
 from .tensors import MaetError, read_lines
 from .corpora import digest
 from .ledger import append, commit, read_scores, versions
-from .plots import METHODS, dots, save, scores
+from .plots import METHODS, dots, put, save, scores
 from .miniworld import ABILITIES, write_texts
 from .settings import read_yaml, strict
-from .pipeline import Pipeline, Progress, Recipe, Store, at_least, side_by_side, trainings
+from .pipeline import Pipeline, Progress, Recipe, Store, at_least, on_disk, side_by_side, trainings
 from .baselines import ROWS, models
 from .evaluation import average, examine, held, mgsm_exams, ratio_stderr, read_exam, template
 
@@ -321,10 +321,11 @@ def at_work(out: Path):
     "Hold the run folder. Raises MaetError where it cannot be written or another run holds it; leaves no empty folder."
     new = not out.exists()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0): yield
-    except Timeout: raise MaetError(f"{out}: another run is at work here; wait for it, or give another folder") from None
-    except OSError as e: raise MaetError(f"{out}: cannot be written ({e.strerror or e})") from None
+        with on_disk(out):
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(out / ".lock", timeout=0): yield
+            except Timeout: raise MaetError(f"{out}: another run is at work here; wait for it, or give another folder") from None
     finally:
         if new and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}: shutil.rmtree(out)
 
@@ -348,9 +349,8 @@ def report(study: Study, name: str, store: Store, seed: int, rows: list[dict]) -
     tasks = [task for ability in r.abilities.values() for task in ability.tasks]
     parts = [table([row for row in rows if row["setting"]["ability"] == a], task, [r.reference, *r.languages, "average"], f"{task} after {a}" if tasks.count(task) > 1 else "")
              for a, ability in r.abilities.items() for task in ability.tasks]
-    folder.mkdir(exist_ok=True)
     if study.order and len(here) == 1 and "maet" in methods: parts += main_results(Pipeline(r, store, seed), methods, folder / name, rows, tasks)
-    (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    put(folder / f"{name}.md", ("\n\n".join(parts) + "\n").encode())
     return "\n\n".join(parts)
 
 def main_results(run: Pipeline, methods: list[str], stem: Path, rows: list[dict], tasks: list[str]) -> list[str]:

@@ -42,7 +42,8 @@ def reading(file: object,             # that another library reads: a path, or a
     except BaseException as error:  # a panic of a Rust library is no Exception
         kind = "" if isinstance(error, OSError) or type(error) is ValueError else f"{type(error).__name__}: "
         said = kind + one_line(getattr(error, "strerror", None) or error, MOST // 3)
-        raise MaetError(f"{file}: cannot be read ({said})" + f"; {advice}" * bool(advice)) from error
+        cause = None if isinstance(error, OSError) else error  # such a cause says that a disk is full: room 16 keeps what was begun
+        raise MaetError(f"{file}: cannot be read ({said})" + f"; {advice}" * bool(advice)) from cause
 
 # %% ../nbs/00_tensors.ipynb #0dceb631
 def parse_json(text: str | bytes,

@@ -11,25 +11,17 @@ from maet import checkpoints, pipeline, training
 from maet.checkpoints import Checkpoint
 from maet.cli import main
 from maet.deltas import Difference, save_keys
-from maet.pipeline import make_tokenizer, side_by_side
+from maet.pipeline import side_by_side
 from maet.tensors import MaetError
 from test_run import TINY
-
-
-def make(folder: Path, hidden: int = 16, seed: int = 0, layers: int = 1) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, vocab_size=300,
-                                 bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-    make_tokenizer(["a few words"] * 9, 300).save_pretrained(folder)
-    return folder
+from tiny import tiny
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make(tmp_path / "base")
-    make(tmp_path / "tuned", seed=1)
+    tiny(tmp_path / "base")
+    tiny(tmp_path / "tuned", seed=1)
     (tmp_path / "text.jsonl").write_text('{"text": "a few words"}\n' * 50)
     return tmp_path
 
@@ -78,7 +70,7 @@ def test_ratio(folder, capsys, ratio): assert "ratio" in refused(capsys, folder,
 
 def test_other_shapes(folder, capsys):
     shutil.rmtree("tuned")
-    make(folder / "tuned", hidden=32)
+    tiny(folder / "tuned", hidden=32)
     assert "tuned" in refused(capsys, folder, *locate())
     assert "tuned" in refused(capsys, folder, "pack", "base", "tuned", "--out", "pack.safetensors")
 

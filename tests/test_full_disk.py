@@ -1,15 +1,15 @@
 "A merge, pack, locate or extract that cannot be finished: one line, exit code 2, nothing left behind, inputs as they were."
-import ctypes, errno, json, os, resource, shutil
+import errno, json, os, shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from maet.cli import main
-from test_merge_kill import COMMANDS, content, make_experts, processes
+from test_merge_kill import COMMANDS, command
+from tiny import content, make_experts, on_a_small_disk, short_files, small_disk
 
 VERBS = sorted(COMMANDS)
-CLONE_NEWNS, CLONE_NEWUSER, MS_REC, MS_PRIVATE = 0x20000, 0x10000000, 0x4000, 0x40000
 
 
 @pytest.fixture(scope="module")
@@ -25,38 +25,6 @@ def experts(original, tmp_path):
 
 # ---- a disk that fills up ----
 
-def small_disk(folder: Path, options: str) -> None:
-    "A tmpfs that only this process and its children see; OSError where the system does not permit it."
-    libc = ctypes.CDLL(None, use_errno=True)
-    def checked(result):
-        if result: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    user, group = os.getuid(), os.getgid()
-    if user:
-        checked(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS))
-        for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")): Path("/proc/self", file).write_text(text)
-    else: checked(libc.unshare(CLONE_NEWNS))
-    checked(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
-    checked(libc.mount(b"none", str(folder).encode(), b"tmpfs", 0, options.encode()))
-
-
-def short_files(folder: Path, most: str) -> None:
-    "No file of this process may grow beyond so many bytes: what a quota does, for those who may not mount."
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(most), resource.RLIM_INFINITY))
-
-
-def limited(folder: Path, limit, options: str, verb: str, answer) -> None:
-    "What a process does: one command whose output lies in `disk`, under a limit; what it says and leaves goes to `answer`."
-    os.chdir(folder)
-    try: limit(folder/"disk", options)
-    except OSError as error: return answer.send((None, f"{type(error).__name__}: {error}", []))
-    read, write = os.pipe()
-    os.dup2(write, 2)
-    try: main(["disk/out" if word == "OUT" else word for word in COMMANDS[verb]])
-    except SystemExit as exit: code = exit.code
-    os.close(write), os.dup2(1, 2)
-    answer.send((code, os.read(read, 1 << 16).decode(), sorted(str(path) for path in Path("disk").rglob("*"))))
-
-
 DISKS = {"no room from the start": (small_disk, "size=16k"), "no room for another file": (small_disk, "size=64m,nr_inodes=4"),
          "no room in a file": (short_files, "10000")}
 
@@ -64,14 +32,7 @@ DISKS = {"no room from the start": (small_disk, "size=16k"), "no room for anothe
 @pytest.mark.parametrize("verb, disk", [(verb, disk) for verb in VERBS for disk in DISKS if verb == "merge" or "another" not in disk])
 def test_full_disk(experts, verb, disk):
     before = content(experts)
-    (experts/"disk").mkdir()
-    ours, theirs = processes.Pipe()
-    process = processes.Process(target=limited, args=(experts, *DISKS[disk], verb, theirs))
-    process.start()
-    theirs.close()
-    code, said, left = ours.recv()
-    process.join()
-    if code is None: pytest.skip(f"no small disk may be mounted here ({said}); the test with a limit to files runs everywhere")
+    (code, said, left), = on_a_small_disk(experts, *DISKS[disk], command(verb, "disk/out"))
     assert code == 2 and said.count("\n") == 1 and said.startswith("maet: ") and "disk/out" in said, said
     assert left == [] and content(experts) == before
     if "start" in disk: assert os.strerror(errno.ENOSPC).lower() in said.lower() or "free" in said, said
@@ -108,7 +69,7 @@ def test_input_lost_half_way(experts, capsys, monkeypatch, verb, harm):
 
 def run(capsys, verb: str) -> tuple[int, str]:
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit: main(["out" if word == "OUT" else word for word in COMMANDS[verb]])
+    with pytest.raises(SystemExit) as exit: main(command(verb, "out"))
     return exit.value.code, capsys.readouterr().err
 
 

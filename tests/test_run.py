@@ -1,15 +1,12 @@
 "The main job as a process: whole, killed again and again, and the same bytes at the end."
-import json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-# The server imports the slow packages once and computes nothing; what is killed most is a process forked from it.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["maet.cli", "maet.study", "maet.pipeline", "transformers.trainer", "transformers.models.llama.modeling_llama",
-                                  "lm_eval.models.huggingface", "seaborn"])
+from tiny import processes
 
 TINY = yaml.safe_load("""
 scale: mini

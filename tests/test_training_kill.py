@@ -1,16 +1,14 @@
 """A training process that is killed with SIGKILL, again and again, ends with the bytes of one that is left alone."""
-import multiprocessing, os, random, signal, time
+import os, random, signal, time
 
 import pytest
 import torch
 
 from maet.training import MARK, MODES, Training, train
+from tiny import content, processes
 
 SETTINGS = dict(tokens=24*8*16, batch_tokens=8*16, sequence_length=16, device_batch=4, learning_rate=1e-3, warmup_steps=2,
                 save_every=2, eval_every=5)
-# The server imports the slow packages once and computes nothing; each run is a process forked from it.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["maet.training", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"])
 
 
 def base_in(folder):
@@ -31,10 +29,6 @@ def run(folder, mode, out, at):
     shapes = {"wte.weight": (32, 16), "h.0.ln_1.weight": (16,), "h.0.attn.c_attn.weight": (16, 48), "h.0.attn.c_attn.bias": (48,)}
     keys = {f"transformer.{name}": torch.rand(shape) < .2 for name, shape in shapes.items()} if mode == "key-neuron" else None
     train(folder/"base", corpus, folder/out, Training(mode=mode, **SETTINGS), keys, held_out, tell)
-
-
-def content(path):
-    return {f.name: f.read_bytes() for f in path.iterdir()} if path.is_dir() else path.read_bytes()
 
 
 def unsealed(folder):

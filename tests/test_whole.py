@@ -7,7 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from test_bad_input import make, refused
+from test_bad_input import refused
+from tiny import tiny
 
 LAYERS = 2
 
@@ -16,7 +17,7 @@ LAYERS = 2
 def folder(tmp_path, monkeypatch):
     "A base, a tuned one, a text, an exam, and a file for each command."
     monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("base", "tuned", "other")): make(tmp_path/name, layers=LAYERS, seed=seed)
+    for seed, name in enumerate(("base", "tuned", "other")): tiny(tmp_path/name, layers=LAYERS, seed=seed)
     Path("text.jsonl").write_text('{"text": "a few words"}\n' * 50)
     Path("data/mathematics").mkdir(parents=True)
     question = {"id": 0, "question": "1 + 1 = ", "target": "2", "answer": "2", "answer_label": "Answer:", "level": 1}
