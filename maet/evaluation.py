@@ -85,18 +85,23 @@ def _content(path: Path) -> dict:
 
 def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
 
+def _behind(tokenizer, many: int, listed: bool) -> str | None:
+    "What the chat template puts between the second turn and the next, or the end; None where it cannot show such turns."
+    said = ("Aardvark", "Bumblebee", "Chinchilla")
+    content = [[{"type": "text", "text": text}] if listed else text for text in said]  # some templates want pieces
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), content)]
+    try: text = tokenizer.apply_chat_template(turns[:many], tokenize=False)
+    except Exception: return None  # no template, or one that refuses: a template may raise anything
+    return text.rpartition(said[1])[2].partition(said[2])[0] if said[1] in text else None
+
 def turn_end(tokenizer) -> int | None:
     "The token that the chat template puts behind an assistant's turn; None: no template, or it puts none."
-    said = dict(zip(("user", "assistant", "last"), ("Aardvark", "Bumblebee", "Chinchilla")))
-    turns = [{"role": role if role != "last" else "user", "content": text} for role, text in said.items()]
-    spaces = [i for text, i in tokenizer.get_added_vocab().items() if not text.strip()]
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {tokenizer.unk_token_id, *spaces}
-    for shown in (turns[:2], turns):
-        try: text = tokenizer.apply_chat_template(shown, tokenize=False)
-        except Exception: continue  # no template, or one that refuses these turns: a template may raise anything
-        behind = text.rpartition(said["assistant"])[2].partition(said["last"])[0]
-        for token in tokenizer(behind, add_special_tokens=False).input_ids:
-            if token in marks: return token
+    added = tokenizer.get_added_vocab()
+    marks = {*tokenizer.all_special_ids, *(i for text, i in added.items() if text.strip())} - {tokenizer.unk_token_id}
+    for many, listed in ((2, False), (2, True), (3, False), (3, True)):
+        behind = _behind(tokenizer, many, listed) or ""
+        found = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in marks]
+        if found: return found[0]
     return None
 
 def stop_tokens(path: Path, tokenizer) -> dict[int, str]: # id -> text
@@ -104,8 +109,9 @@ def stop_tokens(path: Path, tokenizer) -> dict[int, str]: # id -> text
     files = [_content(path / name) for name in ("config.json", "generation_config.json")]
     named = [content.get("eos_token_id") for content in (*files, *(f.get("text_config") or {} for f in files))]
     listed = [i for said in named for i in (said if isinstance(said, list) else [said])]
-    ids = dict.fromkeys([tokenizer.eos_token_id, *listed, turn_end(tokenizer)])
-    return {i: tokenizer.convert_ids_to_tokens(i) for i in ids if type(i) is int and 0 <= i < len(tokenizer)}
+    texts = {i: text for text, i in tokenizer.get_vocab().items()}
+    ids = [i for i in (tokenizer.eos_token_id, *listed, turn_end(tokenizer)) if type(i) is int and i in texts]
+    return {i: texts[i] for i in ids}
 
 # %% ../nbs/23_evaluation.ipynb #8091a2b3
 def _ended(lm, ids: list[int], stops: dict[int, str], until: list[str]) -> tuple[str, str]:
@@ -161,7 +167,7 @@ class _Answers:
 
     def get_model_info(self): return {}  # lm-eval's asks the hub for a revision
 
-# %% ../nbs/23_evaluation.ipynb #9e6a55b6
+# %% ../nbs/23_evaluation.ipynb #a0b1c2d3
 def _holds(tokenizer, until: list[str], start: int) -> Callable:
     "For `generate`: which rows hold a stop text by now. Their last tokens tell; what the answer is, is decided by `_ended`."
     back = 2 + max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in until)
@@ -170,6 +176,7 @@ def _holds(tokenizer, until: list[str], start: int) -> Callable:
         return torch.tensor([any(text in row for text in until) for row in last], device=ids.device)
     return done
 
+# %% ../nbs/23_evaluation.ipynb #9e6a55b6
 class _Watched(_Answers):
     "In front of lm-eval's HFLM: greedy answers, each for itself; NaN is an error."
     fills = None  # may there be filling before a prompt? Unknown until it was tried

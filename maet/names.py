@@ -207,6 +207,16 @@ def _places(self, parameter: str, start: int, stop: int) -> list[Run]:
 
 Layout.traced, Layout.parts, Layout.places = _traced, _parts, _places
 
+def _settle(self) -> "Layout": # itself
+    "Trace every group now, before anything is trained. Raises MaetError for what could not be written back."
+    for target in self.groups: self.traced(target)
+    for name, _ in self.model.named_parameters():
+        if not any(twin in self.parameters for twin in self.tied[name]):
+            raise MaetError(f"{name}: no tensor of the checkpoint holds this parameter; save the checkpoint again")
+    return self
+
+Layout.settle = _settle
+
 # %% ../nbs/02_names.ipynb #a1a78c2d
 _layouts = {}  # identity of a checkpoint -> its layout
 
@@ -244,7 +254,13 @@ def misfits(found: Layout) -> str: # "" if there are none
     plain = {name: target for name, target in found.group_of.items() if found.groups[target][0] is None}
     reshaped = [f"{name} is {found.tensors[name]} where the model has {found.state[target]}"
                 for name, target in plain.items() if found.tensors[name] != found.state[target]]
-    return f"{some(reshaped, 2)}; its config.json is of another model" if reshaped else ""
+    if reshaped: return f"{some(reshaped, 2)}; its config.json is of another model"
+    for target, (converter, members) in found.groups.items():
+        held = sum(prod(found.tensors[name]) for name, _ in members)
+        if converter and len(converter.target_patterns) == 1 and held != prod(found.state[target]):
+            names = some([name for name, _ in members], 2)
+            return f"{names} do not make up {target}, which its config.json asks for; copy the checkpoint again"
+    return ""
 
 def complete(checkpoint: Checkpoint) -> Checkpoint: # itself
     """Raise a MaetError unless a checkpoint has just what the model of its config.json reads.

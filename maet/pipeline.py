@@ -235,6 +235,7 @@ def on_disk(place: Path):
         said = getattr(e, "strerror", None) or one_line(e, 300)
         raise MaetError(f"{getattr(e, 'filename', None) or place}: {said}; mend that or choose another place") from (e if isinstance(e, OSError) else OSError(said))
 
+# %% ../nbs/16_pipeline.ipynb #7a31c04b
 class Store:
     "A run folder. With `dry` it makes nothing and notes what would be made: the plan."
     def __init__(self, root: str | Path, dry: bool = False):

@@ -30,7 +30,7 @@ from .miniworld import ABILITIES, write_texts
 from .settings import read_yaml, strict
 from .pipeline import Pipeline, Progress, Recipe, Store, at_least, on_disk, side_by_side, trainings
 from .baselines import ROWS, models
-from .evaluation import average, examine, held, mgsm_exams, ratio_stderr, read_exam, template
+from .evaluation import ASKING, average, examine, held, mgsm_exams, ratio_stderr, read_exam, template
 
 # %% ../nbs/24_study.ipynb #ac3478d6
 def exam_data(run: Pipeline, tasks: list[str]) -> tuple[Path, str]: # the folder of these exams, and what determines it
@@ -64,7 +64,7 @@ def sat(run: Pipeline, name: str, model: Path, ability: str, languages: list[str
 
     items = r.exam.limit or (r.world.items if r.world else 250)
     return run.store.stage(f"exam.{ability}.{name}", make, ITEM_COST * items * len(languages) * len(tasks), model=run.identity(model), data=identity, tasks=tasks,
-                           languages=languages, limit=r.exam.limit, batch_size=r.exam.batch_size, shots=r.exam.shots)
+                           languages=languages, limit=r.exam.limit, batch_size=r.exam.batch_size, shots=r.exam.shots, asking=ASKING)
 
 ITEM_COST = 40  # tokens of training that take about as long as one question: for the time that is left, and nothing else
 

@@ -735,7 +735,7 @@ def _check_tokens(tokens, name, length, vocabulary):
 def _check_inputs(base, corpus, training, keys, held_out, score):
     "Everything that can be known to be wrong before training starts."
     complete(unquantised(base))
-    vocabulary = needed_layout(base).model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = needed_layout(base).settle().model.config.get_text_config(decoder=True).vocab_size
     for name, tokens in (("corpus", corpus), ("held_out", held_out)):
         if tokens is not None: _check_tokens(tokens, name, training.sequence_length, vocabulary)
     if (training.mode == "key-neuron") != (keys is not None):

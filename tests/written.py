@@ -76,7 +76,8 @@ def sparse(base: Checkpoint, folder: Path, kind: str) -> None:
 def written(path: Path, folder: Path, kind: str) -> tuple[str, int]: # what was compared; how many tensors are not a parameter of their name
     "All of a model and a tenth of it. Raises MaetError if the model cannot be trained."
     base = Checkpoint(path)
-    compared, found = dense(base, folder, kind), layout(base)
+    found = needed_layout(base).settle()
+    compared = dense(base, folder, kind)
     sparse(base, folder, kind)
     apart = [name for name in found.tensors if base.size(name) and found.parts(name, 0, base.size(name)) != [(name, 0, base.size(name))]]
     return compared, len(apart)
