@@ -6,7 +6,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tiny import processes
+from tiny import content, finish, kill_at, larger_disk, on_a_small_disk, processes, small_disk
+from tiny import start as begin
 
 TINY = yaml.safe_load("""
 scale: mini
@@ -45,6 +46,7 @@ def undisturbed(tmp_path_factory):
     process = start(folder, "whole")
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
+    (folder / "alone.yml").write_text(yaml.safe_dump(TINY | {"workers": 1}))
     return folder, said, time.monotonic() - began
 
 
@@ -80,7 +82,6 @@ def command(folder: Path, out: str) -> None:
 def test_killed_ten_times_it_ends_with_the_same_bytes(undisturbed):
     """Twice with two workers, each time after one more stage; then with one, by a moment of chance after a stage or a checkpoint came."""
     folder, rng, kills = undisturbed[0], random.Random(0), 0
-    (folder / "alone.yml").write_text(yaml.safe_dump(TINY | {"workers": 1}))
     made = lambda: len(list((folder / "killed").glob("[!.]*-*"))) + len(list((folder / "killed").glob(".*/*work*/checkpoint-*")))
     while kills < 10:
         before = made()
@@ -147,3 +148,63 @@ def test_a_study_finds_what_another_has_trained(undisturbed):
     assert {(r["method"], r["setting"].get("transfer.gamma")) for r in rows} == {("maet", 0.1), ("maet", 0.2), ("base", None), ("soup", None)}
     assert {r["value"] for r in rows if r["method"] == "base" and r["language"] == "en"} == \
         {json.loads(line)["value"] for line in (folder / "whole.jsonl").read_text().splitlines() if '"method": "base"' in line and '"en"' in line}
+
+
+# ---- what was trained is there already: the rest of a run, and a search ----
+
+LATE = ("maet.", "exam.mathematics.maet", "seed-")  # what a run makes last
+ARGUMENTS = {"run": ("run", "--recipe", "alone.yml"), "search": ("search", "alone.yml", "--trials", "2", "--items", "2", "--methods", "maet")}
+
+
+def late(verb: str, out: str) -> list[str]: return [*ARGUMENTS[verb], "--out", out, "--ledger", f"{out}.jsonl"]
+
+
+def trained_already(folder: Path, out: Path) -> None:
+    "A copy of the whole run as it was before the merge."
+    shutil.copytree(folder / "whole", out, symlinks=True, ignore=lambda _, names: [name for name in names if name.startswith(LATE)])
+
+
+def nearly_full(disk: Path, spare: str) -> None:
+    "A disk with such a copy, and so many kilobytes left."
+    small_disk(disk, "size=64m")
+    trained_already(Path("."), disk / "out")
+    used = shutil.disk_usage(disk).used >> 10
+    larger_disk(disk, f"size={used + int(spare)}k,nr_inodes=10000")
+
+
+@pytest.fixture(scope="module")
+def right(undisturbed) -> dict: # verb -> ledger rows, what was merged, what was tried; and the seconds that a search takes
+    folder, *_ = undisturbed
+    trained_already(folder, folder / "searched")
+    seconds = finish(folder, late("search", "searched"))
+    return {"run": results(folder, "whole"), "search": results(folder, "searched"), "seconds": seconds}
+
+
+def results(folder: Path, out: str) -> list:
+    rows = [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in (folder / f"{out}.jsonl").read_text().splitlines()]
+    return [rows, {name: digest for name, digest in content(folder / out).items() if name.startswith("maet.") and name.endswith(".safetensors") or name.endswith("trials.json")}]
+
+
+@pytest.mark.parametrize("verb, spare", [("run", "16"), ("run", "340"), ("search", "16")])
+def test_a_full_disk_and_then_room(undisturbed, right, tmp_path, verb, spare):
+    "The merge, or what comes after it, finds no room. When there is some, the same command goes on to the same rows."
+    folder, *_ = undisturbed
+    for name in ("whole", "alone.yml"): (tmp_path / name).symlink_to(folder / name)
+    (code, said, _), (again, more, there, made) = on_a_small_disk(tmp_path, nearly_full, spare, late(verb, "disk/out"), larger_disk)
+    *_, line = said.removesuffix("\n").split("\n")
+    assert code == 2 and line.rpartition("\r")[2].startswith("maet: ") and "disk/out" in line and "goes on from here" in line and "Traceback" not in said, said
+    assert again == 0, more
+    rows, kept = right[verb]
+    assert made["out.jsonl"] == rows and {name: digest for name, digest in made.items() if name.removeprefix("out/") in kept} == {f"out/{name}": digest for name, digest in kept.items()}
+    assert not [path for path in there if path.endswith(".part")]
+
+
+def test_a_killed_search_goes_on(undisturbed, right):
+    folder, *_ = undisturbed
+    trained_already(folder, folder / "shot")
+    rng, killed = random.Random(1), 0
+    for turn in range(3):
+        process, began = begin(folder, late("search", "shot"))
+        killed += kill_at(process, began + (turn + rng.random()) / 3 * right["seconds"])
+    finish(folder, late("search", "shot"))
+    assert killed and results(folder, "shot") == right["search"] and not list((folder / "shot").glob("*.part"))

@@ -125,9 +125,9 @@ def small_disk(folder: Path, options: str) -> None:
     _mount(folder, 0, options)
 
 
-def larger_disk(folder: Path) -> None:
+def larger_disk(folder: Path, options: str = "size=256m,nr_inodes=10000") -> None:
     "Somebody makes room."
-    _mount(folder, MS_REMOUNT, "size=256m,nr_inodes=10000")
+    _mount(folder, MS_REMOUNT, options)
 
 
 def short_files(folder: Path, most: str) -> None:
