@@ -1424,6 +1424,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'maet.training._scored': ('training.html#_scored', 'maet/training.py'),
                                'maet.training._setting': ('training.html#_setting', 'maet/training.py'),
                                'maet.training._size': ('training.html#_size', 'maet/training.py'),
+                               'maet.training._sizes': ('training.html#_sizes', 'maet/training.py'),
                                'maet.training._trainer': ('training.html#_trainer', 'maet/training.py'),
                                'maet.training._whole': ('training.html#_whole', 'maet/training.py'),
                                'maet.training._with_lora': ('training.html#_with_lora', 'maet/training.py'),

@@ -239,19 +239,24 @@ def _on_disk(*paths): # files and folders
         try: os.fsync(opened)
         finally: os.close(opened)
 
+def _sizes(checkpoint): # bytes of each of its files but the mark
+    files = [file for file in checkpoint.rglob("*") if file.is_file() and file.name != MARK]
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
+
 def seal(checkpoint: Path, # a folder with everything in it
          run: str,         # what run it belongs to
          seconds: float):  # spent on it so far
     "Declare a checkpoint whole, once it is on the disk."
     _on_disk(*checkpoint.rglob("*"), checkpoint)
-    (checkpoint/MARK).write_text(json.dumps(dict(run=run, seconds=seconds)))
+    (checkpoint/MARK).write_text(json.dumps(dict(run=run, seconds=seconds, sizes=_sizes(checkpoint))))
     _on_disk(checkpoint/MARK, checkpoint, checkpoint.parent)
 
 def _mark(checkpoint):
     "What a checkpoint's mark says, or None if it is not whole."
     try: found = json.loads((checkpoint/MARK).read_text())
     except (OSError, ValueError, RecursionError): return None
-    return found if isinstance(found, dict) and {"run", "seconds"} <= found.keys() else None
+    known = isinstance(found, dict) and {"run", "seconds", "sizes"} <= found.keys()
+    return found if known and found["sizes"] == _sizes(checkpoint) else None  # a file may have been cut off, or lost, since
 
 # %% ../nbs/10_training.ipynb #bc33ea4e
 def _discard(checkpoint):

@@ -1,6 +1,6 @@
 """`train`, `eval` and `figures` on a disk that fills up, killed at any moment, and with inputs that are cut off: one line, nothing half-written,
 and the same command goes on to the same bytes. `run` and `search` are in test_run, what merges in test_full_disk and test_merge_kill."""
-import json, os, random, shutil
+import json, os, random, shutil, time
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,22 @@ def test_killed_at_any_moment(project, whole, verb):
     else: finish(project, command(verb, "out"), "../log")
     assert killed and timeless(out) == results[verb]
     assert not [path for path in [*project.glob(".*"), *out.rglob(".*")]], "something was left"
+
+
+def test_what_a_killed_training_left_is_cut_off(project, whole):
+    "Half of a file of the newest checkpoint is lost: it does not count, and the run ends with the same bytes all the same."
+    process, _ = start(project, command("train", "out"), "../log")
+    checkpoints = project/".out.work/job/checkpoints"
+    while process.is_alive() and not (checkpoints/"checkpoint-3/whole.json").exists(): time.sleep(.0005)
+    assert kill_at(process, 0)
+    shutil.copytree(project/".out.work", kept := project.parent/"kept")
+    newest = max((mark.parent for mark in kept.rglob("whole.json")), key=lambda folder: int(folder.name.split("-")[1]))
+    for file in (newest.relative_to(kept)/name for name in ("trained.safetensors", "optimizer.pt")):
+        for path in (project/".out.work", project/"out"): shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(kept, project/".out.work")
+        os.truncate(project/".out.work"/file, (kept/file).stat().st_size // 2)
+        finish(project, command("train", "out"), "../log")
+        assert timeless(project/"out") == whole[1]["train"], file
 
 
 BASE = dict(corpora={"x": {"path": "text.jsonl"}}, vocabulary=300, model=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24),
