@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -393,7 +394,7 @@ def answers(folder: Path):
             (out/e.task/f"{e.language}.jsonl").write_bytes(lines(kept))
             rows.append(dict(task=e.task, language=e.language, metric="exact_match", value=.5, stderr=.1, n=len(kept), seconds=1.))
         return rows
-    with patch.object(evaluation, "ask", told), patch.object(evaluation, "_seated", lambda *_, **__: None):
+    with patch.object(evaluation, "ask", told), patch.object(evaluation, "_seated", lambda *_, **__: SimpleNamespace(in_force=lambda until: {}, set_aside=None)):
         for out in ("there", "here"): list(evaluation.evaluation_job("model", "data", ["mgsm_cot"], ["en", "es"], out, shots=0))
 
 
