@@ -198,7 +198,8 @@ def _both(task: str, source: dict, of: str, into: str) -> list[tuple[str, dict]]
     return [(f"{source['dataset']}: id {i}", {"id": i, "source": text, "target": texts[1].get(i)}) for i, text in texts[0].items()]
 
 # %% ../nbs/19_exams.ipynb #b6692ea5
-SIGNS = {"．": ".", "٫": ".", "٬": ",", "−": "-", "－": "-", "–": "-", "‑": "-", "⁄": "/", "／": "/", "＝": "=", "＋": "+"}
+SIGNS = {"．": ".", "٫": ".", "٬": ",", "−": "-", "－": "-", "–": "-", "‑": "-",
+         "⁄": "/", "／": "/", "＝": "=", "＋": "+"}
 NARROW = "\u00a0\u202f\u2009\u2007'’_"  # 1 234, 1'234, 1_234
 
 def ascii_numbers(text: str) -> str:
@@ -212,8 +213,8 @@ def ascii_numbers(text: str) -> str:
     return re.sub(r"(?<=\d)\$(?=\d)", " ", text).replace("$", "")  # 5$3 is two numbers
 
 # %% ../nbs/19_exams.ipynb #5b2d7e31
-LATEX = {r"\{,\}": ",", r"\\!": "", r"\\[,;:> ]": "\u2009", r"\\([$%])": r"\1", r"\\[\[\]()]": " ", r"\\(?:left|right)\b": "",
-         r"\\(?:times|cdot|ast)\b": "×", r"\\div\b": "÷", r"\\approx\b": "≈",
+LATEX = {r"\{,\}": ",", r"\\!": "", r"\\[,;:> ]": "\u2009", r"\\([$%])": r"\1", r"\\[\[\]()]": " ",
+         r"\\(?:left|right)\b": "", r"\\(?:times|cdot|ast)\b": "×", r"\\div\b": "÷", r"\\approx\b": "≈",
          r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}": r" \1 ",
          r"(?<=\d)(?=\\[dtc]?frac)": " ",  # 1\frac12 is one and a half
          r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))": r"\1\2/\3\4 "}  # form -> plain text
@@ -224,11 +225,11 @@ def without_latex(text: str) -> str:
     return text
 
 # %% ../nbs/19_exams.ipynb #fc074d50
-GROUPED = r"(?!0)\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)(?:\.\d+)?"                    # 1,234.5 and 1,25,000
+GROUPED = r"(?!0)\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)(?:\.\d+)?"                   # 1,234.5 and 1,25,000
 CERTAIN = (r"(?!0)\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)|(?!0)\d{1,3}(?:\.\d{3}){2,}(?!\d)|0,\d+|"
            r"(?!0)\d{1,3}(?: \d{3}){2,}(?!\d|\.\d)|(?!0)\d{1,3} 0\d\d(?!\d|\.\d)")  # in any language
-SPANISH = r"(?!0)\d{1,3}(?:[. ]\d{3})+(?!\d|\.\d)(?:,\d+)?|\d+,\d{1,2}(?!\d)"  # where the decimal sign may be a comma
-PLAIN = r"\d+(?:\.\d+)?|(?<![\w.])\.\d+"                                        # 18, 18.5 and .5
+SPANISH = r"(?!0)\d{1,3}(?:[. ]\d{3})+(?!\d|\.\d)(?:,\d+)?|\d+,\d{1,2}(?!\d)"  # with a decimal comma
+PLAIN = r"\d+(?:\.\d+)?|(?<![\w.])\.\d+"                                       # 18, 18.5 and .5
 
 def _one(decimal_comma: bool) -> str:
     return rf"(?<!\d)(?:{'|'.join([SPANISH] * decimal_comma + [CERTAIN, GROUPED, PLAIN])})"
@@ -242,7 +243,8 @@ def _written(value: Fraction) -> str:
     "In the form of `plain_number`. A third has no decimal form and stays 1/3."
     digits = value.denominator.bit_length()  # as many as it needs, if any number of them is enough
     if 10 ** digits % value.denominator: return str(value)
-    return plain_number(format(Decimal(f"{value.numerator * 10 ** digits // value.denominator}e-{digits}"), "f"))
+    shifted = value.numerator * 10 ** digits // value.denominator
+    return plain_number(format(Decimal(f"{shifted}e-{digits}"), "f"))
 
 # %% ../nbs/19_exams.ipynb #9f61c275
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -250,7 +252,8 @@ SCALES = {"百万": 6, "千万": 7, "百": 2, "千": 3, "万": 4, "萬": 4, "亿
 
 def _raised(text: str) -> str:
     "Powers with a ^, units without one, ½ as 1/2."
-    text = re.sub("[¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/"), text)
+    def two(found): return " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")
+    text = re.sub("[¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", two, text)
     text = re.sub(r"(?<=[\d)}])[⁻⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(RAISED), text)
     text = re.sub(r"(?<=\d)\*\*(?=-?\d)", "^", text).replace("**", " ")  # what is left of ** is bold type
     return re.sub(r"(?<![^\W\d_])([cdkm]?m|ft|in)[23](?!\d)|(?<=[A-Za-z])\s?\^\{?-?\d+\}?", r"\1", text)
@@ -265,7 +268,8 @@ def in_digits(text: str, decimal_comma: bool = False) -> str:
     def times_ten(found): return _written(_value(found[1], decimal_comma) * Fraction(10) ** int(found[2]))
     def scaled(found):
         parts = re.findall(f"({one})({scale})?", found[0])
-        return _written(sum(_value(number, decimal_comma) * 10 ** SCALES.get(word, 0) for number, word in parts))
+        amounts = [_value(number, decimal_comma) * 10 ** SCALES.get(word, 0) for number, word in parts]
+        return _written(sum(amounts))
     text = re.sub(r"\d{1000,}", " ", _raised(text))  # no answer, and Python refuses to count so far
     text = re.sub(rf"({one})\s?[×x*]\s?10\^[({{]*(-?\d{{1,2}})(?!\d)[)}}]*", times_ten, text)
     text = re.sub(rf"({one})\^[({{]*(-?\d{{1,3}})(?!\d)[)}}]*", power, text)
@@ -289,11 +293,12 @@ JOINTS = {"=": rf"{WORDS}\s*[=≈→⇒]{OPEN}{WORDS}",
 @lru_cache
 def _number(decimal_comma: bool) -> re.Pattern:
     one, minus = _one(decimal_comma), r"(?<![0-9A-Za-z)%])-"
-    fraction = rf"(?:(?P<whole>\d+)\s+)?(?P<top>{one})\s?/\s?(?P<bottom>{one})(?!\s?/\s?\d)"  # 12/5/2023 is none
+    fraction = rf"(?:(?P<whole>\d+)\s+)?(?P<top>{one})\s?/\s?(?P<bottom>{one})(?!\s?/\s?\d)"  # not 12/5/2023
     return re.compile(rf"(?P<minus>{minus})?(?:{fraction}|(?P<one>{one}))")
 
 def _amount(found: re.Match, decimal_comma: bool) -> Fraction | None:
-    part = {name: _value(text, decimal_comma) for name, text in found.groupdict().items() if text and name != "minus"}
+    said = {name: text for name, text in found.groupdict().items() if text and name != "minus"}
+    part = {name: _value(text, decimal_comma) for name, text in said.items()}
     if part.get("bottom") == 0: return None
     amount = part["one"] if "one" in part else part.get("whole", 0) + part["top"] / part["bottom"]
     return -amount if found["minus"] else amount
@@ -305,8 +310,9 @@ def _numbers(text: str, decimal_comma: bool) -> list[Number]:
     numbers, end = [], 0
     for found in _number(decimal_comma).finditer(text):
         between = text[end:found.start()]
-        joint = (_joint(between) or found["minus"] and _joint(between + "-") or "") if numbers else ""  # in 16 -3 it is no sign
-        numbers.append(Number(found.start(), found.end(), _amount(found, decimal_comma), joint))
+        joint = _joint(between) if numbers else ""
+        if joint is None and found["minus"]: joint = _joint(between + "-")  # the minus of 16 -3 joins, of = -3 it does not
+        numbers.append(Number(found.start(), found.end(), _amount(found, decimal_comma), joint or ""))
         end = found.end()
     return numbers
 
@@ -330,12 +336,14 @@ def worth(equation: list[Number]) -> Fraction | None:
     return next((side[0] for side in reversed(sides) if len(side) == 1), None)
 
 # %% ../nbs/19_exams.ipynb #06d839ec
-OPENING = r"[\s:：=≈*_`(~\\\"'「『“‘【\[{<]*(?:[A-Za-z]\s*[=≈]\s*)?[\s(*{]*"  # before an answer: spaces, marks, `x =`
-SENTENCE_END, CLAUSE_END = re.compile(r"[!?。！？।\n]|\.(?!\d)"), re.compile(r"[.,;:!?。，、；：！？।\n]")
+OPENING = r"[\s:：=≈*_`(~\\\"'「『“‘【\[{<]*(?:[A-Za-z]\s*[=≈]\s*)?[\s(*{]*"  # spaces, marks, x =
+SENTENCE_END = re.compile(r"[!?。！？।\n]|\.(?!\d)")
+CLAUSE_END = re.compile(r"[.,;:!?。，、；：！？।\n]")
 
 def _stated(text: str, equation: list[Number]) -> list[Number]:
     "An equation without arithmetic says one thing twice: of 120 minutes = 2 hours the first is the answer."
-    restated = all(number.joint == "=" for number in equation[1:]) and "/" not in text[equation[0].start:equation[0].end]
+    first, *others = equation
+    restated = all(number.joint == "=" for number in others) and "/" not in text[first.start:first.end]
     return equation[:1] if restated else equation
 
 def _closing(text: str, end: int, found: list[list[Number]]) -> list[Number] | None:
@@ -346,29 +354,30 @@ def _closing(text: str, end: int, found: list[list[Number]]) -> list[Number] | N
     at_once = re.fullmatch(OPENING, text[end:first.start])
     stop = SENTENCE_END.search(text, first.end if at_once else end)
     said = [equation for equation in after if stop is None or equation[0].start < stop.start()]
-    if at_once: return _stated(text, said[0] if worth(said[0]) is not None else said[-1])  # is 4 * 5, which is 20
+    if at_once: return _stated(text, said[0] if worth(said[0]) is not None else said[-1])  # 4 * 5, which is 20
     return said[0] if len(said) == 1 and first.start - end <= 24 else None
 
 def _opening(text: str, found: list[list[Number]]) -> list[Number] | None:
     "What stands at the start of a text; None where words do, or a sum that nobody worked out."
-    first, worked = found[0], [equation for equation in found if any(number.joint == "=" for number in equation)]
+    first, worked = found[0], [equation for equation in found if "=" in {number.joint for number in equation}]
     if not re.fullmatch(OPENING, text[:first[0].start]): return None
     if len(_stated(text, first)) == 1: return first[:1]
     if not worked: return None
     rest = text[worked[-1][-1].end:found[-1][0].start]
-    return found[-1] if CLAUSE_END.search(rest) else worked[-1]  # 5+3=8, so 6 are left: and 20-4=16 dollars in 7 days
+    return found[-1] if CLAUSE_END.search(rest) else worked[-1]  # 5+3=8, so 6 | 20-4=16 dollars in 7 days
 
 # %% ../nbs/19_exams.ipynb #5b384ce3
 def read_number(text: str,                  # what the model wrote
                 phrases: list[str] = (),    # closing words, in any of the languages
-                leading: bool = False,      # what stands at the start is the answer, and what follows explains it
+                leading: bool = False,      # what stands at the start is the answer, what follows explains it
                 decimal_comma: bool = False, # Spanish
                 ) -> str | None:            # in the form of `plain_number`; 1/3 where there is none
-    "The number that a text gives as its answer; None where it has none. Numbers in words (dieciocho, 十八) are not read."
+    "The number that a text gives as its answer; None where it has none. Words (dieciocho, 十八) are not read."
     text = in_digits(ascii_numbers(without_latex(text)), decimal_comma)
     found = equations(text, decimal_comma)
     if not found: return None
-    ends = [said.end() for said in re.finditer("|".join(map(re.escape, phrases)), text, re.I)] if phrases else []
+    words = "|".join(map(re.escape, phrases)) or "(?!)"  # which is nowhere
+    ends = [said.end() for said in re.finditer(words, text, re.I)]
     closed = next(filter(None, (_closing(text, end, found) for end in reversed(ends))), None)
     value = worth(closed or (leading and _opening(text, found)) or found[-1])
     return None if value is None else _written(value)

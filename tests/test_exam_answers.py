@@ -1,7 +1,9 @@
-"""Where an answer ends and how it is asked for, through the command: a model whose every word is known, on both backends, at every batch size.
-Such a model is a table: after a word it says the next one, whatever stood before, and behind its end it goes on without an end."""
-import dataclasses, importlib.util, json, shutil, sys, types
+"""Where an answer ends and how it is asked for, through the command: a model whose every word is known, on both
+backends, at every batch size. Such a model is a table: after a word it says the next one, whatever stood before, and
+behind its end it goes on without an end."""
+import dataclasses, importlib.util, json, shutil, sys
 from pathlib import Path
+from types import SimpleNamespace as Plain
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from maet.exams import exam, read_number
 from maet.miniworld import exam as mini_exam
 
 BASE = Path(__file__).resolve().parent.parent / "data" / "miniworld" / "base"
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 MARKS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 RIGHT = 22  # of 40
 
@@ -26,14 +28,16 @@ def tokenizer_of(words, eos=MARKS[0], marks=MARKS, **more):
     vocabulary = {word: n for n, word in enumerate(dict.fromkeys([*marks, "?", *words]))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, additional_special_tokens=[m for m in marks if m != eos], **more)
+    others = [mark for mark in marks if mark != eos]
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, additional_special_tokens=others, **more)
 
 
 def saying(folder: Path, steps: dict[str, str], tokenizer, rows: int | None = None, **named) -> Path:
-    "A Llama that says after each word the next of `steps`. Its files name no stop token, unless `named` does: file -> what it says besides."
+    "A Llama that says after each word the next of `steps`. Its files name no stop token, unless `named` does."
     size = rows or len(tokenizer)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=size, hidden_size=size + size % 2, intermediate_size=2, num_hidden_layers=1,
-                                                         num_attention_heads=1, max_position_embeddings=2048, tie_word_embeddings=False))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=size, hidden_size=size + size % 2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=2048, tie_word_embeddings=False))
     ids = tokenizer.convert_tokens_to_ids
     with torch.no_grad():
         for weight in model.parameters(): weight.zero_()
@@ -56,7 +60,8 @@ def known(mark: str) -> tuple[list[dict], dict[str, str]]:
     for n in range(40):
         words = [f"A{n}", *(f"so{n}.{k}" for k in range(n % 6)), f"{n}", mark]
         steps |= dict(zip(words, words[1:]))
-        rows.append({"question": "how many " * (n % 5 + 1), "question_label": "Q", "answer_label": f"A{n}", "target": str(n if n < RIGHT else n + 1)})
+        row = {"question": "how many " * (n % 5 + 1), "question_label": "Q", "answer_label": f"A{n}"}
+        rows.append(row | {"target": str(n if n < RIGHT else n + 1)})
     return rows, steps
 
 
@@ -66,18 +71,25 @@ def write(folder: Path, rows: list[dict], task: str = "mgsm_cot", language: str 
     return folder
 
 
+def by_command(model: Path, data: Path, out: Path) -> int | str | None: # its exit code
+    asked = {"--data": data, "--tasks": "mgsm_cot", "--languages": "en", "--shots": 0, "--out": out}
+    with pytest.raises(SystemExit) as exit: main(["eval", str(model), *(str(word) for pair in asked.items() for word in pair)])
+    return exit.value.code
+
+
 def result(out: Path) -> dict:
     (row,) = (json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines())
     return row
 
 
 PLACES = {"tokenizer": (MARKS[0], {}, {}), "chat template": (MARKS[1], {"chat_template": CHATML}, {}),
-          "config.json": (MARKS[1], {}, {"config": {"eos_token_id": [1]}}), "generation_config.json": (MARKS[1], {}, {"generation_config": {"eos_token_id": 1}})}
+          "config.json": (MARKS[1], {}, {"config": {"eos_token_id": [1]}}),
+          "generation_config.json": (MARKS[1], {}, {"generation_config": {"eos_token_id": 1}})}
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_one_score_at_every_batch_size(place, tmp_path):
-    "mgsm_cot without exemplars: 0.550, as was made; each answer is the one that was made, and its end is in the samples and in results.jsonl."
+    "mgsm_cot without exemplars: 0.550, as was made; each answer is the one that was made, and its end is in the results."
     mark, template, named = PLACES[place]
     rows, steps = known(mark)
     data = write(tmp_path / "data", rows)
@@ -86,15 +98,17 @@ def test_one_score_at_every_batch_size(place, tmp_path):
         out = tmp_path / f"out{size}"
         (line,) = evaluation_job(model, data, ["mgsm_cot"], ["en"], out=out, shots=0, batch_size=size, device="cpu")
         assert f"{RIGHT / 40:.4f}" in line and result(out)["value"] == RIGHT / 40, (place, size)
-        assert result(out)["stops"] == list(dict.fromkeys([MARKS[0], mark, MARKS[1]]))  # <|im_end|> is a stop text of the task, and a token here
+        # <|im_end|> is a stop text of the task, and a token here
+        assert result(out)["stops"] == list(dict.fromkeys([MARKS[0], mark, MARKS[1]]))
         kept = [json.loads(line) for line in (out / "mgsm_cot/en.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [k["prediction"] for k in kept] == [str(n) for n in range(40)] and {k["end"] for k in kept} == {mark}
         assert (out / "mgsm_cot/en.jsonl").read_bytes() == (tmp_path / "out1/mgsm_cot/en.jsonl").read_bytes()
 
 
 def test_both_backends_end_alike(tmp_path, monkeypatch):
-    """vLLM is not here. What stands for it does what it does: it goes on to a stop token it was given, to a stop text in its own text, which keeps
-    special tokens, or to the end of the room; what it takes for the end of text by itself stops it too, unless that is switched off."""
+    """vLLM is not here. What stands for it does what it does: it goes on to a stop token it was given, to a stop text in
+    its own text, which keeps special tokens, or to the end of the room. What it takes for the end of text by itself stops
+    it too, unless that is switched off."""
     rows, steps = known(MARKS[1])
     data, words = write(tmp_path / "data", rows), tokenizer_of([*steps, "how", "many", "Q"], chat_template=CHATML)
     model = saying(tmp_path / "model", steps, words, generation_config={"repetition_penalty": 3.0})
@@ -118,29 +132,34 @@ def test_both_backends_end_alike(tmp_path, monkeypatch):
         def loglikelihood(self, requests): raise NotImplementedError
         def loglikelihood_rolling(self, requests): raise NotImplementedError
         def _model_generate(self, requests, generate, sampling_params):
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(self.speak(*one)))]) for one in zip(requests, sampling_params, strict=True)]
+            said = [self.speak(*one) for one in zip(requests, sampling_params, strict=True)]
+            return [Plain(outputs=[Plain(token_ids=tuple(ids))]) for ids in said]
         def speak(self, prompt, how):
             ids, by_itself = [], set() if how.ignore_eos else {2}  # Llama's default, which here is <|im_start|>
             word = words.convert_ids_to_tokens(prompt[-1])
             while len(ids) < how.max_tokens:
                 word = steps.get(word, MARKS[0])
                 ids.append(words.convert_tokens_to_ids(word))
-                if ids[-1] in {*how.stop_token_ids, *by_itself} or any(text in words.decode(ids) for text in how.stop): break
+                text = words.decode(ids)
+                if ids[-1] in {*how.stop_token_ids, *by_itself} or any(stop in text for stop in how.stop): break
             return ids
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: True if name == "vllm" else found(name, *more))
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=SamplingParams))
-    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", types.SimpleNamespace(VLLM=VLLM))
-    for backend in ("hf", "vllm"): list(evaluation_job(model, data, ["mgsm_cot"], ["en"], out=tmp_path / backend, shots=0, batch_size=7, backend=backend))
+    monkeypatch.setitem(sys.modules, "vllm", Plain(SamplingParams=SamplingParams))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", Plain(VLLM=VLLM))
+    for backend in ("hf", "vllm"):
+        more = dict(shots=0, batch_size=7, backend=backend, out=tmp_path / backend)
+        list(evaluation_job(model, data, ["mgsm_cot"], ["en"], **more))
     assert (tmp_path / "hf/mgsm_cot/en.jsonl").read_bytes() == (tmp_path / "vllm/mgsm_cot/en.jsonl").read_bytes()
-    for key in ("value", "stops", "set_aside"): assert result(tmp_path / "hf")[key] == result(tmp_path / "vllm")[key], key
-    assert result(tmp_path / "vllm")["value"] == RIGHT / 40 and result(tmp_path / "vllm")["set_aside"] == {"repetition_penalty": 3.0}
+    ours, theirs = result(tmp_path / "hf"), result(tmp_path / "vllm")
+    for key in ("value", "stops", "set_aside"): assert ours[key] == theirs[key], key
+    assert theirs["value"] == RIGHT / 40 and theirs["set_aside"] == {"repetition_penalty": 3.0}
 
 
 def test_the_model_of_the_mini_world_says_the_same_at_every_batch_size(tmp_path):
-    """Its own files, and its files without eos_token_id, where a Llama's default is token 2, an ordinary quotation mark. And its answers are plain
-    numbers: the reader of MGSM and the mini exam's rule find the same."""
+    """Its own files, and its files without eos_token_id, where a Llama's default is token 2, an ordinary quotation mark.
+    And its answers are plain numbers: the reader of MGSM and the mini exam's rule find the same."""
     data = tmp_path / "data"
     for language, rows in mini_exam("mathematics", "dev", 25).items(): write(data, rows, "mathematics", language)
     shutil.copytree(BASE, tmp_path / "bare")
@@ -155,25 +174,28 @@ def test_the_model_of_the_mini_world_says_the_same_at_every_batch_size(tmp_path)
             examine(model, data, ["mathematics"], ["en", "te"], batch_size=size, out=out, dtype="float32", device="cpu")
             kept[out.name] = b"".join((out / f"mathematics/{l}.jsonl").read_bytes() for l in ("en", "te"))
     assert len(set(kept.values())) == 1, {name: len(text) for name, text in kept.items()}
-    for answer in map(json.loads, kept["base1"].decode().splitlines()): assert read_number(answer["output"]) == answer["prediction"], answer
+    for line in kept["base1"].decode().splitlines():
+        answer = json.loads(line)
+        assert read_number(answer["output"]) == answer["prediction"], answer
 
 
 def test_an_exam_asks_greedily_whatever_the_model_brings(tmp_path, capsys):
-    "As the command does it: a penalty on repetition would forbid the 7 that the question names. One line says what was set aside, and so does results.jsonl."
+    "By the command: a penalty would forbid the 7 that the question names. One line, and results.jsonl, say what was set aside."
     steps = {f"A{n}": "7 or 8" for n in range(4)} | {"7": MARKS[0], "8": MARKS[0]}
     rows = [{"question": "7 is", "question_label": "Q", "answer_label": f"A{n}", "target": "7"} for n in range(4)]
     data, words = write(tmp_path / "data", rows), tokenizer_of([*steps, "is", "Q"])
-    own = {"repetition_penalty": 5.0, "temperature": 0.7, "top_k": 3, "no_repeat_ngram_size": 1, "suppress_tokens": [words.convert_tokens_to_ids("7")],
-           "min_length": 100, "forced_eos_token_id": 4, "do_sample": True}
+    own = {"repetition_penalty": 5.0, "temperature": 0.7, "top_k": 3, "no_repeat_ngram_size": 1, "min_length": 100,
+           "suppress_tokens": [words.convert_tokens_to_ids("7")], "forced_eos_token_id": 4, "do_sample": True}
     scores = {}
     for name, said in (("plain", {}), ("own", own)):
         model = saying(tmp_path / name, steps, words, generation_config=said)
-        with pytest.raises(SystemExit) as exit:
-            main(["eval", str(model), "--data", str(data), "--tasks", "mgsm_cot", "--languages", "en", "--shots", "0", "--out", str(tmp_path / f"out-{name}")])
-        assert not exit.value.code
-        scores[name], warned = result(tmp_path / f"out-{name}"), [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        out = tmp_path / f"out-{name}"
+        assert not by_command(model, data, out)
+        scores[name], said = result(out), capsys.readouterr().err
+        warned = [line for line in said.splitlines() if line.startswith("warning: ")]
         assert len(warned) == (name == "own") and all(key in line for line in warned for key in own), warned
-    assert scores["own"]["value"] == scores["plain"]["value"] == 1 and scores["own"]["set_aside"] == own and "set_aside" not in scores["plain"]
+    assert scores["own"]["value"] == scores["plain"]["value"] == 1
+    assert scores["own"]["set_aside"] == own and "set_aside" not in scores["plain"]
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path, capsys):
@@ -183,17 +205,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path, capsys):
     words = tokenizer_of([*steps, "how", "many", "Q"], pad_token="<pad>")
     model = saying(tmp_path / "model", {}, words, rows=len(words) - 2)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main(["eval", str(model), "--data", str(data), "--tasks", "mgsm_cot", "--languages", "en", "--shots", "0", "--out", str(out)])
+    assert by_command(model, data, out) == 2
     said = capsys.readouterr().err.strip()
-    assert exit.value.code == 2 and "\n" not in said and f"ids from 0 to {len(words) - 2}, but the model knows 0 to {len(words) - 3}" in said and not out.exists()
-    filled = saying(tmp_path / "filled", {word: nexts for word, nexts in steps.items()}, words, rows=len(words) - 1)
-    assert words.pad_token_id == len(words) - 1
+    assert f"ids from 0 to {len(words) - 2}, but the model knows 0 to {len(words) - 3}" in said and "\n" not in said
+    assert not out.exists() and words.pad_token_id == len(words) - 1
+    filled = saying(tmp_path / "filled", steps, words, rows=len(words) - 1)
     assert examine(filled, data, ["mgsm_cot"], ["en"], shots=0, batch_size=4)[0]["value"] == RIGHT / 40
 
 
 def test_an_older_result_is_not_taken_for_one_of_now(tmp_path, monkeypatch):
-    "Asked again: after a change of how answers are asked, ended or read; after a file beside the model named another stop token. Not asked again: else."
+    "Asked again after a change of how answers are asked and read, and after a file named another stop token; else not."
     rows, steps = known(MARKS[1])
     data, words = write(tmp_path / "data", rows[:6]), tokenizer_of([*steps, "how", "many", "Q"])
     model, asked = saying(tmp_path / "model", steps, words), []
@@ -201,7 +222,7 @@ def test_an_older_result_is_not_taken_for_one_of_now(tmp_path, monkeypatch):
         asked.append(1)
         return ask(*given)
     monkeypatch.setattr(maet.evaluation, "ask", counted)
-    job = lambda: list(evaluation_job(model, data, ["mgsm_direct", "mgsm_cot"][1:], ["en"], out=tmp_path / "out", shots=0))
+    def job(): return list(evaluation_job(model, data, ["mgsm_cot"], ["en"], out=tmp_path / "out", shots=0))
     assert job() == job() and len(asked) == 1
     monkeypatch.setattr(maet.evaluation, "ASKING", maet.evaluation.ASKING + 1)
     assert job() == job() and len(asked) == 2
@@ -213,18 +234,22 @@ def test_the_batch_of_a_model_that_hears_its_filling_has_one_length(tmp_path):
     "BART's decoder counts its places from the start of the filling, mask or not."
     words = tokenizer_of([str(n) for n in range(20)])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(BartConfig(vocab_size=len(words), d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-                                                        init_std=0.3, is_decoder=True, is_encoder_decoder=False, max_position_embeddings=256))
+    model = AutoModelForCausalLM.from_config(BartConfig(
+        vocab_size=len(words), d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, init_std=0.3,
+        is_decoder=True, is_encoder_decoder=False, max_position_embeddings=256))
     model.save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
-    rows = [{"question": "1 2 3 " * (n % 3 + 1), "question_label": "4", "answer_label": str(n), "target": "1"} for n in range(9)]
+    like = {"question_label": "4", "target": "1"}
+    rows = [like | {"question": "1 2 3 " * (n % 3 + 1), "answer_label": str(n)} for n in range(9)]
     data, kept, loose = write(tmp_path / "data", rows, "mgsm_direct"), set(), []
     for size in (1, 4, 50):
-        examine(tmp_path / "model", data, ["mgsm_direct"], ["en"], shots=0, batch_size=size, out=tmp_path / str(size), device="cpu")
-        kept.add((tmp_path / str(size) / "mgsm_direct/en.jsonl").read_bytes())
+        out = tmp_path / str(size)
+        examine(tmp_path / "model", data, ["mgsm_direct"], ["en"], shots=0, batch_size=size, out=out, device="cpu")
+        kept.add((out / "mgsm_direct/en.jsonl").read_bytes())
     assert len(kept) == 1
     for fills in (None, True):  # the check of the check: without the trial the answers would be others
         lm = examinee(tmp_path / "model", device="cpu")
         lm.fills, prompts = fills, [[5, 6, 7, 8, 9, 10], [7, 8], [9]]
-        loose.append(lm.written(prompts, 8, lm.stops, []) == [lm.written([prompt], 8, lm.stops, [])[0] for prompt in prompts])
+        alone = [lm.written([prompt], 8, lm.stops, [])[0] for prompt in prompts]
+        loose.append(lm.written(prompts, 8, lm.stops, []) == alone)
     assert loose == [True, False]
