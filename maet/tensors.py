@@ -213,7 +213,7 @@ def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
     if isinstance(config, (str, Path)): config = _read_config(Path(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnknownModel(f"{file}: transformers has no causal language model for model_type {config.model_type!r}")
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    with reading(file, f"transformers cannot build {config.model_type} from it"): layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MOST_LAYERS: raise MaetError(f"{file}: {layers} layers are more than any model has")
     with reading(file, f"transformers cannot build {config.model_type} from it"), _unspread(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
