@@ -43,12 +43,12 @@ def counts(said: str) -> dict[str, list[int]]: # reader -> cases, accepted, refu
     return {name: [int(cell.replace(",", "")) for cell in cells] for name, *cells in rows if cells[0] != "cases"}
 
 
-def test_every_reader(python):
+def test_every_reader(python, tell):
     said = python("tests/fuzz.py", "--seconds", len(names := python("-c", "import sys; sys.path.insert(0, 'tests'); import readers; print(*readers.READERS)").split()), "--least", 10, "--seed", 0)
     found = counts(said)
     assert list(found) == [*names, "all"] and all(cases >= 10 and cases == accepted + refused and not failed and refused for cases, accepted, refused, failed, *_ in found.values())
     assert found["all"][1] > 50 and re.search(r"seed 0: .* refused in one line, 0 failed in 0 ways$", said.strip()), said
-    print(said)
+    tell(said.strip())
 
 
 def test_planted_faults_are_found(python):
