@@ -10,9 +10,9 @@ __all__ = ['FROM', 'BESIDE', 'Pair', 'Document', 'KINDS', 'BLOCK', 'MARKED', 'Wr
            'text_source', 'permutation', 'Index', 'batch', 'in_blocks', 'Gzipped', 'in_a_line', 'open_dataset', 'Rows',
            'reader', 'placed', 'documents', 'texts_in', 'place_of', 'check', 'shuffled', 'Encoded', 'encode',
            'encode_stream', 'chat_template', 'render', 'check_template', 'answers', 'encode_chat', 'Position',
-           'mixture', 'pack', 'pack_whole', 'Tokens', 'readers_of', 'sequences', 'corpus', 'Table', 'drop', 'finish',
-           'read_meta', 'open_tokens', 'save_tokens', 'digest', 'identity', 'fingerprint', 'write_tokens', 'catalogue',
-           'stand_in']
+           'readable', 'mixture', 'pack', 'pack_whole', 'Tokens', 'readers_of', 'sequences', 'corpus', 'Table', 'drop',
+           'finish', 'read_meta', 'open_tokens', 'save_tokens', 'digest', 'identity', 'fingerprint', 'write_tokens',
+           'catalogue', 'stand_in']
 
 # %% ../nbs/03_corpora.ipynb #da4b9237
 import errno, glob, gzip, hashlib, io, json, logging, math, os, random, re, stat, struct, tempfile, zlib
@@ -697,6 +697,11 @@ class Position:
         return dict(sources=list(self.sources), used=list(self.used), documents=list(self.documents),
                     unfilled=[[i.tolist(), t.tolist()] for i, t in self.unfilled])
 
+def readable(position) -> bool: # of a note
+    "Can one go on from it? A note of our own that is damaged is none."
+    try: return position is None or bool(Position.read(position))
+    except (TypeError, ValueError, KeyError, OverflowError): return False
+
 def mixture(streams: list[Iterator[tuple[Encoded, list]]], # one a source
             shares: list[float],                           # positive, one a source
             position: Position,                            # is kept up to date
@@ -798,9 +803,9 @@ class Table:
 
     def _found(self) -> dict | None:
         try: note = json.loads(self.noted.read_text(encoding="utf-8"))
-        except (OSError, ValueError): return None
+        except (OSError, ValueError, RecursionError): return None
         ours = isinstance(note, dict) and note.keys() == self._fresh().keys() and note["made"] == self.made
-        return note if ours and self.part.exists() and self.part.stat().st_size == self.size else None
+        return note if ours and readable(note["position"]) and self.part.exists() and self.part.stat().st_size == self.size else None
 
     def _fresh(self) -> dict:
         began = hashlib.sha256(repr((self.shape, self.masked)).encode()).hexdigest()

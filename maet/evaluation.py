@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 import yaml
 
-from .tensors import MaetError
+from .tensors import MaetError, read_lines
 from .adapters import NO_ADAPTER, Adapted, open_checkpoint
 from .checkpoints import Checkpoint, local, whole
 from .names import complete
@@ -606,8 +606,17 @@ def examine(model,                    # a checkpoint folder or hub id, or an lm_
 # %% ../nbs/23_evaluation.ipynb #d02560dd
 def _samples(out: str | Path, task: str, language: str) -> list[dict]:
     path = Path(out) / task / f"{language}.jsonl"
-    try: return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as e: raise MaetError(f"{path}: no samples there ({e.strerror}): examine with `out` first") from None
+    if not path.is_file(): raise MaetError(f"{path}: no samples there: examine with `out` first")
+    return [_sample(*line) for line in read_lines(path, "examine again")]
+
+def _sample(where: str, row) -> dict:
+    "An answer, checked: it has an id, and what is added up are numbers."
+    def number(value): return isinstance(value, bool | int | float)
+    sums = row.get("statistics", []) if isinstance(row, dict) else None
+    named = sums is not None and isinstance(row.get("id"), str | int)
+    counted = named and isinstance(sums, list) and all(map(number, sums))
+    if counted and all(number(row[key]) for key in ("correct", "bits", "bytes") if key in row): return row
+    raise MaetError(f"{where} is no answer that an exam wrote: examine again")
 
 def by_level(out: str | Path, # the folder that `examine` wrote its samples to
              task: str, language: str,
@@ -742,11 +751,18 @@ def _files(model: str | Path) -> list: # name, size in bytes, time of change in 
     found = sorted(p for home in _homes(open_checkpoint(model)) for p in home.iterdir() if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
+def _is_result(row) -> bool:
+    "Is this a row of results.jsonl, with what is shown of it?"
+    if not isinstance(row, dict): return False
+    texts = all(isinstance(row.get(key), str) for key in ("task", "language", "metric"))
+    numbers = all(isinstance(row.get(key), int | float) for key in ("value", "n", "seconds"))
+    return texts and numbers and isinstance(row.get("stderr"), int | float | None)
+
 def _finished(out: Path) -> dict[tuple[str, str], dict]: # (task, language) -> row
     "The exams that an earlier call finished."
-    try: rows = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    except OSError: return {}
-    except ValueError: raise MaetError(f"{out / 'results.jsonl'}: is not what an exam wrote: move it away") from None
+    file = out / "results.jsonl"
+    rows = [row for _, row in read_lines(file, "move it away")] if file.is_file() else []
+    if not all(map(_is_result, rows)): raise MaetError(f"{file}: is not what an exam wrote: move it away")
     return {(r["task"], r["language"]): r for r in rows if (out / r["task"] / f"{r['language']}.jsonl").is_file()}
 
 # %% ../nbs/23_evaluation.ipynb #3c26dffc

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from .tensors import MaetError
+from .tensors import MaetError, parse_json, reading
 
 # %% ../nbs/19_exams.ipynb #ac3478d6
 GROUPS = {folder.name: [path.stem for path in sorted(folder.glob("*.yaml"))]
@@ -553,14 +553,25 @@ def _published_mgsm(folder: Path, language: str, examples: dict) -> tuple[list[d
     except (OSError, UnicodeDecodeError) as e: raise MaetError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     if not isinstance(examples, dict) or language not in examples or any(len(line) != 2 or plain_number(line[1]) is None for line in lines):
         raise MaetError(f"{file}: a line is not a problem, a tab and a number, or exemplars.json lacks {language}")
-    return [{"id": n, "question": q, "target": plain_number(number)} for n, (q, number) in enumerate(lines)], examples[language]
+    problems = [{"id": n, "question": q, "target": plain_number(number)} for n, (q, number) in enumerate(lines)]
+    return problems, _exemplars(folder / "exemplars.json", language, examples[language])
+
+def _exemplars(file: Path, language: str, given) -> list[dict]:
+    "The exemplars of a language, checked: question and answer are texts, the answer's number is one."
+    def is_text(value): # half a surrogate pair is JSON, but no text
+        return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+    def whole(e):
+        texts = isinstance(e, dict) and is_text(e.get("question")) and is_text(e.get("answer"))
+        return texts and plain_number(str(e.get("answer_number"))) is not None
+    if isinstance(given, list) and all(map(whole, given)): return given
+    raise MaetError(f"{file}: an exemplar of {language} lacks question, answer or answer_number; download the file again")
 
 def mgsm_exams(folder: str | Path,   # with mgsm_<language>.tsv and exemplars.json
                languages: list[str],
                out: str | Path) -> None: # gets mgsm_cot/, mgsm_direct/ with exemplars, and bits_per_byte/
     "MGSM as it is published, as exam files. Raises MaetError for a file that is missing or not what it should be."
-    try: examples = json.loads((Path(folder) / "exemplars.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise MaetError(f"{folder}/exemplars.json: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    file = Path(folder) / "exemplars.json"
+    with reading(file, "download it again"): examples = parse_json(file.read_bytes(), file)
     for language in languages:
         problems, given = _published_mgsm(Path(folder), language, examples)
         shots = [{"question": _after_label(e["question"]), "answer": _after_label(e["answer"]), "target": str(e["answer_number"])} for e in given]

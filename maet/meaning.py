@@ -166,7 +166,7 @@ def vocabulary(folder: Path) -> dict[str, int] | None: # token -> number
         if isinstance(tokens, list): tokens = {token: n for n, (token, _) in enumerate(tokens)}  # unigram
         added = [(token["content"], token["id"]) for token in content.get("added_tokens") or []]
         return {str(token): number for token, number in chain(tokens.items(), added)}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError): return None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError): return None
 
 def same_bytes(a: Path, b: Path) -> bool | None: # None: one of them cannot be read
     try: return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()

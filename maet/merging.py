@@ -603,7 +603,8 @@ def spans(file: Mergekit, layers: int, where: str) -> list[tuple[range, Slice]]:
     ranges = [{tuple(entry.layer_range or ()) for entry in part.sources} for part in file.slices]
     if all(len(found) == 1 and [type(bound) for bound in min(found)] == [int, int] for found in ranges):
         ranges = [found.pop() for found in ranges]
-        if [layer for bounds in ranges for layer in range(*bounds)] == list(range(layers)):
+        within = all(0 <= bound <= layers for bounds in ranges for bound in bounds)  # a huge one would be written out
+        if within and [layer for bounds in ranges for layer in range(*bounds)] == list(range(layers)):
             return [(range(*bounds), part) for bounds, part in zip(ranges, file.slices)]
     raise MaetError(f"{where}: slices: only slices that make up the model's layers 0 to {layers} in order are supported, each with one range for all sources")
 
@@ -829,7 +830,7 @@ def merge(recipe: str | Path | Mapping, # a file, or its content
     "Merge as a file says, in mergekit's language or ours: all of it or nothing. Raises MaetError in one line."
     content, where = (recipe, "recipe") if isinstance(recipe, Mapping) else (read_yaml(recipe), Path(recipe).name)
     name = content.get("merge_method") if isinstance(content, Mapping) else None
-    if name not in METHODS: raise MaetError(f"{where}: merge_method: {name!r} is not known; known are {', '.join(METHODS)}")
+    if not isinstance(name, str) or name not in METHODS: raise MaetError(f"{where}: merge_method: {name!r} is not known; known are {', '.join(METHODS)}")
     method = METHODS[name]
     opened = method.open(method, content, where, mask, allow_mismatch)
     return plan(opened, out) if dry_run else opened.write(out)
