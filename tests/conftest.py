@@ -11,18 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads t
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 
 
-SHARED = {"test_notebooks", "test_project", "test_fuzz"}  # whose tests either worker may take; other files make fixtures once
-
-
-def pytest_collection_modifyitems(items):
-    "Where two workers share the tests, a file stays with one of them."
-    for item in items:
-        if item.path.stem not in SHARED: item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture
 def tell(record_property):
-    "Say something after the tests; what a worker prints meanwhile is not seen."
+    "Say something after the tests, where it is seen."
     def told(text: str) -> None: record_property("told", text)
     return told
 
