@@ -654,6 +654,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'maet.launch._done': ('launch.html#_done', 'maet/launch.py'),
                              'maet.launch._environment': ('launch.html#_environment', 'maet/launch.py'),
                              'maet.launch._first': ('launch.html#_first', 'maet/launch.py'),
+                             'maet.launch._has': ('launch.html#_has', 'maet/launch.py'),
                              'maet.launch._held': ('launch.html#_held', 'maet/launch.py'),
                              'maet.launch._here': ('launch.html#_here', 'maet/launch.py'),
                              'maet.launch._hostfile': ('launch.html#_hostfile', 'maet/launch.py'),
