@@ -590,7 +590,9 @@ def _factors(layer, trained): # a layer of peft's, what is trained -> the two th
 
 def _merged(base, layers, trained): # -> the pieces of a merged checkpoint
     changes = {name: _factors(layer, trained) for name, layer in layers.items()}
-    def of_run(run, own): return own.float() + product(changes[run.name], run.start, run.stop) if run.name in changes else own
+    def of_run(run, own):
+        if run.name not in changes: return own()
+        return own().float() + product(changes[run.name], run.start, run.stop)
     return pieces_from(base, of_run)
 
 def _write_adapter(out, model, trained):
@@ -605,17 +607,18 @@ def _write_adapter(out, model, trained):
 
 # %% ../nbs/10_training.ipynb #6e2a0b41
 def pieces_from(base: Checkpoint,
-                of_run: Callable, # (a run of a parameter, the base's own scalars there) -> the scalars in their place
+                of_run: Callable, # (a run of a parameter, a function that reads the base's scalars there) -> those in their place
                 ) -> Callable:    # (tensor name, start, stop) -> flat, for `write_checkpoint`
     "The tensors of a checkpoint from the parameters of a model; what no model reads is the base's."
     found = needed_layout(base)
     def piece(name, start, stop):
-        own, parts, at = base.piece(name, start, stop), [], 0
-        for run in found.parts(name, start, stop) if name in found.tensors else ():
-            size = run.stop - run.start
-            parts.append(of_run(run, own[at:at + size]))
-            at += size
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else own
+        if name not in found.tensors or start == stop: return base.piece(name, start, stop)
+        parts, at = [], start
+        for run in found.parts(name, start, stop):
+            end = at + run.stop - run.start
+            parts.append(of_run(run, functools.partial(base.piece, name, at, end)))  # a dense expert needs none of the base
+            at = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     return piece
 
 # %% ../nbs/10_training.ipynb #64e095fe
@@ -624,7 +627,7 @@ def _write_dense(out, model, base, work, identity):
     if any(sharded(p) or hasattr(p, "_hp_mapping") for p in parameters.values()):
         source = _gathered_checkpoint(work/"gathered", parameters, base)
     def of_run(run, own):
-        if run.name not in parameters: return own
+        if run.name not in parameters: return own()
         return source.piece(*run) if source else parameters[run.name].detach().reshape(-1)[run.start:run.stop].cpu()
     if rank() == 0:
         write_checkpoint(out, base, pieces_from(base, of_run), identity=identity)

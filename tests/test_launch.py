@@ -15,6 +15,7 @@ from maet.deltas import apply_delta, open_pack, save_keys
 from maet.launch import Job, Launch, RankError, curve, follow, run_job, running
 from maet.tensors import MaetError
 from maet.training import Training
+from ranks import free_port
 
 STEPS, KILLS = 60, (7, 18)  # a kill of a rank, a kill of the launcher
 OF_STAGE = {1: "dense", 2: "lora", 3: "key-neuron"}  # what is killed at which stage
@@ -223,10 +224,6 @@ def cluster(tmp_path, monkeypatch):
         (tmp_path/name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node-[1-2]")
-
-
-def free_port():
-    with socket.create_server(("", 0)) as server: return server.getsockname()[1]
 
 
 def test_two_machines_by_pdsh_and_by_slurm(folder, together, cluster):
