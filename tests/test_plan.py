@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from maet.corpora import Source
 from maet.settings import load
 from maet.tensors import MaetError
 from maet.training import Training, train
@@ -124,7 +125,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
     from maet.launch import Launch
     from maet.pipeline import Run
     config().save_pretrained(tmp_path)  # no weights are there: it is known before they are read
-    run = lambda devices: Run(str(tmp_path), [], training("dense"), launch=Launch(devices=devices, zero=2))
+    run = lambda devices: Run(str(tmp_path), [Source("text.jsonl")], training("dense"), launch=Launch(devices=devices, zero=2))
     monkeypatch.setattr(plan, "device_memory", lambda ranks: 1e8)
     with pytest.raises(MaetError, match=r"train \(dense\) needs .* GB on each of 2 devices, and one has 0.1 GB; try") as said: plan.must_fit(run(2))
     assert "\n" not in str(said.value)

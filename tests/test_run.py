@@ -133,14 +133,15 @@ def test_interrupted_it_says_how_to_go_on(undisturbed):
 
 def test_a_study_finds_what_another_has_trained(undisturbed):
     folder, *_ = undisturbed
+    shutil.copytree(folder / "whole", folder / "swept")
     (folder / "sweep.yml").write_text(yaml.safe_dump(dict(recipe="tiny.yml", methods=["base", "soup", "maet"], seeds=[0], vary={"transfer.gamma": [0.1, 0.2]})))
-    trained = lambda: {p.name for p in (folder / "whole").glob("*-*") if (p / "expert").exists() or (p / "expert.safetensors").exists()}
+    trained = lambda: {p.name for p in (folder / "swept").glob("*-*") if (p / "expert").exists() or (p / "expert.safetensors").exists()}
     before = trained()
-    command = [sys.executable, "-m", "maet.cli", "run", "--study", "sweep.yml", "--out", "whole"]
+    command = [sys.executable, "-m", "maet.cli", "run", "--study", "sweep.yml", "--out", "swept"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {name.split("-")[0] for name in trained() - before} == {"dense.mathematics.en", "dense.general.es", "dense.general.bn"}  # a soup's experts
-    assert "| MAET (transfer.gamma 0.1) " in done.stdout and (folder / "whole" / "seed-0" / "sweep.md").is_file()
+    assert "| MAET (transfer.gamma 0.1) " in done.stdout and (folder / "swept" / "seed-0" / "sweep.md").is_file()
     rows = [json.loads(line) for line in (folder / "data" / "results" / "sweep.jsonl").read_text().splitlines()]
     assert sum("minus" in r["setting"] for r in rows) == (2 + 2 + 1) * (3 + 1)  # MAET minus base and minus soup in each setting, soup minus base
     rows = [r for r in rows if "minus" not in r["setting"]]
