@@ -31,8 +31,8 @@ figures: $(READY) ## draw every figure and table from the committed results, int
 	$(BIN)/maet figures
 	$(BIN)/maet report
 
-test: $(READY) ## run every notebook and every test
-	$(BIN)/python -m pytest
+test: $(READY) ## run every notebook and every test, on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # Without SEED on the command line every call draws other cases.
 fuzz: $(READY) ## break files for every reader, for SECONDS (600): only success or one line may come out; counts, and how to see a failure again
