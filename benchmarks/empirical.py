@@ -12,15 +12,21 @@ from pathlib import Path
 
 import torch
 
-from maet.checkpoints import Checkpoint
-from maet.corpora import Source, write_tokens
-from maet.deltas import keys_meta, open_delta, save_keys
-from maet.launch import Job, run_job
-from maet.ledger import append, commit, versions
-from maet.miniworld import write_forums
-from maet.pipeline import Pipeline, Progress, Recipe, Store, located, plain, tokens
-from maet.settings import load
-from maet.similarity import Weights, random_keys, similarities, thinned
+from maet.weights.checkpoints import Checkpoint
+from maet.text.documents import Source
+from maet.text.tables import write_tokens
+from maet.weights.packs import keys_meta, save_keys
+from maet.weights.differences import open_delta
+from maet.training.jobs import Job
+from maet.training.launch import run_job
+from maet.record.ledger import append, commit, versions
+from maet.text.miniworld import write_forums
+from maet.study.algorithm import Pipeline, located
+from maet.study.stages import Progress, Store
+from maet.study.recipes import Recipe
+from maet.study.texts import plain, tokens
+from maet.training.settings import load
+from maet.method.similarity import Weights, random_keys, similarities, thinned
 
 FORUMS, OTHERS = ("forum/zh", "forum/en"), ("code", "general/zh", "general/en")
 FITTED = "forum/zh"            # by every method

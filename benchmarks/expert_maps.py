@@ -13,12 +13,13 @@ from statistics import fmean
 import torch
 from rows import add, arguments, complete, told
 
-from maet.baselines import experts
-from maet.checkpoints import Checkpoint
-from maet.deltas import open_delta, shapes_of
-from maet.layer_swapping import layer_matrices, row_changes, share_map
-from maet.pipeline import Pipeline
-from maet.tensors import GROUPS
+from maet.study.rivals import experts
+from maet.weights.checkpoints import Checkpoint
+from maet.weights.differences import open_delta
+from maet.weights.deltas import shapes_of
+from maet.method.layer_swapping import layer_matrices, row_changes, share_map
+from maet.study.algorithm import Pipeline
+from maet.weights.tensors import GROUPS
 
 PAPERS = Path("data/paper")
 PRINTED = {True: (4, 5), False: (6, 7, 8, 9)}  # figures of ability experts, of language experts

@@ -24,14 +24,17 @@ from typing import NamedTuple
 import torch
 from rows import arguments, told
 
-from maet.baselines import ROWS, experts
-from maet.evaluation import drawn_sums, examine
-from maet.exams import template
-from maet.ledger import append, commit, versions
-from maet.merging import merge
-from maet.pipeline import Pipeline, Progress, Recipe, Store, side_by_side
-from maet.settings import load
-from maet.study import ITEM_COST, at_work, exam_data, examined, marks, sat
+from maet.study.rivals import ROWS, experts
+from maet.exams.asking import drawn_sums, examine
+from maet.exams.questions import template
+from maet.record.ledger import append, commit, versions
+from maet.method.mergekit import merge
+from maet.study.algorithm import Pipeline
+from maet.study.stages import Progress, Store, side_by_side
+from maet.study.recipes import Recipe
+from maet.training.settings import load
+from maet.study.scores import ITEM_COST, exam_data, examined, marks, sat
+from maet.study.study import at_work
 
 ABILITY = "mathematics"
 DRAWS = 500                                              # of the bootstrap

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 
-from maet.checkpoints import Checkpoint
-from maet.deltas import apply_delta, open_pack
-from maet.evaluation import examine
-from maet.ledger import append, commit, versions
-from maet.pipeline import Pipeline, Recipe, Rivals, Store, expert, progress_bar, trained
-from maet.settings import load
+from maet.weights.checkpoints import Checkpoint
+from maet.weights.differences import apply_delta
+from maet.weights.packs import open_pack
+from maet.exams.asking import examine
+from maet.record.ledger import append, commit, versions
+from maet.study.algorithm import Pipeline, expert, trained
+from maet.study.recipes import Recipe, Rivals
+from maet.study.stages import Store, progress_bar
+from maet.training.settings import load
 
 CANDIDATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 

@@ -58,8 +58,10 @@ def make_base(folder: Path, config) -> None:
     "A random checkpoint in shards of 1 GB."
     import torch
     from huggingface_hub import split_state_dict_into_shards_factory as split
-    from maet.checkpoints import Sink, in_order, jobs_of, lay_out, write_index
-    from maet.tensors import shapes
+    from maet.weights.writers import Sink, lay_out
+    from maet.weights.streams import in_order
+    from maet.weights.saving import jobs_of, write_index
+    from maet.weights.tensors import shapes
     from math import prod
     tensors = {name: (tuple(shape), torch.bfloat16) for name, shape in shapes(config).items()}
     planned = split(tensors, get_storage_size=lambda t: 2 * prod(t[0]), filename_pattern="model{suffix}.safetensors", max_shard_size="1GB")
@@ -80,7 +82,8 @@ def make_base(folder: Path, config) -> None:
 def make_inputs(folder: Path, config) -> None:
     "base/, a/, b/, c/, five packs, and the merge files."
     import yaml
-    from maet.checkpoints import Checkpoint, write_checkpoint
+    from maet.weights.checkpoints import Checkpoint
+    from maet.weights.saving import write_checkpoint
     if not (folder/"base").exists(): make_base(folder/"base", config)
     base = Checkpoint(folder/"base")
     for seed, name in enumerate(TUNED, 1):
@@ -98,7 +101,8 @@ def make_inputs(folder: Path, config) -> None:
 def make_pack(path: Path, base, seed: int) -> None:
     "A pack with values in bfloat16 at a random 5 % of every tensor."
     import numpy as np, torch, zlib
-    from maet.deltas import Lazy, Packed, pack_bits, save_pack
+    from maet.weights.deltas import Lazy, Packed, pack_bits
+    from maet.weights.packs import save_pack
 
     class Sparse(Lazy):
         shapes = {n: base.shape(n) for n in base.names}
@@ -120,15 +124,16 @@ def read(folder, out):
 
 
 def locate(folder, out):
-    from maet.checkpoints import Checkpoint
-    from maet.neurons import locate
+    from maet.weights.checkpoints import Checkpoint
+    from maet.method.locate import locate
     locate(Checkpoint(folder/"base"), Checkpoint(folder/"a"), RATIO, "element", out)
 
 
 def pack(folder, out):
     import torch
-    from maet.checkpoints import Checkpoint
-    from maet.deltas import Difference, Keys, save_pack
+    from maet.weights.checkpoints import Checkpoint
+    from maet.weights.differences import Difference
+    from maet.weights.packs import Keys, save_pack
     base = Checkpoint(folder/"base")
     save_pack(out, Difference(Checkpoint(folder/"a"), base, Keys(folder/"keys.safetensors", base)), base, torch.bfloat16)
 
@@ -234,7 +239,8 @@ def ledger_rows(results: list[dict]) -> list[dict]:
 def draw(results: list[dict], stem: Path) -> None:
     "Seconds and peak memory of each contestant at each size."
     from matplotlib.figure import Figure
-    from maet.plots import save, style
+    from maet.record.plots import save
+    from maet.record.estimates import style
     rows = ledger_rows(results)
     scales, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("scale", "method"))
     colours, height = ("#12284C", "#F0A202", "#1E8F6E", "#CC79A7"), .8 / len(scales)
@@ -258,7 +264,7 @@ def draw(results: list[dict], stem: Path) -> None:
 def make(folder: Path, out: str) -> None:
     "The inputs of one size; prints what they are."
     from transformers import AutoConfig, LlamaConfig
-    from maet.checkpoints import Checkpoint
+    from maet.weights.checkpoints import Checkpoint
     given = SIZES.get(out)
     config = LlamaConfig(**given, max_position_embeddings=2048, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16") \
         if given else AutoConfig.from_pretrained(out)

@@ -20,11 +20,14 @@ from pathlib import Path
 import torch
 from rows import add, arguments, complete, told
 
-from maet.checkpoints import Checkpoint
-from maet.corpora import open_tokens
-from maet.deltas import open_pack, read_keys, squares
-from maet.pipeline import Pipeline, Recipe, extracted, located, tokens
-from maet.tensors import place
+from maet.weights.checkpoints import Checkpoint
+from maet.text.tables import open_tokens
+from maet.weights.packs import open_pack, read_keys
+from maet.weights.deltas import squares
+from maet.study.algorithm import Pipeline, extracted, located
+from maet.study.recipes import Recipe
+from maet.study.texts import tokens
+from maet.weights.tensors import place
 
 Masks = dict[str, torch.Tensor]  # tensor -> bool; a tensor that is absent has no key neuron
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
-from maet.ledger import append, commit, versions
-from maet.pipeline import Pipeline, Recipe, Store
-from maet.settings import load
-from maet.tensors import MaetError
+from maet.record.ledger import append, commit, versions
+from maet.study.algorithm import Pipeline
+from maet.study.recipes import Recipe
+from maet.study.stages import Store
+from maet.training.settings import load
+from maet.weights.tensors import MaetError
 
 
 def arguments(study: str, about: str) -> argparse.ArgumentParser:

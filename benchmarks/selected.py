@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rows import add, arguments, complete, told
 
-from maet.checkpoints import Checkpoint
-from maet.deltas import open_pack
-from maet.pipeline import Pipeline, expert, extracted
-from maet.tensors import GROUPS, of_kinds
-from maet.transfer import MaetTransfer
+from maet.weights.checkpoints import Checkpoint
+from maet.weights.packs import open_pack
+from maet.study.algorithm import Pipeline, expert, extracted
+from maet.weights.tensors import GROUPS, of_kinds
+from maet.method.transfer import MaetTransfer
 
 KINDS = ("all", *GROUPS, "q", "k", "v", "o", "gate", "up", "down")  # the ten rows of Table 3
 

@@ -16,10 +16,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from maet.ledger import append, commit, versions
-from maet.plots import save, style
-from maet.plan import Cluster, modes
-from maet.training import Training, prepare, state_bytes
+from maet.record.ledger import append, commit, versions
+from maet.record.plots import save
+from maet.record.estimates import style
+from maet.study.plan import Cluster, modes
+from maet.training.schedule import Training
+from maet.training.loading import prepare
+from maet.training.train import state_bytes
 
 GOALS = {"dense": {"key-neuron 5% element": dict(state=.12, time=1.), "key-neuron 5% row": dict(state=.12, time=.78)},  # of dense
          "no optimizer": {"key-neuron 5% element": dict(time=1.25)}}  # 0.8 of its tokens a second; at 8b no more than 40 GB

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import torch
 
-from maet.checkpoints import Checkpoint
-from maet.corpora import Source, corpus
-from maet.deltas import apply_delta, open_delta
-from maet.evaluation import average, by_level, examine
-from maet.ledger import append, commit, versions
-from maet.miniworld import LANGUAGES
-from maet.pipeline import Pipeline, Progress, Recipe, Store, expert, trained
-from maet.settings import load
+from maet.weights.checkpoints import Checkpoint
+from maet.text.documents import Source
+from maet.text.tokens import corpus
+from maet.weights.differences import apply_delta, open_delta
+from maet.exams.evaluation import average, by_level
+from maet.exams.asking import examine
+from maet.record.ledger import append, commit, versions
+from maet.text.miniworld import LANGUAGES
+from maet.study.algorithm import Pipeline, expert, trained
+from maet.study.stages import Progress, Store
+from maet.study.recipes import Recipe
+from maet.training.settings import load
 
 
 @torch.no_grad()

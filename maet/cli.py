@@ -7,7 +7,7 @@ __all__ = ['app', 'Base', 'Model', 'Out', 'Mismatch', 'NO_MEMORY', 'REFUSED', 'M
            'search', 'base', 'train', 'plan', 'locate', 'pack', 'extract', 'merge', 'evaluate', 'figures', 'report',
            'first_line', 'of_system', 'of_memory', 'worded', 'versions', 'keep_traceback', 'unexpected', 'main']
 
-# %% ../nbs/90_cli.ipynb #da4b9237
+# %% ../nbs/90_cli.ipynb #0fa8159a
 import atexit, errno, gc, logging, os, platform, re, shlex, sys, tempfile, traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,9 +55,10 @@ def run(scale: Annotated[Optional[str], typer.Option(help="A recipe that ships w
 
     Example: maet run --study rivals --seed 0"""
     from functools import partial
-    from maet.baselines import models
-    from maet.plan import must_fit
-    from maet.study import Study, load_study, methods_of, settings, study_job
+    from maet.study.rivals import models
+    from maet.study.plan import must_fit
+    from maet.study.scores import Study, load_study, methods_of, settings
+    from maet.study.study import study_job
     if sum(map(bool, (scale, recipe, study))) > 1: raise typer.BadParameter("give one of --scale, --recipe and --study")
     asked, name = (load_study(study), Path(study).stem) if study else (Study(recipe or scale or "mini"), "main")
     for _, each in settings(asked): must_fit(each, partial(models, methods=methods_of(asked, each)))
@@ -78,11 +79,11 @@ def search(recipe: Annotated[str, typer.Argument(help="A recipe of `maet run`: a
 
     Example: maet search mini --trials 60 --out runs/mini --seed 0"""
     from functools import partial
-    from maet.baselines import models
-    from maet.pipeline import Recipe
-    from maet.plan import must_fit
-    from maet.search import SEARCHED, Rules, search_job
-    from maet.settings import load
+    from maet.study.rivals import models
+    from maet.study.recipes import Recipe
+    from maet.study.plan import must_fit
+    from maet.study.search import SEARCHED, Rules, search_job
+    from maet.training.settings import load
     what, rules = load(Recipe, recipe), Rules(tuple(methods.split(",")) if methods else tuple(SEARCHED), trials, items, dev)
     must_fit(what, partial(models, methods=list(rules.methods)))
     with resumable(): typer.echo(search_job(what, out, seed, rules, ledger))
@@ -94,8 +95,9 @@ def base(recipe: Annotated[str, typer.Argument(help="YAML: corpora or a mini wor
     """Make a small base from nothing: tokenizer, random Llama, pre-training.
 
     Example: maet base base.yml --out data/miniworld/base"""
-    from maet.pipeline import Base, make_base
-    from maet.settings import load
+    from maet.study.recipes import Base
+    from maet.study.algorithm import make_base
+    from maet.training.settings import load
     with resumable(): make_base(load(Base, recipe), out)
 
 # %% ../nbs/90_cli.ipynb #0ade7c2c
@@ -112,9 +114,9 @@ def train(recipe: Annotated[Path, typer.Argument(help="YAML: base, corpora, trai
     """One CPT or SFT run: dense, LoRA or key-neuron; in this process, or by DeepSpeed. Killed, it goes on from its last checkpoint.
 
     Example: maet train expert.yml --out experts/es.safetensors"""
-    from maet.pipeline import Run, train_run
-    from maet.plan import must_fit
-    from maet.settings import load
+    from maet.study.algorithm import Run, train_run
+    from maet.study.plan import must_fit
+    from maet.training.settings import load
     run = load(Run, recipe)
     must_fit(run)
     with resumable(): train_run(run, out)
@@ -122,7 +124,7 @@ def train(recipe: Annotated[Path, typer.Argument(help="YAML: base, corpora, trai
 # %% ../nbs/90_cli.ipynb #7b52009b
 @app.command()
 def plan(recipe: Annotated[str, typer.Argument(help="YAML of `maet run`, `maet train` or `maet base`, or a shipped one such as 8b.yml.")],
-         gpu: Annotated[str, typer.Option(help="One of the table in room 17: A100-80, H100, H200, L4 ...")] = "H100",
+         gpu: Annotated[str, typer.Option(help="One of the table in plan: A100-80, H100, H200, L4 ...")] = "H100",
          gpus: Annotated[Optional[int], typer.Option(min=1, help="That share a batch; by default as many as the recipe launches.")] = None,
          zero: Annotated[Optional[int], typer.Option(min=0, max=3, help="ZeRO stage; by default the recipe's.")] = None,
          offload: Annotated[bool, typer.Option("--offload", help="Optimizer states in the host's memory.")] = False,
@@ -132,10 +134,11 @@ def plan(recipe: Annotated[str, typer.Argument(help="YAML of `maet run`, `maet t
 
     Example: maet plan 8b.yml --gpu H100 --gpus 8 --zero 2"""
     from functools import partial
-    from maet.baselines import cost_table, models
-    from maet.pipeline import Recipe, transferred
-    from maet.plan import cluster_of, describe, read
-    from maet.tensors import meta_model
+    from maet.study.rivals import cost_table, models
+    from maet.study.recipes import Recipe
+    from maet.study.algorithm import transferred
+    from maet.study.plan import cluster_of, describe, read
+    from maet.weights.tensors import meta_model
     what, base = read(recipe), meta_model(config).config if config else None
     cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None, utilisation=utilisation)
     main = isinstance(what, Recipe)
@@ -151,9 +154,9 @@ def locate(base: Base, tuned: Model, out: Out,
     """Find the key neurons: what training moved most, over the whole model (Eq. 1).
 
     Example: maet locate base/ tuned/ --ratio 0.05 --out keys.safetensors"""
-    from maet.adapters import open_checkpoint
-    from maet.checkpoints import Checkpoint
-    from maet.neurons import locate
+    from maet.weights.adapted import open_checkpoint
+    from maet.weights.checkpoints import Checkpoint
+    from maet.method.locate import locate
     kinds = kinds if kinds == "all" else kinds.split(",")
     before = Checkpoint(base)
     after = open_checkpoint(tuned, before)
@@ -174,9 +177,10 @@ def pack(base: Annotated[Optional[str], typer.Argument(help="The checkpoint befo
     Example: maet pack base/ tuned/ --keys keys.safetensors --out pack.safetensors
 
     Example: maet pack base/ --check pack.safetensors --push me/my-pack"""
-    from maet.adapters import open_checkpoint
-    from maet.checkpoints import Checkpoint
-    from maet.deltas import Difference, Keys, check_pack, push_pack, save_pack
+    from maet.weights.adapted import open_checkpoint
+    from maet.weights.checkpoints import Checkpoint
+    from maet.weights.differences import Difference, check_pack, push_pack
+    from maet.weights.packs import Keys, save_pack
     before = Checkpoint(base) if base else None
     if check: typer.echo("\n".join(f"{key}: {value}" for key, value in check_pack(check, before).items()))
     elif before and tuned and out:
@@ -197,7 +201,7 @@ def extract(base: Annotated[str, typer.Option(help="The checkpoint that both exp
     """Ability weights: alpha times one delta minus beta times the other (Eq. 2).
 
     Example: maet extract --base base/ --ability math-en.safetensors --minus en.safetensors --out R_math.safetensors"""
-    from maet.ability import save_ability
+    from maet.method.ability import save_ability
     save_ability(out, base, ability, minus, alpha, beta, allow_mismatch)
 
 # %% ../nbs/90_cli.ipynb #f1abd670
@@ -209,8 +213,8 @@ def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's langua
     """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that AutoModelForCausalLM loads.
 
     Example: maet merge merge.yml merged/"""
-    import maet.layer_swapping  # adds layer_swap
-    from maet.merging import merge
+    import maet.method.layer_swapping, maet.method.reverting  # they add layer_swap and revert
+    from maet.method.mergekit import merge
     done = merge(recipe, out, dry_run, allow_mismatch=allow_mismatch)
     if dry_run: typer.echo(done)
 
@@ -234,7 +238,7 @@ def evaluate(model: Model,
     """Examine a checkpoint with lm-eval, language by language, with standard errors.
 
     Example: maet eval merged/ --tasks mgsm,science --languages es,bn --out samples/merged"""
-    from maet.evaluation import evaluation_job
+    from maet.exams.evaluation import evaluation_job
     for line in evaluation_job(model, data, tasks.split(","), languages.split(","), against=against, limit=limit, shots=shots, batch_size=batch_size, out=out,
                                device=device, dtype=dtype, backend=backend, backend_args=backend_args, chat_template=chat_template, allow_code=allow_code):
         typer.echo(line)
@@ -249,7 +253,7 @@ def figures(only: Annotated[Optional[str], typer.Argument(help="Comma-separated 
     """Every figure and table of the study from recorded results: PNG, SVG, the numbers as CSV. Says which rows are missing for which.
 
     Example: maet figures table2,ablation"""
-    from maet.claims import all_figures as draw
+    from maet.record.claims import all_figures as draw
     made, lacking = draw(out or Path("figures") / scale, ledgers, only.split(",") if only else None, papers)
     typer.echo("\n".join(map(str, made)))
     for line in lacking: typer.echo(line, err=True)
@@ -261,7 +265,7 @@ def report(source: Annotated[Path, typer.Argument(help="A run folder, or a folde
     """One self-contained HTML page of a run or of the study: figures, tables beside the papers', claims, recipe, versions, cost.
 
     Example: maet report runs/mini --out report.html"""
-    from maet.report import report as write
+    from maet.record.report import report as write
     typer.echo(write(source, out, papers))
 
 # %% ../nbs/90_cli.ipynb #ecf1b2fe

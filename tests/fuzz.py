@@ -14,7 +14,7 @@ from random import Random
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items(): os.environ.setdefault(name, value)
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the library beside this file
 
-from maet.tensors import MaetError
+from maet.weights.tensors import MaetError
 from mutate import BYTES, FILES, KINDS, TREE, mutate
 from readers import READERS, Reader
 

@@ -13,17 +13,25 @@ from unittest.mock import patch
 import torch
 import yaml
 
-from maet import claims, evaluation, exams, figures, launch, ledger, merging, plan, report, search, study
-from maet import layer_swapping  # adds layer_swap
-from maet.adapters import open_checkpoint
-from maet.checkpoints import Checkpoint
-from maet.corpora import Position, Source, Table, Tokens, corpus, documents, encode, fingerprint, open_tokens, reader, save_tokens, shuffled
-from maet.deltas import Difference, Keys, check_pack, open_delta, save_keys, save_pack
-from maet.names import complete, unquantised
-from maet.neurons import locate
-from maet.pipeline import make_tokenizer, open_tokenizer
-from maet.tensors import meta_model
-from maet.training import Sequences, Training, load_base
+from maet.exams import evaluation, exams
+from maet.method import mergekit
+from maet.record import claims, figures, ledger, report
+from maet.study import plan, scores, search, study
+from maet.training import jobs, launch
+from maet.weights.adapted import open_checkpoint
+from maet.weights.checkpoints import Checkpoint
+from maet.text.tokens import Position, Tokens, corpus, encode
+from maet.text.documents import Source
+from maet.text.tables import Table, fingerprint, open_tokens, save_tokens
+from maet.text.streams import documents, reader, shuffled
+from maet.weights.differences import Difference, check_pack, open_delta
+from maet.weights.packs import Keys, save_keys, save_pack
+from maet.weights.names import complete, unquantised
+from maet.method.locate import locate
+from maet.study.recipes import make_tokenizer, open_tokenizer
+from maet.weights.tensors import meta_model
+from maet.training.schedule import Sequences, Training
+from maet.training.loading import load_base
 from tiny import TEXTS, tiny
 
 
@@ -78,7 +86,7 @@ def pack(folder: Path):
 def read_keys():
     base = Checkpoint("base")
     dict(Keys("keys.safetensors", base))
-    launch.KeysUnion(["keys.safetensors"], base).identity
+    jobs.KeysUnion(["keys.safetensors"], base).identity
     plan._saved_keys(["keys.safetensors"])
 
 
@@ -257,8 +265,8 @@ def read_plan(name: str) -> None:
 
 
 def read_study() -> None:
-    asked = study.load_study("study.yml")
-    for _, each in study.settings(asked): study.methods_of(asked, each)
+    asked = scores.load_study("study.yml")
+    for _, each in scores.settings(asked): scores.methods_of(asked, each)
     study.planned(asked, Path("out"), 0)
 
 
@@ -268,12 +276,12 @@ def studied(folder: Path):
 
 
 def read_launch():
-    launch.read_config("deepspeed.json")
-    launch.machines(launch.Launch(hosts="hosts", devices=2, zero=1))
+    jobs.read_config("deepspeed.json")
+    jobs.machines(jobs.Launch(hosts="hosts", devices=2, zero=1))
 
 
 def launched(folder: Path):
-    launch.write_config("deepspeed.json", launch.Launch(zero=3, offload=True))
+    jobs.write_config("deepspeed.json", jobs.Launch(zero=3, offload=True))
     Path("hosts").write_text("node-1 slots=8\n# a comment\nnode-2 slots=4\n")
 
 
@@ -338,7 +346,7 @@ def merges(folder: Path):
 
 
 def read_merges():
-    for name in MERGES: merging.merge(f"{name}.yml", "out", dry_run=True)
+    for name in MERGES: mergekit.merge(f"{name}.yml", "out", dry_run=True)
 
 
 add("merge", merges, read_merges, "*.yml")
@@ -490,7 +498,7 @@ def run_folder(folder: Path):
 def read_run_folder():
     exam = Path("run/exam.mathematics.maet-0123456789")
     ledger.read_scores(exam)
-    for compare in (study.paired, study.paired_texts): compare(exam, exam, "mathematics", ["en", "es"])
+    for compare in (scores.paired, scores.paired_texts): compare(exam, exam, "mathematics", ["en", "es"])
     try:
         report.report("run", "page.html")
     finally: Path("page.html").unlink(missing_ok=True)
@@ -522,15 +530,15 @@ def job(folder: Path):
     (logs/"rank0.log").write_text("Traceback\nValueError: a broken value\n")
 
 
-def a_job() -> launch.Job:
-    return launch.Job("base", "tokens.safetensors", "tuned", "work", Training(tokens=64, batch_tokens=32, sequence_length=16))
+def a_job() -> jobs.Job:
+    return jobs.Job("base", "tokens.safetensors", "tuned", "work", Training(tokens=64, batch_tokens=32, sequence_length=16))
 
 
 def read_job():
-    launch.curve("work")
+    jobs.curve("work")
     launch.follow("work", lambda *_: None)
     launch.stop("work")
-    launch.read_job("work/job.json")
+    jobs.read_job("work/job.json")
     launch.run_job(a_job())
 
 

@@ -9,11 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from maet.checkpoints import Checkpoint
+from maet.weights.checkpoints import Checkpoint
 from maet.cli import main
-from maet.deltas import open_delta, read_keys
-from maet.evaluation import evaluation_job
-from maet.pipeline import make_tokenizer
+from maet.weights.differences import open_delta
+from maet.weights.packs import read_keys
+from maet.exams.evaluation import evaluation_job
+from maet.study.recipes import make_tokenizer
 from test_bad_input import refused
 
 FORMS = {"low": dict(use_rslora=True, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 3}),
@@ -175,7 +176,7 @@ def test_training_begins_with_the_whole_model_and_not_with_what_was_left(left):
 
 
 def test_what_was_left_is_said_in_one_line(left, python, tmp_path):
-    program = ("import sys; from contextlib import redirect_stderr; sys.stderr = sys.stdout; from maet.checkpoints import Checkpoint; "
+    program = ("import sys; from contextlib import redirect_stderr; sys.stderr = sys.stdout; from maet.weights.checkpoints import Checkpoint; "
                "Checkpoint('left'), Checkpoint('left')")
     assert python("-c", program, cwd=tmp_path) == "note: left: is a whole model; the adapter that was left beside it is not applied\n"
 

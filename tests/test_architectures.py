@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from maet.checkpoints import Checkpoint
+from maet.weights.checkpoints import Checkpoint
 from maet.cli import main
-from maet.deltas import Difference, save_pack
-from maet.tensors import MaetError
+from maet.weights.differences import Difference
+from maet.weights.packs import save_pack
+from maet.weights.tensors import MaetError
 from written import disturbed, written
 
 SIZES = {0: "num_kv_shared_layers",

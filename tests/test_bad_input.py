@@ -7,12 +7,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from maet import checkpoints, pipeline, training
-from maet.checkpoints import Checkpoint
+from maet.study import algorithm
+from maet.training import launch, train
+from maet.weights import saving
+from maet.weights.checkpoints import Checkpoint
 from maet.cli import main
-from maet.deltas import Difference, save_keys
-from maet.pipeline import side_by_side
-from maet.tensors import MaetError
+from maet.weights.differences import Difference
+from maet.weights.packs import save_keys
+from maet.study.stages import side_by_side
+from maet.weights.tensors import MaetError
 from test_run import TINY
 from tiny import tiny
 
@@ -169,7 +172,7 @@ def test_one_line_and_nothing_left(folder, traces, capsys, monkeypatch, verb, er
     "The fault comes at the worst moment: when all numbers are written, and the output only needs its name."
     (folder / "merge.yml").write_text(yaml.safe_dump(dict(merge_method="linear", models=MODELS)))
     before = files(folder)
-    monkeypatch.setattr("maet.checkpoints.sync", failing(error))
+    monkeypatch.setattr("maet.weights.files.sync", failing(error))
     found, said = ended(capsys, *WRITERS[verb].split())
     assert found == code and "boom" in said and "and more" not in said and files(folder) == before
     written = list(traces.glob("maet-traceback-*.txt"))
@@ -182,14 +185,14 @@ def test_one_line_and_nothing_left(folder, traces, capsys, monkeypatch, verb, er
 
 
 def test_a_traceback_that_cannot_be_written(folder, traces, capsys, monkeypatch):
-    monkeypatch.setattr("maet.checkpoints.sync", failing(ValueError("boom")))
+    monkeypatch.setattr("maet.weights.files.sync", failing(ValueError("boom")))
     monkeypatch.setattr(tempfile, "mkstemp", failing(OSError(28, "No space left on device")))
     code, said = ended(capsys, *locate())
     assert code == 1 and "cannot be written (No space left on device), MAET_TRACEBACK=1 shows it" in said
 
 
 def test_developers_see_the_traceback(folder, capsys, monkeypatch):
-    monkeypatch.setattr("maet.checkpoints.sync", failing(ValueError("boom")))
+    monkeypatch.setattr("maet.weights.files.sync", failing(ValueError("boom")))
     monkeypatch.setenv("MAET_TRACEBACK", "1")
     with pytest.raises(ValueError, match="boom"): main(list(locate()))
 
@@ -198,7 +201,7 @@ def test_log_lines_of_libraries_do_not_come_first(folder, traces, capsys, monkey
     def fails(path):
         for name in ("torch._subclasses", "transformers"): logging.getLogger(name).error("forty lines")
         raise ValueError("boom")
-    monkeypatch.setattr("maet.checkpoints.sync", fails)
+    monkeypatch.setattr("maet.weights.files.sync", fails)
     before = logging.root.manager.disable
     assert ended(capsys, *locate())[0] == 1 and logging.root.manager.disable == before
 
@@ -215,7 +218,7 @@ def trained(folder: Path, arguments: tuple, out: str) -> dict:
 def test_a_training_that_fails_before_anything_is_made(folder, traces, capsys, monkeypatch):
     arguments = expert(folder)
     before = sorted(folder.rglob("*"))
-    monkeypatch.setattr("maet.pipeline.write_tokens", failing(ValueError("boom")))
+    monkeypatch.setattr("maet.study.algorithm.write_tokens", failing(ValueError("boom")))
     assert ended(capsys, *arguments)[0] == 1 and sorted(folder.rglob("*")) == before
 
 
@@ -224,7 +227,7 @@ def test_a_training_that_fails_goes_on(folder, traces, capsys, monkeypatch, erro
     "The table of tokens is kept, and used."
     arguments = expert(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("maet.pipeline.run_job", failing(error))
+        patch.setattr("maet.study.algorithm.run_job", failing(error))
         found, said = ended(capsys, *arguments)
     table = folder / ".expert.work" / "tokens.safetensors"
     state = table.stat().st_ino
@@ -232,11 +235,11 @@ def test_a_training_that_fails_goes_on(folder, traces, capsys, monkeypatch, erro
     assert not (folder / "expert").exists()
     whole, seen = trained(folder, arguments, "whole"), []
     with monkeypatch.context() as patch:
-        original = pipeline.run_job
+        original = launch.run_job
         def watched(*arguments):
             seen.append(table.stat().st_ino)
             return original(*arguments)
-        patch.setattr(pipeline, "run_job", watched)
+        patch.setattr(algorithm, "run_job", watched)
         again = trained(folder, arguments, "expert")
     assert seen == [state] and not table.parent.exists()
     assert all(torch.equal(again[n], whole[n]) for n in whole)
@@ -247,17 +250,17 @@ def test_a_disk_that_is_full_at_the_end_loses_no_training(folder, traces, capsys
     steps = dict(tokens=256, batch_tokens=64, sequence_length=32, learning_rate=0.001, save_every=2)
     arguments = expert(folder, training=steps)
     whole = trained(folder, arguments, "whole")
-    room_for = checkpoints.room_for
+    room_for = saving.room_for
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "room_for", lambda out, size: room_for(out, 10**18))
+        patch.setattr(saving, "room_for", lambda out, size: room_for(out, 10**18))
         code, said = ended(capsys, *arguments)
     assert code == 2 and "needs 1,000,000,000.00 GB" in said and "the same command goes on from here" in said
     assert not (folder / "expert").exists() and list((folder / ".expert.work").rglob("*.safetensors"))
-    seen, go_through = [], training._go_through
+    seen, go_through = [], train._go_through
     def watched(trainer, last, work):
         seen.append(last.name)
         go_through(trainer, last, work)
-    monkeypatch.setattr(training, "_go_through", watched)
+    monkeypatch.setattr(train, "_go_through", watched)
     again = trained(folder, arguments, "expert")
     assert seen == ["checkpoint-4"] and not (folder / ".expert.work").exists()  # the last of 4 steps
     assert all(torch.equal(again[n], whole[n]) for n in whole)

@@ -11,11 +11,14 @@ from lm_eval.api.model import LM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BartConfig, LlamaConfig, PreTrainedTokenizerFast
 
-import maet.evaluation
+from maet.exams import asking, evaluation
 from maet.cli import main
-from maet.evaluation import ask, evaluation_job, examine, examinee
-from maet.exams import exam, read_number
-from maet.miniworld import exam as mini_exam
+from maet.exams.asking import ask, examine
+from maet.exams.evaluation import evaluation_job
+from maet.exams.examinee import examinee
+from maet.exams.exams import exam
+from maet.exams.answers import read_number
+from maet.text.miniworld import exam as mini_exam
 
 BASE = Path(__file__).resolve().parent.parent / "data" / "miniworld" / "base"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -221,10 +224,10 @@ def test_an_older_result_is_not_taken_for_one_of_now(tmp_path, monkeypatch):
     def counted(*given):
         asked.append(1)
         return ask(*given)
-    monkeypatch.setattr(maet.evaluation, "ask", counted)
+    monkeypatch.setattr(evaluation, "ask", counted)
     def job(): return list(evaluation_job(model, data, ["mgsm_cot"], ["en"], out=tmp_path / "out", shots=0))
     assert job() == job() and len(asked) == 1
-    monkeypatch.setattr(maet.evaluation, "ASKING", maet.evaluation.ASKING + 1)
+    monkeypatch.setattr(evaluation, "ASKING", evaluation.ASKING + 1)
     assert job() == job() and len(asked) == 2
     (model / "generation_config.json").write_text('{"eos_token_id": 1}')
     assert job() == job() and len(asked) == 3 and MARKS[1] in result(tmp_path / "out")["stops"]

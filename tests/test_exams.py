@@ -7,9 +7,13 @@ import pytest
 import torch
 import yaml
 
-from maet.evaluation import average, compare, evaluation_job, examine, examinee, over_levels
-from maet.exams import GROUPS, TASKS, exam, expand, held, mgsm_exams, read_exam, read_number, tasks_of, template
-from maet.tensors import MaetError
+from maet.exams.evaluation import average, compare, evaluation_job, over_levels
+from maet.exams.asking import examine
+from maet.exams.examinee import examinee
+from maet.exams.questions import GROUPS, TASKS, expand, read_exam, template
+from maet.exams.exams import exam, held, mgsm_exams, tasks_of
+from maet.exams.answers import read_number
+from maet.weights.tensors import MaetError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -195,7 +199,7 @@ def small_exams(folder: Path, language: str) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    from maet.pipeline import make_tokenizer
+    from maet.study.recipes import make_tokenizer
     from transformers import AutoModelForCausalLM, LlamaConfig
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(["Question: 1 + 1 = ? Answer: 2 প্রশ্ন 问题"] * 50, 300)
@@ -224,7 +228,7 @@ def test_every_group_runs_from_files(group, checkpoint, tmp_path):
 def test_a_killed_call_keeps_the_languages_that_are_finished(checkpoint, mgsm, tmp_path):
     "Real problems; SIGKILL after the first language; the second call asks only what is missing."
     job, notes = dict(names=["mgsm_direct"], languages=["en", " es", "zh"], shots=1, limit=20, batch_size=2, out=str(tmp_path)), tmp_path / "results.jsonl"
-    program = f"from maet.evaluation import evaluation_job\nlist(evaluation_job({str(checkpoint)!r}, {str(mgsm)!r}, **{job!r}))"
+    program = f"from maet.exams.evaluation import evaluation_job\nlist(evaluation_job({str(checkpoint)!r}, {str(mgsm)!r}, **{job!r}))"
     child = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not notes.exists() and child.poll() is None: time.sleep(0.02)
     child.kill()

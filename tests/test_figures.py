@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from maet.claims import all_figures
-from maet.figures import catalogue, figures
+from maet.record.claims import all_figures
+from maet.record.figures import catalogue, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGERS, PAPERS, COMMITTED = ROOT/"data/results", ROOT/"data/paper", ROOT/"figures/mini"

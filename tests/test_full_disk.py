@@ -49,7 +49,7 @@ def shrink(shard: Path) -> None: os.truncate(shard, shard.stat().st_size // 2)
 def test_input_lost_half_way(experts, capsys, monkeypatch, verb, harm):
     "A deleted file may still be read to its end where it was open already; otherwise one line. Never a crash or half a result."
     monkeypatch.chdir(experts)
-    from maet import checkpoints
+    from maet.weights import checkpoints
     shards, reads, read = sorted(Path("es").glob("*.safetensors")), [], checkpoints.Checkpoint.piece
     def piece(self, *where):
         reads.append(where)

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from maet.cli import main
-from maet.ledger import append, versions
-from maet.miniworld import write_world
+from maet.record.ledger import append, versions
+from maet.text.miniworld import write_world
 from tiny import content, finish, kill_at, larger_disk, long_files, on_a_small_disk, short_files, small_disk, start, timeless, tiny
 
 TRAINING = dict(tokens=8 * 64, batch_tokens=64, sequence_length=32, learning_rate=.001, save_every=1)

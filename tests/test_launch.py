@@ -8,13 +8,16 @@ import torch
 pytest.importorskip("deepspeed")
 import psutil  # comes with deepspeed
 
-from maet import launch
-from maet.checkpoints import Checkpoint
-from maet.corpora import Tokens, save_tokens
-from maet.deltas import apply_delta, open_pack, save_keys
-from maet.launch import Job, Launch, RankError, curve, follow, run_job, running
-from maet.tensors import MaetError
-from maet.training import Training
+from maet.training import jobs, launch
+from maet.weights.checkpoints import Checkpoint
+from maet.text.tokens import Tokens
+from maet.text.tables import save_tokens
+from maet.weights.differences import apply_delta
+from maet.weights.packs import open_pack, save_keys
+from maet.training.jobs import Job, Launch, curve
+from maet.training.launch import RankError, follow, run_job, running
+from maet.weights.tensors import MaetError
+from maet.training.schedule import Training
 from ranks import free_port
 
 STEPS, KILLS = 60, (7, 18)  # a kill of a rank, a kill of the launcher
@@ -84,11 +87,11 @@ def together(folder, alone):
         if stage in done: return done[stage]
         how, jobs = Launch(devices=2, zero=stage), {mode: job(folder, f"stage {stage} {mode}", mode) for mode in OF_STAGE.values()}
         logs, files = folder/f"logs of stage {stage}", [folder/f"stage {stage} {mode}.json" for mode in jobs]
-        for file, one in zip(files, jobs.values()): launch._write(file, launch._plain(one))
-        port, names = launch._port(how), launch.machines(how)
+        for file, one in zip(files, jobs.values()): jobs._write(file, launch._plain(one))
+        port, names = launch._port(how), jobs.machines(how)
         env = launch._environment(how, names, port)
         launch._prepare(logs, names, env)
-        line = launch.command(how, names, logs, port, [launch.write_config(folder/f"stage {stage}.json", how), *files])
+        line = launch.command(how, names, logs, port, [jobs.write_config(folder/f"stage {stage}.json", how), *files])
         ended = subprocess.run(line, cwd=logs, env=env, capture_output=True, text=True, timeout=300)
         said = "\n".join(log.read_text() for log in sorted(logs.glob("*rank*.log")))
         assert not ended.returncode and all(Path(one.out).exists() for one in jobs.values()), ended.stderr + said
@@ -100,7 +103,7 @@ def together(folder, alone):
 @pytest.mark.parametrize("stage", OF_STAGE)
 def test_a_stage_gives_what_one_process_gives(folder, alone, together, stage):
     base = tensors(folder, folder/"base")
-    masks = launch.KeysUnion([folder/"0.keys.safetensors", folder/"1.keys.safetensors"], Checkpoint(folder/"base"))
+    masks = jobs.KeysUnion([folder/"0.keys.safetensors", folder/"1.keys.safetensors"], Checkpoint(folder/"base"))
     for mode, one in together(stage).items():
         ours, theirs = report(one), report(alone[mode])
         torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=0, atol=1e-4)
@@ -137,14 +140,14 @@ def family(work):
 
 def reached(work, before, step):
     "Has a launch that is not `before` come to this step?"
-    known = launch._read(work/"launcher.json") or {}
+    known = jobs._read(work/"launcher.json") or {}
     if known.get("id") in (None, before) or "pid" not in known: return False
     return any(line["step"] >= step for line in launch._news(work/"progress.jsonl", known["progress_from"])[0])
 
 
 def kill_at(work, step, victim):
     "In the background: kill process number `victim` of the family at a step. Gives a function that waits until all of it is gone."
-    before, killed = (launch._read(work/"launcher.json") or {}).get("id"), []
+    before, killed = (jobs._read(work/"launcher.json") or {}).get("id"), []
     def kill():
         while not reached(work, before, step): time.sleep(.002)
         killed.extend(family(work))
@@ -169,9 +172,9 @@ def test_killed_and_called_again(folder, together, stage):
     work, rank_dies, launcher_dies = Path(one.work), KILLS[0] + stage, KILLS[1] + stage
     gone = kill_at(work, rank_dies, RANK)
     (folder/"killed job.json").write_text(json.dumps(launch._plain(one)))
-    program = "import os, sys\nfrom maet.launch import *\n" \
+    program = "import os, sys\nfrom maet.training.jobs import *\nfrom maet.training.launch import *\n" \
               f"start(read_job(sys.argv[1]), Launch(devices=2, zero={stage}))\nos.kill(os.getpid(), 9)"
-    root = Path(launch.__file__).parents[1]
+    root = Path(launch.__file__).parents[2]
     closed = subprocess.run([sys.executable, "-c", program, folder/"killed job.json"], env={**os.environ, "PYTHONPATH": str(root)})
     assert closed.returncode == -signal.SIGKILL
     with pytest.raises(RankError, match="rank (0 or )?1 was killed or crashed.*called again"): follow(work, quiet)

@@ -9,10 +9,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from maet.checkpoints import Checkpoint
+from maet.weights.checkpoints import Checkpoint
 from maet.cli import main
-from maet.deltas import Keys, apply_delta, open_pack
-from maet.names import layout
+from maet.weights.packs import Keys, open_pack
+from maet.weights.differences import apply_delta
+from maet.weights.names import layout
 from test_written_ranks import configs
 
 

@@ -12,9 +12,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from maet.checkpoints import Checkpoint
-from maet.deltas import Difference, save_pack
-from maet.merging import agreed, cut_of, dare_linear, dare_ties, keep_count, merge, task_arithmetic, ties, trim
+from maet.weights.checkpoints import Checkpoint
+from maet.weights.differences import Difference
+from maet.weights.packs import save_pack
+from maet.method.merging import agreed, cut_of, dare_linear, dare_ties, keep_count, task_arithmetic, ties, trim
+from maet.method.mergekit import merge
 
 HERE = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("record_mergekit", HERE/"record_mergekit.py")
@@ -197,7 +199,7 @@ def test_a_model_of_two_layers_is_pefts(two_layers, tmp_path, method, weights, p
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> dict:
     "Checkpoints whose one matrix has more than two pieces, in bfloat16, so that many deltas are equal."
-    from maet.checkpoints import PIECE
+    from maet.weights.streams import PIECE
     folder, rows = tmp_path_factory.mktemp("large"), 2 * PIECE // 1000 + 300
     torch.manual_seed(0)
     base = {"model.layers.0.mlp.up_proj.weight": .02 * torch.randn(rows, 1000), "model.norm.weight": torch.ones(1000)}
@@ -219,7 +221,7 @@ def file(method: str, more: str = "", weight: float = .7) -> str:
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "slerp"])
 def test_pieces_of_a_tensor_make_the_tensor(large, method):
-    from maet.merging import random_mask, slerp
+    from maet.method.merging import random_mask, slerp
     recipe = file(method, "normalize: false, lambda: 0.9") if method != "slerp" else \
         "{merge_method: slerp, base_model: a, dtype: float32, models: [{model: b}], parameters: {t: 0.3}}"
     merged = merge(yaml.safe_load(recipe), f"merged {method}")
@@ -240,7 +242,7 @@ def test_packs_and_tokenizers(large):
     recipe = yaml.safe_load(file("ties", "normalize: false, lambda: 0.9"))
     recipe["models"][2]["model"] = "c.safetensors"
     assert merge(recipe, "packed").fingerprint == merge(yaml.safe_load(file("ties", "normalize: false, lambda: 0.9")), "plain").fingerprint
-    from maet.tensors import MaetError
+    from maet.weights.tensors import MaetError
     for m in ("base", "a", "b", "c"): Path(m, "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0, "y": 1}}, "added_tokens": []}))
     recipe = yaml.safe_load(file("linear")) | {"tokenizer_source": "union"}
     for entry in recipe["models"]: entry["parameters"].pop("density")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maet.corpora import Source
-from maet.settings import load
-from maet.tensors import MaetError
-from maet.training import Training, train
+from maet.text.documents import Source
+from maet.training.settings import load
+from maet.weights.tensors import MaetError
+from maet.training.schedule import Training
+from maet.training.train import train
 
 VOCABULARY, LENGTH, STEPS = 16000, 128, 3
 CASES = {  # settings; share of key neurons and granularity
@@ -73,8 +74,8 @@ def measure(case: str, folder: Path) -> dict:
     "In a fork: one run, measured."
     keys = None
     if ratio := CASES[case][1]:
-        from maet.checkpoints import Checkpoint
-        from maet.deltas import Keys, save_keys
+        from maet.weights.checkpoints import Checkpoint
+        from maet.weights.packs import Keys, save_keys
         base = Checkpoint(folder/"base")
         save_keys(folder/f"{case}.keys", masks({name: base.shape(name) for name in base.names}, *ratio), base)
         keys = Keys(folder/f"{case}.keys", base)
@@ -112,7 +113,8 @@ def peaks(tmp_path_factory):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident sets are read from Linux's /proc")
 @pytest.mark.parametrize("case", CASES)
 def test_peak_is_within_a_tenth_of_the_measured_one(peaks, case):
-    from maet.plan import memory, rehearse
+    from maet.study.plan import memory
+    from maet.study.memory import rehearse
     planned = sum(memory(rehearse(config(), training(case), 1, *CASES[case][1])).values())
     allocated, held = peaks[case]["allocated"], peaks[case]["resident"]
     print(f"{case}: planned {planned/1e6:.1f} MB, allocated {allocated/1e6:.1f} MB, resident {held/1e6:.1f} MB")
@@ -121,9 +123,9 @@ def test_peak_is_within_a_tenth_of_the_measured_one(peaks, case):
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
-    from maet import plan
-    from maet.launch import Launch
-    from maet.pipeline import Run
+    from maet.study import plan
+    from maet.training.jobs import Launch
+    from maet.study.algorithm import Run
     config().save_pretrained(tmp_path)  # no weights are there: it is known before they are read
     run = lambda devices: Run(str(tmp_path), [Source("text.jsonl")], training("dense"), launch=Launch(devices=devices, zero=2))
     monkeypatch.setattr(plan, "device_memory", lambda ranks: 1e8)
@@ -135,8 +137,8 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
 
 
 def test_the_paper_s_recipe_is_planned_without_its_base_or_corpora():
-    from maet.pipeline import Recipe
-    from maet.plan import Cluster, describe, plan
+    from maet.study.recipes import Recipe
+    from maet.study.plan import Cluster, describe, plan
     recipe = load(Recipe, "8b")
     assert not Path(recipe.base).exists()
     rows = plan(recipe, Cluster("H100", 8, zero=2), config())

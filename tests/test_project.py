@@ -9,7 +9,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/"nbs").glob("[!_.]*.ipynb"))
-MODULES = sorted((ROOT/"maet").glob("[!_]*.py"))
+MODULES = sorted(path for path in (ROOT/"maet").rglob("*.py") if not path.stem.startswith("_"))
+dotted = lambda module: ".".join(module.relative_to(ROOT/"maet").with_suffix("").parts)  # weights.tensors
 LONGEST_CELL = 40  # lines
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -31,7 +32,7 @@ def floor(notebook: Path) -> float:
 
 
 def imported(source: str) -> set[str]:
-    "Absolute names of all modules that a piece of Python imports, at any depth, as `yaml`, `maet.tensors`."
+    "Absolute names of all modules that a piece of Python imports, at any depth, as `yaml`, `maet.weights.tensors`."
     plain = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
     names = set()
     for node in ast.walk(ast.parse(plain)):
@@ -80,7 +81,7 @@ def test_notebooks_are_small_with_their_outputs():
     assert [f"{notebook.name}: {size:,} bytes" for notebook in NOTEBOOKS if (size := notebook.stat().st_size) >= 1_000_000] == []
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_development_tools_stay_out_of_the_library(module):
     tools = {"nbdev", "fastcore", "execnb", "pytest"}
     assert {name for name in imported(module.read_text(encoding="utf-8")) if name.split(".")[0] in tools} == set()
@@ -92,7 +93,7 @@ def test_every_module_imports_without_the_extras(python):
     absent = sorted({name.replace("-", "_") for name in extras} | {"peft", "deepspeed", "IPython"})
     program = "import sys, importlib\nabsent, modules = (text.split() for text in sys.argv[1:])\n" \
               "sys.modules.update(dict.fromkeys(absent))\nfor name in modules: importlib.import_module(f'maet.{name}')"
-    python("-c", program, " ".join(absent), " ".join(module.stem for module in MODULES))
+    python("-c", program, " ".join(absent), " ".join(map(dotted, MODULES)))
 
 
 def test_help_loads_no_torch(python):

@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import maet.corpora
-from maet.corpora import Source, corpus, documents, identity, open_tokens, read_meta, write_tokens
-from maet.evaluation import mgsm_exams, read_exam
-from maet.pipeline import Recipe, Store, make_tokenizer
-from maet.settings import load
+from maet.text import tables
+from maet.text.documents import Source
+from maet.text.tokens import corpus
+from maet.text.streams import documents
+from maet.text.tables import identity, open_tokens, read_meta, write_tokens
+from maet.exams.exams import mgsm_exams
+from maet.exams.questions import read_exam
+from maet.study.recipes import Recipe, make_tokenizer
+from maet.study.stages import Store
+from maet.training.settings import load
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -83,11 +88,12 @@ def test_only_answers_are_learnt(tokenizer, tmp_path):
 
 WRITER = """
 import sys
-import maet.corpora
+from maet.text import tables
 from transformers import AutoTokenizer
-from maet.corpora import Source, write_tokens
+from maet.text.documents import Source
+from maet.text.tables import write_tokens
 out, tokenizer, *paths = sys.argv[1:]
-maet.corpora.CHUNK = 10_000
+tables.CHUNK = 10_000
 write_tokens(out, [Source(p, n + 1) for n, p in enumerate(paths)], AutoTokenizer.from_pretrained(tokenizer), 200_000, 256, 7, False, lambda now, of: print(now, flush=True))
 """
 
@@ -95,7 +101,7 @@ write_tokens(out, [Source(p, n + 1) for n, p in enumerate(paths)], AutoTokenizer
 def test_a_killed_writer_goes_on(tokenizer, tmp_path, monkeypatch):
     "SIGKILL, twice, at different places: the table that is there in the end has the bytes of one that was written at once."
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr(maet.corpora, "CHUNK", 10_000)
+    monkeypatch.setattr(tables, "CHUNK", 10_000)
     sources = [general(l, share=n + 1) for n, l in enumerate(SEVEN)]
     arguments = [tmp_path / "killed.safetensors", tmp_path / "tokenizer", *(s.path for s in sources)]
     reached = 0

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from maet.checkpoints import Checkpoint
+from maet.weights.checkpoints import Checkpoint
 from maet.cli import main
-from maet.corpora import Source, check, digest, documents, identity, open_tokens, read_meta, reader, write_tokens
-from maet.tensors import MaetError
+from maet.text.documents import Source
+from maet.text.streams import check, documents, reader
+from maet.text.tables import digest, identity, open_tokens, read_meta, write_tokens
+from maet.weights.tensors import MaetError
 from test_bad_input import expert, folder, refused
 
 GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}

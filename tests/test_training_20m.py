@@ -3,9 +3,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from maet.checkpoints import Checkpoint
-from maet.deltas import apply_delta, open_pack
-from maet.training import Training, reading_order, total_steps, train
+from maet.weights.checkpoints import Checkpoint
+from maet.weights.differences import apply_delta
+from maet.weights.packs import open_pack
+from maet.training.schedule import Training, reading_order, total_steps
+from maet.training.train import train
 
 TRAINING = Training(mode="key-neuron", tokens=50*2*32, batch_tokens=2*32, sequence_length=32, learning_rate=1e-4,
                     schedule="linear", warmup_steps=5, weight_decay=.1, max_grad_norm=1., save_every=1000)

@@ -4,7 +4,9 @@ import os, random, signal, time
 import pytest
 import torch
 
-from maet.training import MARK, MODES, Training, train
+from maet.training.resuming import MARK
+from maet.training.schedule import MODES, Training
+from maet.training.train import train
 from tiny import content, processes
 
 SETTINGS = dict(tokens=24*8*16, batch_tokens=8*16, sequence_length=16, device_batch=4, learning_rate=1e-3, warmup_steps=2,

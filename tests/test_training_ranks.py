@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from maet.checkpoints import Checkpoint
-from maet.corpora import Tokens
-from maet.training import Training, rank, train
+from maet.weights.checkpoints import Checkpoint
+from maet.text.tokens import Tokens
+from maet.training.schedule import Training
+from maet.training.resuming import rank
+from maet.training.train import train
 from ranks import two_ranks
 
 STEPS = dict(tokens=6*8*32, batch_tokens=8*32, sequence_length=32, device_batch=2, learning_rate=.01, eval_every=3, schedule="constant")

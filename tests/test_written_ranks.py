@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maet.checkpoints import Checkpoint
-from maet.corpora import Tokens
-from maet.deltas import apply_delta, open_pack
-from maet.training import MODES, Training, rank, train
+from maet.weights.checkpoints import Checkpoint
+from maet.text.tokens import Tokens
+from maet.weights.differences import apply_delta
+from maet.weights.packs import open_pack
+from maet.training.schedule import MODES, Training
+from maet.training.resuming import rank
+from maet.training.train import train
 from ranks import two_ranks
 
 SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -19,7 +19,7 @@ processes.set_forkserver_preload(["maet.cli", "maet.search", "maet.claims", "hug
 def tiny(folder: Path, hidden: int = 16, seed: int = 0, layers: int = 1, **how) -> Path:
     "A Llama of random weights with a tokenizer. `how`: of save_pretrained."
     from transformers import LlamaConfig, LlamaForCausalLM
-    from maet.pipeline import make_tokenizer
+    from maet.study.recipes import make_tokenizer
     torch.manual_seed(seed)
     config = LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, vocab_size=300,
                          bos_token_id=0, eos_token_id=0)
@@ -31,8 +31,10 @@ def tiny(folder: Path, hidden: int = 16, seed: int = 0, layers: int = 1, **how) 
 def make_experts(folder: Path, hidden: int, layers: int, shard: str) -> Path:
     "A bfloat16 Llama in shards, an ability expert and a language expert as checkpoints, a sparse language pack, a merge file."
     from transformers import LlamaConfig, LlamaForCausalLM
-    from maet.checkpoints import Checkpoint
-    from maet.deltas import Difference, Packed, save_pack
+    from maet.weights.checkpoints import Checkpoint
+    from maet.weights.differences import Difference
+    from maet.weights.deltas import Packed
+    from maet.weights.packs import save_pack
     config = LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=3 * hidden,
                          vocab_size=8 * hidden, tie_word_embeddings=False)
     torch.manual_seed(0)

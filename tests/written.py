@@ -4,11 +4,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from maet.checkpoints import Checkpoint
-from maet.deltas import apply_delta
-from maet.names import layout, needed_layout
-from maet.sparse import VALUES, _write, expert_delta, freeze
-from maet.training import Training, load_base, write_expert
+from maet.weights.checkpoints import Checkpoint
+from maet.weights.differences import apply_delta
+from maet.weights.names import layout, needed_layout
+from maet.training.sparse import VALUES, _write, expert_delta, freeze
+from maet.training.schedule import Training
+from maet.training.loading import load_base
+from maet.training.experts import write_expert
 
 
 def disturbed(model, share=1., size=.01):
