@@ -186,7 +186,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'maet/method/ability.py'),
                                      'maet.method.ability.ability_weights': ( 'method.ability.html#ability_weights',
                                                                               'maet/method/ability.py'),
-                                     'maet.method.ability.save_ability': ('method.ability.html#save_ability', 'maet/method/ability.py'),
+                                     'maet.method.ability.extract': ('method.ability.html#extract', 'maet/method/ability.py'),
                                      'maet.method.ability.weighted': ('method.ability.html#weighted', 'maet/method/ability.py')},
             'maet.method.layer_swapping': { 'maet.method.layer_swapping.Expert': ( 'method.layer_swapping.html#expert',
                                                                                    'maet/method/layer_swapping.py'),
