@@ -13,19 +13,31 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import __version__
+from . import __version__, verbs
 
 # %% ../nbs/90_cli.ipynb #1b645389
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Train an ability in English, extract it as weights, add it to a model in another language (MAET).")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train an ability in English, extract it as weights, add it to a model in another language (MAET).",
+)
 
-def _version(asked: bool):
+def _version(
+    asked: bool,
+):
     if asked:
         typer.echo(f"maet {__version__}")
         raise typer.Exit()
 
 @app.callback()
-def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
+def options(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_version, is_eager=True,
+        help="Print the version.",
+    )] = False,
+):
     pass
 
 # %% ../nbs/90_cli.ipynb #c1dfd96e
@@ -42,233 +54,374 @@ def resumable():
 
 # %% ../nbs/90_cli.ipynb #5a6a1539
 @app.command()
-def run(scale: Annotated[Optional[str], typer.Option(help="A recipe that ships with maet: mini or 8b.")] = None,
-        recipe: Annotated[Optional[str], typer.Option(help="A recipe file of one's own, or a shipped one such as real-mini.yml.")] = None,
-        study: Annotated[Optional[str], typer.Option(help="A study instead: a shipped one such as rivals, or a file. It names its recipe, rows and settings.")] = None,
-        out: Annotated[Path, typer.Option(help="Run folder: stages, tables, figure, merged models.")] = Path("runs/mini"),
-        seed: Annotated[Optional[int], typer.Option(min=0, help="Of training and of the order of the text; without it all seeds of the study, or 0.")] = None,
-        ledger: Annotated[Optional[Path], typer.Option(help="File that gets a line for every score; without it data/results/<study>.jsonl.")] = None):
-    """Algorithm 1 end to end, its rivals and the exam; or any study. Killed at any moment, it goes on where it was.
+def run(
+    scale: Annotated[Optional[str], typer.Option(
+        help="A recipe that ships with maet: mini or 8b.",
+    )] = None,
+    recipe: Annotated[Optional[str], typer.Option(
+        help="A recipe file of one's own, or a shipped one such as real-mini.yml.",
+    )] = None,
+    study: Annotated[Optional[str], typer.Option(
+        help="A study instead: a shipped one such as rivals, or a file. It names its "
+             "recipe, rows and settings.",
+    )] = None,
+    out: Annotated[Path, typer.Option(
+        help="Run folder: stages, tables, figure, merged models.",
+    )] = Path("runs/mini"),
+    seed: Annotated[Optional[int], typer.Option(
+        min=0,
+        help="Of training and of the order of the text; without it all seeds of the study,"
+             " or 0.",
+    )] = None,
+    ledger: Annotated[Optional[Path], typer.Option(
+        help="File that gets a line for every score; without it "
+             "data/results/<study>.jsonl.",
+    )] = None,
+):
+    """Algorithm 1 end to end, its rivals and the exam; or any study. Killed at any moment, it
+    goes on where it was.
 
     Example: maet run --scale mini --out runs/mini --seed 0
 
     Example: maet run --study rivals --seed 0"""
-    from functools import partial
-    from maet.study.rivals import models
-    from maet.study.plan import must_fit
-    from maet.study.scores import Study, load_study, methods_of, settings
-    from maet.study.study import study_job
-    if sum(map(bool, (scale, recipe, study))) > 1: raise typer.BadParameter("give one of --scale, --recipe and --study")
-    asked, name = (load_study(study), Path(study).stem) if study else (Study(recipe or scale or "mini"), "main")
-    for _, each in settings(asked): must_fit(each, partial(models, methods=methods_of(asked, each)))
-    with resumable():
-        for number in asked.seeds if seed is None else [seed]: typer.echo(study_job(asked, name, out, number, ledger or Path(f"data/results/{name}.jsonl")))
+    if sum(map(bool, (scale, recipe, study))) > 1:
+        raise typer.BadParameter("give one of --scale, --recipe and --study")
+    with resumable(): verbs.run(recipe or scale or "mini", out, seed, study, ledger, typer.echo)
 
 # %% ../nbs/90_cli.ipynb #902ba3cd
 @app.command()
-def search(recipe: Annotated[str, typer.Argument(help="A recipe of `maet run`: a file, or a shipped one such as mini.")],
-           out: Annotated[Path, typer.Option(help="Run folder; experts that are there are not trained again.")] = Path("runs/mini"),
-           trials: Annotated[int, typer.Option(help="Merges to try, in memory, for each method and ability; the default constants are the first.")] = 60,
-           items: Annotated[int, typer.Option(help="First so many questions of the dev exam, in each language.")] = 100,
-           methods: Annotated[Optional[str], typer.Option(help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.")] = None,
-           dev: Annotated[Optional[str], typer.Option(help="Folder of exams to choose on; without it, the mini world's dev part. Never the test.")] = None,
-           seed: Annotated[int, typer.Option(min=0, help="Of the experts' training and of the search.")] = 0,
-           ledger: Annotated[Path, typer.Option(help="File that gets a line for every number.")] = Path("data/results/search.jsonl")):
-    """Choose the constants of MAET and of its rivals on dev questions, all with as many trials, and test what was chosen. Killed, it goes on.
+def search(
+    recipe: Annotated[str, typer.Argument(
+        help="A recipe of `maet run`: a file, or a shipped one such as mini.",
+    )],
+    out: Annotated[Path, typer.Option(
+        help="Run folder; experts that are there are not trained again.",
+    )] = Path("runs/mini"),
+    trials: Annotated[int, typer.Option(
+        help="Merges to try, in memory, for each method and ability; the default constants"
+             " are the first.",
+    )] = 60,
+    items: Annotated[int, typer.Option(
+        help="First so many questions of the dev exam, in each language.",
+    )] = 100,
+    methods: Annotated[Optional[str], typer.Option(
+        help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.",
+    )] = None,
+    dev: Annotated[Optional[str], typer.Option(
+        help="Folder of exams to choose on; without it, the mini world's dev part. Never "
+             "the test.",
+    )] = None,
+    seed: Annotated[int, typer.Option(
+        min=0,
+        help="Of the experts' training and of the search.",
+    )] = 0,
+    ledger: Annotated[Path, typer.Option(
+        help="File that gets a line for every number.",
+    )] = Path("data/results/search.jsonl"),
+):
+    """Choose the constants of MAET and of its rivals on dev questions, all with as many trials,
+    and test what was chosen. Killed, it goes on.
 
     Example: maet search mini --trials 60 --out runs/mini --seed 0"""
-    from functools import partial
-    from maet.study.rivals import models
-    from maet.study.recipes import Recipe
-    from maet.study.plan import must_fit
-    from maet.study.search import SEARCHED, Rules, search_job
-    from maet.training.settings import load
-    what, rules = load(Recipe, recipe), Rules(tuple(methods.split(",")) if methods else tuple(SEARCHED), trials, items, dev)
-    must_fit(what, partial(models, methods=list(rules.methods)))
-    with resumable(): typer.echo(search_job(what, out, seed, rules, ledger))
+    chosen = methods.split(",") if methods else None
+    with resumable():
+        typer.echo(verbs.search(recipe, out, trials, items, chosen, dev, seed, ledger))
 
 # %% ../nbs/90_cli.ipynb #fe5dbbce
 @app.command()
-def base(recipe: Annotated[str, typer.Argument(help="YAML: corpora or a mini world, shares, vocabulary, model, training.")],
-         out: Annotated[Path, typer.Option(help="The checkpoint folder to be.")]):
+def base(
+    recipe: Annotated[str, typer.Argument(
+        help="YAML: corpora or a mini world, shares, vocabulary, model, training.",
+    )],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to be.")],
+):
     """Make a small base from nothing: tokenizer, random Llama, pre-training.
 
     Example: maet base base.yml --out data/miniworld/base"""
-    from maet.study.recipes import Base
-    from maet.study.algorithm import make_base
-    from maet.training.settings import load
-    with resumable(): make_base(load(Base, recipe), out)
+    with resumable(): verbs.base(recipe, out)
 
 # %% ../nbs/90_cli.ipynb #0ade7c2c
 Base = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
-Model = Annotated[str, typer.Argument(help="A checkpoint, an adapter or BASE+ADAPTER: folders or hub ids.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint, an adapter or BASE+ADAPTER: folders or hub ids.")
+]
 Out = Annotated[Path, typer.Option(help="The file to be.")]
-Mismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Only warn where architecture, heads or activation "
-                                        "give the same shapes another meaning; mergekit's --allow-crimes.")]
+Mismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mismatch",
+        help="Only warn where architecture, heads or activation "
+        "give the same shapes another meaning; mergekit's --allow-crimes.",
+    ),
+]
 
 # %% ../nbs/90_cli.ipynb #17ba0791
 @app.command()
-def train(recipe: Annotated[Path, typer.Argument(help="YAML: base, corpora, training, launch and, for key neurons, keys.")],
-          out: Annotated[Path, typer.Option(help="Checkpoint folder (dense, LoRA) or pack file (key-neuron) to be.")]):
-    """One CPT or SFT run: dense, LoRA or key-neuron; in this process, or by DeepSpeed. Killed, it goes on from its last checkpoint.
+def train(
+    recipe: Annotated[Path, typer.Argument(
+        help="YAML: base, corpora, training, launch and, for key neurons, keys.",
+    )],
+    out: Annotated[Path, typer.Option(
+        help="Checkpoint folder (dense, LoRA) or pack file (key-neuron) to be.",
+    )],
+):
+    """One CPT or SFT run: dense, LoRA or key-neuron; in this process, or by DeepSpeed. Killed, it
+    goes on from its last checkpoint.
 
     Example: maet train expert.yml --out experts/es.safetensors"""
-    from maet.study.algorithm import Run, train_run
-    from maet.study.plan import must_fit
-    from maet.training.settings import load
-    run = load(Run, recipe)
-    must_fit(run)
-    with resumable(): train_run(run, out)
+    with resumable(): verbs.train(recipe, out)
 
 # %% ../nbs/90_cli.ipynb #7b52009b
 @app.command()
-def plan(recipe: Annotated[str, typer.Argument(help="YAML of `maet run`, `maet train` or `maet base`, or a shipped one such as 8b.yml.")],
-         gpu: Annotated[str, typer.Option(help="One of the table in plan: A100-80, H100, H200, L4 ...")] = "H100",
-         gpus: Annotated[Optional[int], typer.Option(min=1, help="That share a batch; by default as many as the recipe launches.")] = None,
-         zero: Annotated[Optional[int], typer.Option(min=0, max=3, help="ZeRO stage; by default the recipe's.")] = None,
-         offload: Annotated[bool, typer.Option("--offload", help="Optimizer states in the host's memory.")] = False,
-         utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's dense rate.")] = 0.4,
-         config: Annotated[Optional[Path], typer.Option(help="Folder with the base's config.json, where the base itself is not here.")] = None):
-    """What a run will train, read, write and hold, and how long it takes; for a recipe also what each rival costs. Starts nothing.
+def plan(
+    recipe: Annotated[str, typer.Argument(
+        help="YAML of `maet run`, `maet train` or `maet base`, or a shipped one such as "
+             "8b.yml.",
+    )],
+    gpu: Annotated[str, typer.Option(
+        help="One of the table in plan: A100-80, H100, H200, L4 ...",
+    )] = "H100",
+    gpus: Annotated[Optional[int], typer.Option(
+        min=1,
+        help="That share a batch; by default as many as the recipe launches.",
+    )] = None,
+    zero: Annotated[Optional[int], typer.Option(
+        min=0, max=3,
+        help="ZeRO stage; by default the recipe's.",
+    )] = None,
+    offload: Annotated[bool, typer.Option(
+        "--offload",
+        help="Optimizer states in the host's memory.",
+    )] = False,
+    utilisation: Annotated[float, typer.Option(
+        min=0.01, max=1,
+        help="Share of the GPU's dense rate.",
+    )] = 0.4,
+    config: Annotated[Optional[Path], typer.Option(
+        help="Folder with the base's config.json, where the base itself is not here.",
+    )] = None,
+):
+    """What a run will train, read, write and hold, and how long it takes; for a recipe also what
+    each rival costs. Starts nothing.
 
     Example: maet plan 8b.yml --gpu H100 --gpus 8 --zero 2"""
-    from functools import partial
-    from maet.study.rivals import cost_table, models
-    from maet.study.recipes import Recipe
-    from maet.study.algorithm import transferred
-    from maet.study.plan import cluster_of, describe, read
-    from maet.weights.tensors import meta_model
-    what, base = read(recipe), meta_model(config).config if config else None
-    cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None, utilisation=utilisation)
-    main = isinstance(what, Recipe)
-    typer.echo(describe(what, cluster, base, partial(models, methods=what.methods) if main else transferred))
-    if main: typer.echo(f"\nevery row that `maet run` knows, at one budget:\n{cost_table(what, base)}")
+    typer.echo(verbs.plan(recipe, gpu, gpus, zero, offload, utilisation, config))
 
 # %% ../nbs/90_cli.ipynb #eb944b4b
 @app.command()
-def locate(base: Base, tuned: Model, out: Out,
-           ratio: Annotated[float, typer.Option(help="Share of neurons to take (k1).")] = 0.05,
-           granularity: Annotated[str, typer.Option(help="What a neuron is: element, row or column.")] = "element",
-           kinds: Annotated[str, typer.Option(help="Tensors that are ranked, e.g. attention,mlp to leave out embeddings, head and norms.")] = "all",
-           allow_mismatch: Mismatch = False):
+def locate(
+    base: Base,
+    tuned: Model,
+    out: Out,
+    ratio: Annotated[float, typer.Option(help="Share of neurons to take (k1).")] = 0.05,
+    granularity: Annotated[str, typer.Option(
+        help="What a neuron is: element, row or column.",
+    )] = "element",
+    kinds: Annotated[str, typer.Option(
+        help="Tensors that are ranked, e.g. attention,mlp to leave out embeddings, head "
+             "and norms.",
+    )] = "all",
+    allow_mismatch: Mismatch = False,
+):
     """Find the key neurons: what training moved most, over the whole model (Eq. 1).
 
     Example: maet locate base/ tuned/ --ratio 0.05 --out keys.safetensors"""
-    from maet.weights.adapted import open_checkpoint
-    from maet.weights.checkpoints import Checkpoint
-    from maet.method.locate import locate
     kinds = kinds if kinds == "all" else kinds.split(",")
-    before = Checkpoint(base)
-    after = open_checkpoint(tuned, before)
-    found = locate(before, after, ratio, granularity, out, kinds=kinds, allow_mismatch=allow_mismatch)
-    typer.echo(f"{out}: {found['neurons']['key']} of {found['neurons']['all']} neurons, importance from {found['threshold']:.3g}")
+    found = verbs.locate(base, tuned, out, ratio, granularity, kinds, allow_mismatch)
+    neurons = found["neurons"]
+    typer.echo(
+        f"{out}: {neurons['key']} of {neurons['all']} neurons, importance from {found['threshold']:.3g}"
+    )
 
 # %% ../nbs/90_cli.ipynb #fa35e192
 @app.command()
-def pack(base: Annotated[Optional[str], typer.Argument(help="The checkpoint before training: a folder or a hub id.")] = None,
-         tuned: Annotated[Optional[str], typer.Argument(help="The checkpoint or the adapter after it.")] = None,
-         out: Annotated[Optional[Path], typer.Option(help="The file to be.")] = None,
-         keys: Annotated[Optional[Path], typer.Option(help="Keep only these neurons of the difference.")] = None,
-         check: Annotated[Optional[str], typer.Option(help="Read this pack to its end and say what it is; BASE, if given, must be its base.")] = None,
-         push: Annotated[Optional[str], typer.Option(help="Send a pack (--out or --check) to this owner/name of the hub, with a card.")] = None,
-         allow_mismatch: Mismatch = False):
-    """Any fine-tune as a pack: what it added to its base, in one file. Or check one, or send one to the hub.
+def pack(
+    base: Annotated[Optional[str], typer.Argument(
+        help="The checkpoint before training: a folder or a hub id.",
+    )] = None,
+    tuned: Annotated[Optional[str], typer.Argument(
+        help="The checkpoint or the adapter after it.",
+    )] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The file to be.")] = None,
+    keys: Annotated[Optional[Path], typer.Option(
+        help="Keep only these neurons of the difference.",
+    )] = None,
+    check: Annotated[Optional[str], typer.Option(
+        help="Read this pack to its end and say what it is; BASE, if given, must be its "
+             "base.",
+    )] = None,
+    push: Annotated[Optional[str], typer.Option(
+        help="Send a pack (--out or --check) to this owner/name of the hub, with a card.",
+    )] = None,
+    allow_mismatch: Mismatch = False,
+):
+    """Any fine-tune as a pack: what it added to its base, in one file. Or check one, or send one
+    to the hub.
 
     Example: maet pack base/ tuned/ --keys keys.safetensors --out pack.safetensors
 
     Example: maet pack base/ --check pack.safetensors --push me/my-pack"""
-    from maet.weights.adapted import open_checkpoint
-    from maet.weights.checkpoints import Checkpoint
-    from maet.weights.differences import Difference, check_pack, push_pack
-    from maet.weights.packs import Keys, save_pack
-    before = Checkpoint(base) if base else None
-    if check: typer.echo("\n".join(f"{key}: {value}" for key, value in check_pack(check, before).items()))
-    elif before and tuned and out:
-        kept = Keys(keys, before) if keys else None
-        after = open_checkpoint(tuned, before)
-        save_pack(out, Difference(after, before, kept, allow_mismatch), before, what="delta")
+    if check:
+        from maet.weights.checkpoints import Checkpoint
+        from maet.weights.differences import check_pack
+        found = check_pack(check, Checkpoint(base) if base else None)
+        typer.echo("\n".join(f"{key}: {value}" for key, value in found.items()))
+    elif base and tuned and out: verbs.pack(base, tuned, out, keys, allow_mismatch)
     else: raise typer.BadParameter("give BASE, TUNED and --out, or --check PACK")
-    if push: typer.echo(push_pack(check or out, push))
+
+    if push:
+        from maet.weights.differences import push_pack
+        typer.echo(push_pack(check or out, push))
 
 # %% ../nbs/90_cli.ipynb #c1197b51
 @app.command()
-def extract(base: Annotated[str, typer.Option(help="The checkpoint that both experts started from.")],
-            ability: Annotated[str, typer.Option(help="Expert of ability and language: a checkpoint, an adapter or a pack.")],
-            minus: Annotated[str, typer.Option(help="Expert of the language alone: a checkpoint, an adapter or a pack.")],
-            out: Out,
-            alpha: Annotated[float, typer.Option(help="Weight of the ability expert.")] = 0.8,
-            beta: Annotated[float, typer.Option(help="Weight of what is taken away.")] = 0.2,
-            allow_mismatch: Mismatch = False):
+def extract(
+    base: Annotated[str, typer.Option(help="The checkpoint that both experts started from.")],
+    ability: Annotated[str, typer.Option(
+        help="Expert of ability and language: a checkpoint, an adapter or a pack.",
+    )],
+    minus: Annotated[str, typer.Option(
+        help="Expert of the language alone: a checkpoint, an adapter or a pack.",
+    )],
+    out: Out,
+    alpha: Annotated[float, typer.Option(help="Weight of the ability expert.")] = 0.8,
+    beta: Annotated[float, typer.Option(help="Weight of what is taken away.")] = 0.2,
+    allow_mismatch: Mismatch = False,
+):
     """Ability weights: alpha times one delta minus beta times the other (Eq. 2).
 
-    Example: maet extract --base base/ --ability math-en.safetensors --minus en.safetensors --out R_math.safetensors"""
-    from maet.method.ability import extract
-    extract(out, base, ability, minus, alpha, beta, allow_mismatch)
+    Example: maet extract --base base/ --ability math-en.safetensors --minus en.safetensors --out
+    R_math.safetensors"""
+    verbs.extract(base, ability, minus, out, alpha, beta, allow_mismatch)
 
 # %% ../nbs/90_cli.ipynb #f1abd670
 @app.command()
-def merge(recipe: Annotated[Path, typer.Argument(help="YAML in mergekit's language; merge_method: maet, layer_swap, revert, linear, magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
-          out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")],
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be read, written and held.")] = False,
-          allow_mismatch: Mismatch = False):
-    """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that AutoModelForCausalLM loads.
+def merge(
+    recipe: Annotated[Path, typer.Argument(
+        help="YAML in mergekit's language; merge_method: maet, layer_swap, revert, linear,"
+             " magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.",
+    )],
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")],
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run",
+        help="Only print what would be read, written and held.",
+    )] = False,
+    allow_mismatch: Mismatch = False,
+):
+    """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that
+    AutoModelForCausalLM loads.
 
     Example: maet merge merge.yml merged/"""
-    import maet.method.layer_swapping, maet.method.reverting  # they add layer_swap and revert
-    from maet.method.mergekit import merge
-    done = merge(recipe, out, dry_run, allow_mismatch=allow_mismatch)
+    done = verbs.merge(recipe, out, dry_run, allow_mismatch)
     if dry_run: typer.echo(done)
 
 # %% ../nbs/90_cli.ipynb #0716d970
 @app.command(name="eval")
-def evaluate(model: Model,
-             data: Annotated[Optional[Path], typer.Option(help="Folder with <task>/<language>.jsonl; without it, the hub.")] = None,
-             tasks: Annotated[str, typer.Option(help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, mini, text) or tasks.")] = "mini",
-             languages: Annotated[str, typer.Option(help="Comma-separated.")] = "en,es,zh,bn,te",
-             limit: Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")] = None,
-             shots: Annotated[Optional[int], typer.Option(min=0, help="Exemplars; without it, each exam's own number.")] = None,
-             batch_size: Annotated[int, typer.Option(min=1)] = 64,
-             out: Annotated[Optional[Path], typer.Option(help="Folder for the answers and results.jsonl; called again, it goes on there.")] = None,
-             device: Annotated[Optional[str], typer.Option(help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.")] = None,
-             dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")] = "auto",
-             backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
-             backend_args: Annotated[str, typer.Option(help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.")] = "{}",
-             chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the tokenizer's chat template.")] = False,
-             allow_code: Annotated[bool, typer.Option("--allow-code", help="Run what the model wrote (HumanEval, MBPP).")] = False,
-             against: Annotated[Optional[Path], typer.Option(help="Another model's --out folder: paired tests on the same items.")] = None):
+def evaluate(
+    model: Model,
+    data: Annotated[Optional[Path], typer.Option(
+        help="Folder with <task>/<language>.jsonl; without it, the hub.",
+    )] = None,
+    tasks: Annotated[str, typer.Option(
+        help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, "
+             "mini, text) or tasks.",
+    )] = "mini",
+    languages: Annotated[str, typer.Option(help="Comma-separated.")] = "en,es,zh,bn,te",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")] = None,
+    shots: Annotated[Optional[int], typer.Option(
+        min=0,
+        help="Exemplars; without it, each exam's own number.",
+    )] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    out: Annotated[Optional[Path], typer.Option(
+        help="Folder for the answers and results.jsonl; called again, it goes on there.",
+    )] = None,
+    device: Annotated[Optional[str], typer.Option(
+        help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.",
+    )] = None,
+    dtype: Annotated[str, typer.Option(
+        help="auto (the checkpoint's), bfloat16, float16, float32.",
+    )] = "auto",
+    backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    backend_args: Annotated[str, typer.Option(
+        help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.",
+    )] = "{}",
+    chat_template: Annotated[bool, typer.Option(
+        "--chat-template",
+        help="Ask through the tokenizer's chat template.",
+    )] = False,
+    allow_code: Annotated[bool, typer.Option(
+        "--allow-code",
+        help="Run what the model wrote (HumanEval, MBPP).",
+    )] = False,
+    against: Annotated[Optional[Path], typer.Option(
+        help="Another model's --out folder: paired tests on the same items.",
+    )] = None,
+):
     """Examine a checkpoint with lm-eval, language by language, with standard errors.
 
     Example: maet eval merged/ --tasks mgsm,science --languages es,bn --out samples/merged"""
-    from maet.exams.evaluation import evaluation_job
-    for line in evaluation_job(model, data, tasks.split(","), languages.split(","), against=against, limit=limit, shots=shots, batch_size=batch_size, out=out,
-                               device=device, dtype=dtype, backend=backend, backend_args=backend_args, chat_template=chat_template, allow_code=allow_code):
-        typer.echo(line)
+    verbs.evaluate(
+        model,
+        tasks.split(","),
+        languages.split(","),
+        data,
+        out,
+        against,
+        typer.echo,
+        limit=limit,
+        shots=shots,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        backend_args=backend_args,
+        chat_template=chat_template,
+        allow_code=allow_code,
+    )
 
 # %% ../nbs/90_cli.ipynb #b3f0c7f6
 @app.command()
-def figures(only: Annotated[Optional[str], typer.Argument(help="Comma-separated names of the catalogue, or claims; without it, all.")] = None,
-            scale: Annotated[str, typer.Option(help="Whose figures: they go to figures/<scale>.")] = "mini",
-            ledgers: Annotated[Path, typer.Option(help="Folder of the ledgers, <study>.jsonl.")] = Path("data/results"),
-            papers: Annotated[Path, typer.Option(help="Folder of the papers' numbers.")] = Path("data/paper"),
-            out: Annotated[Optional[Path], typer.Option(help="Folder to be; without it figures/<scale>.")] = None):
-    """Every figure and table of the study from recorded results: PNG, SVG, the numbers as CSV. Says which rows are missing for which.
+def figures(
+    only: Annotated[Optional[str], typer.Argument(
+        help="Comma-separated names of the catalogue, or claims; without it, all.",
+    )] = None,
+    scale: Annotated[str, typer.Option(help="Whose figures: they go to figures/<scale>.")] = "mini",
+    ledgers: Annotated[Path, typer.Option(
+        help="Folder of the ledgers, <study>.jsonl.",
+    )] = Path("data/results"),
+    papers: Annotated[Path, typer.Option(
+        help="Folder of the papers' numbers.",
+    )] = Path("data/paper"),
+    out: Annotated[Optional[Path], typer.Option(
+        help="Folder to be; without it figures/<scale>.",
+    )] = None,
+):
+    """Every figure and table of the study from recorded results: PNG, SVG, the numbers as CSV.
+    Says which rows are missing for which.
 
     Example: maet figures table2,ablation"""
-    from maet.record.claims import all_figures as draw
-    made, lacking = draw(out or Path("figures") / scale, ledgers, only.split(",") if only else None, papers)
+    names = only.split(",") if only else None
+    made, lacking = verbs.figures(names, out or Path("figures") / scale, ledgers, papers)
     typer.echo("\n".join(map(str, made)))
     for line in lacking: typer.echo(line, err=True)
 
 # %% ../nbs/90_cli.ipynb #e6e3619a
 @app.command()
-def report(source: Annotated[Path, typer.Argument(help="A run folder, or a folder of ledgers.")] = Path("data/results"),
-           out: Annotated[Path, typer.Option(help="The page to be.")] = Path("report.html"),
-           papers: Annotated[Path, typer.Option(help="Folder of the papers' numbers.")] = Path("data/paper")):
-    """One self-contained HTML page of a run or of the study: figures, tables beside the papers', claims, recipe, versions, cost.
+def report(
+    source: Annotated[Path, typer.Argument(
+        help="A run folder, or a folder of ledgers.",
+    )] = Path("data/results"),
+    out: Annotated[Path, typer.Option(help="The page to be.")] = Path("report.html"),
+    papers: Annotated[Path, typer.Option(
+        help="Folder of the papers' numbers.",
+    )] = Path("data/paper"),
+):
+    """One self-contained HTML page of a run or of the study: figures, tables beside the papers',
+    claims, recipe, versions, cost.
 
     Example: maet report runs/mini --out report.html"""
-    from maet.record.report import report as write
-    typer.echo(write(source, out, papers))
+    typer.echo(verbs.report(source, out, papers))
 
 # %% ../nbs/90_cli.ipynb #ecf1b2fe
 NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
@@ -287,19 +440,22 @@ def of_system(error: BaseException) -> str | None: # None: it was not the system
 # %% ../nbs/90_cli.ipynb #2fb50252
 def of_memory(error: BaseException, kinds: set[str]) -> bool:
     "Was there too little memory?"
-    if kinds & {"MemoryError", "OutOfMemoryError"} or getattr(error, "errno", 0) == errno.ENOMEM: return True
+    if kinds & {"MemoryError", "OutOfMemoryError"} or getattr(error, "errno", 0) == errno.ENOMEM:
+        return True
     return "RuntimeError" in kinds and bool(NO_MEMORY.search(str(error)))
 
 MORE = "pip install 'maet[all]' brings what training, exams and figures need"
 SMALLER = "make batches or sequences smaller, or take a larger machine: `maet plan` says what a training needs"
 
 # %% ../nbs/90_cli.ipynb #a64e8611
-def worded(error: BaseException) -> tuple[int, str | None]: # exit code; a line, or None: nobody thought of this
+# exit code; a line, or None: nobody thought of this
+def worded(error: BaseException) -> tuple[int, str | None]:
     "What ends a command, for a user."
     kinds, said = {kind.__name__ for kind in type(error).__mro__}, str(error)
     again = "; the same command goes on from here" if getattr(error, "resumes", False) else ""
     if "RankError" in kinds: return 1, said
-    if "MaetError" in kinds: return 2, said + (again if isinstance(error.__cause__, OSError) else "")
+    if "MaetError" in kinds:
+        return 2, said + (again if isinstance(error.__cause__, OSError) else "")
     if "ConnectionError" in kinds: return 2, f"{said}; the same command goes on from here"
     if "ImportError" in kinds: return 2, f"{said}; {MORE}"
     if of_memory(error, kinds): return 2, f"out of memory ({first_line(error)}); {SMALLER}"
@@ -311,19 +467,25 @@ def versions() -> str:
     "Of everything that may have had a part in it."
     from importlib.metadata import PackageNotFoundError, version
     found = [f"maet {__version__}", f"Python {platform.python_version()}", platform.platform()]
-    for name in "torch transformers safetensors tokenizers numpy peft deepspeed lm_eval vllm".split():
+    for (
+        name
+    ) in "torch transformers safetensors tokenizers numpy peft deepspeed lm_eval vllm".split():
         with suppress(PackageNotFoundError): found.append(f"{name} {version(name)}")
     return ", ".join(found)
 
 # %% ../nbs/90_cli.ipynb #8000a9d7
 def keep_traceback(error: BaseException, arguments: list[str]) -> str: # where it is
     "Write down what a report needs."
-    command, trace = shlex.join(["maet", *map(str, arguments)]), "".join(traceback.format_exception(error))
+    command, trace = (
+        shlex.join(["maet", *map(str, arguments)]),
+        "".join(traceback.format_exception(error)),
+    )
     try:
         handle, name = tempfile.mkstemp(prefix="maet-traceback-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{versions()}\n{command}\n\n{trace}")
-    except OSError as e: return f"the traceback cannot be written ({e.strerror}), MAET_TRACEBACK=1 shows it"
+    except OSError as e:
+        return f"the traceback cannot be written ({e.strerror}), MAET_TRACEBACK=1 shows it"
     return f"the traceback is in {name}"
 
 # %% ../nbs/90_cli.ipynb #368d6e55
@@ -336,8 +498,10 @@ def unexpected(error: BaseException, arguments: list[str]) -> str:
 
 # %% ../nbs/90_cli.ipynb #e5fdfe2e
 def main(arguments: list[str] | None = None) -> int:
-    "The `maet` command. Exit codes: 0 done, 1 a rank failed or a fault of ours, 2 what one can mend, 130 Ctrl-C."
-    gc.set_threshold(100_000)   # a collection goes through all modules of torch, and finds nothing there
+    """The `maet` command. Exit codes: 0 done, 1 a rank failed or a fault of ours, 2 what one
+    can mend, 130 Ctrl-C."""
+    # a collection goes through all modules of torch, and finds nothing there
+    gc.set_threshold(100_000)
     atexit.register(gc.freeze)  # they need not be taken apart at the end either
     raw, level = os.environ.get("MAET_TRACEBACK"), logging.root.manager.disable
     if not raw: logging.disable(logging.ERROR)  # libraries log at length what they then raise
@@ -347,7 +511,8 @@ def main(arguments: list[str] | None = None) -> int:
         if raw: raise
         code, said = worded(error)
         said = said or unexpected(error, sys.argv[1:] if arguments is None else arguments)
-        if type(error).__name__ != "RankError": said = " ".join(said.split())  # a rank's last lines stay lines
+        # a rank's last lines stay lines
+        if type(error).__name__ != "RankError": said = " ".join(said.split())
         print(f"maet: {said}", file=sys.stderr)
         raise SystemExit(code)
     finally: logging.disable(level)
