@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env study experiments figures test fuzz notebooks export base clean
+.PHONY: help env study experiments figures test lint fuzz notebooks export base clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -34,6 +34,10 @@ figures: $(READY) ## draw every figure and table from the committed results, int
 test: $(READY) ## run every notebook and every test, on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
+lint: $(READY) ## what ruff says of notebooks, tests and benchmarks, and how the house reads, in numbers
+	$(BIN)/ruff check
+	$(BIN)/python tests/house.py
+
 # Without SEED on the command line every call draws other cases.
 fuzz: $(READY) ## break files for every reader, for SECONDS (600): only success or one line may come out; counts, and how to see a failure again
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(filter-out file,$(origin SEED)),--seed $(SEED))
@@ -44,6 +48,7 @@ notebooks: $(READY) ## open JupyterLab on the notebooks
 export: $(READY) ## write maet/*.py and README.md from the notebooks, then clean the notebooks' metadata
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tests/house.py --picture figures/house.svg
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --RegexRemovePreprocessor.patterns '#\| hide' nbs/index.ipynb \
 	  | sed -e 's|](\([0-9][0-9][a-z]*_\)|](nbs/\1|g' -e 's|](\.\./|](|g' > README.md
 

@@ -1711,6 +1711,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'maet.weights.tensors.meta_model': ('weights.tensors.html#meta_model', 'maet/weights/tensors.py'),
                                       'maet.weights.tensors.not_quantised': ( 'weights.tensors.html#not_quantised',
                                                                               'maet/weights/tensors.py'),
+                                      'maet.weights.tensors.not_too_deep': ('weights.tensors.html#not_too_deep', 'maet/weights/tensors.py'),
                                       'maet.weights.tensors.of_kinds': ('weights.tensors.html#of_kinds', 'maet/weights/tensors.py'),
                                       'maet.weights.tensors.one_line': ('weights.tensors.html#one_line', 'maet/weights/tensors.py'),
                                       'maet.weights.tensors.parse_json': ('weights.tensors.html#parse_json', 'maet/weights/tensors.py'),

@@ -1,7 +1,7 @@
-"""How the house reads, in numbers: `python tests/house.py [PART OF A NOTEBOOK'S NAME ...]`.
+"""How the house reads, in numbers: `python tests/house.py [PART OF A NOTEBOOK'S NAME ...]`; `--picture FILE.svg` draws the wings.
 
 Each line is a measure, its goal, and the worst places. A comprehension is nested where it stands inside another one; a lambda is
-stored where it is given a name. Public is what a module's `__all__` lists."""
+stored where it is given a name. Public is what a module's `__all__` lists. The picture is made from the imports of the modules."""
 import ast, json, re, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -116,7 +116,70 @@ def measures(house: list[Room]) -> list[Measure]:
     ]
 
 
-if __name__ == "__main__":
+# ---- the picture ----
+
+WIDTH, LEFT, LINE = 900, 120, 116  # pixels: the picture, the names of wings; characters of a line
+
+
+DOORS = {"verbs", "cli", "__init__"}
+
+
+def wing_of(module: str) -> str: # weights.tensors -> weights
+    return "doors" if module in DOORS else module.split(".")[0]
+
+
+def imports(room: Room) -> Counter: # wing -> names that the room takes from there
+    found = Counter()
+    for node in (node for tree in room.trees() for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("maet."):
+            found[wing_of(node.module.removeprefix("maet."))] += len(node.names)
+    return found
+
+
+def rows_of(names: list[str]) -> list[str]:
+    "Names, joined into lines that fit."
+    rows = [""]
+    for name in names:
+        if len(rows[-1]) + len(name) > LINE: rows.append("")
+        rows[-1] += ("   " if rows[-1] else "") + name
+    return rows
+
+
+def caption(wing: str, below: list[str]) -> str:
+    if wing == "findings": return "the walk of a reader of the papers; exports nothing, reads the record"
+    return "takes names from: " + ", ".join(below) if below else "stands on the ground"
+
+
+def picture(house: list[Room]) -> str: # SVG
+    """The wings from the ground up, their rooms in the order of their floors, and how many names each wing takes from those below."""
+    wings, taken = defaultdict(list), defaultdict(Counter)
+    findings = [path.stem.partition(".")[2].replace("_", " ") for path in sorted((ROOT/"nbs").glob("*_findings.*.ipynb"))]
+    for room in house:
+        name = "maet" if room.module == "__init__" else room.module.rpartition(".")[2]
+        wings[wing_of(room.module)].append(name.replace("_", " "))
+        taken[wing_of(room.module)] += imports(room)
+
+    doors = wings.pop("doors")
+    wings = wings | {"findings": findings, "doors": doors}  # findings export nothing
+
+    parts, top = [], 10
+    for wing in reversed(wings):
+        below = [f"{name} {count}" for name, count in taken[wing].most_common() if name != wing]
+        lines = rows_of(wings[wing]) + [caption(wing, below)]
+        height = 16 * len(lines) + 14
+        parts.append(f'<rect x="10" y="{top}" width="{WIDTH - 20}" height="{height}" rx="6" fill="#eef2f7" stroke="#8aa0b8"/>')
+        parts.append(f'<text x="24" y="{top + 22}" font-weight="bold" fill="#12284c">{wing}</text>')
+        for number, line in enumerate(lines):
+            grey = ' fill="#666"' if number == len(lines) - 1 else ""
+            parts.append(f'<text x="{LEFT}" y="{top + 22 + 16 * number}"{grey} xml:space="preserve">{line}</text>')
+        top += height + 8
+    style = 'font-family="system-ui,sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 2}" {style}>\n' + "\n".join(parts) + "\n</svg>\n"
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--picture"]:
+    Path(sys.argv[2]).write_text(picture(rooms([])), encoding="utf-8")
+elif __name__ == "__main__":
     for measure in measures(rooms(sys.argv[1:])):
         print(f"{measure.name:32} {measure.value:9.1f}   goal {measure.goal:g}{'' if measure.met else '   <-'}")
         if not measure.met:

@@ -27,6 +27,7 @@ from maet.text.streams import documents, reader, shuffled
 from maet.weights.differences import Difference, check_pack, open_delta
 from maet.weights.packs import Keys, save_keys, save_pack
 from maet.weights.names import complete, unquantised
+import maet.method.layer_swapping, maet.method.reverting  # they add layer_swap and revert
 from maet.method.locate import locate
 from maet.study.recipes import make_tokenizer, open_tokenizer
 from maet.weights.tensors import meta_model

@@ -38,7 +38,8 @@ def _sample(where: str, row) -> dict:
     sums = row.get("statistics", []) if isinstance(row, dict) else None
     named = sums is not None and isinstance(row.get("id"), str | int)
     counted = named and isinstance(sums, list) and all(map(number, sums))
-    if counted and all(number(row[key]) for key in ("correct", "bits", "bytes") if key in row): return row
+    scored = counted and ("statistics" in row or "correct" in row or {"bits", "bytes"} <= row.keys())
+    if scored and all(number(row[key]) for key in ("correct", "bits", "bytes") if key in row): return row
     raise MaetError(f"{where} is no answer that an exam wrote: examine again")
 
 # %% ../../nbs/45_exams.evaluation.ipynb #8ed18636

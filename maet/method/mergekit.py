@@ -87,9 +87,9 @@ def read_file(content: Mapping, where: str) -> Mergekit:
 def spans(file: Mergekit, layers: int, where: str) -> list[tuple[range, Slice]]:
     "Which layers each slice has. Raises MaetError unless they are the whole model in order."
     if not file.slices: return [(range(layers), Slice(file.models))]
-    ranges = [{tuple(entry.layer_range or ()) for entry in part.sources} for part in file.slices]
-    if all(len(found) == 1 and [type(bound) for bound in min(found)] == [int, int] for found in ranges):
-        ranges = [found.pop() for found in ranges]
+    ranges = [part.sources[0].layer_range if part.sources else None for part in file.slices]
+    alike = all(entry.layer_range == found for found, part in zip(ranges, file.slices) for entry in part.sources)
+    if alike and all(found and [type(bound) for bound in found] == [int, int] for found in ranges):
         within = all(0 <= bound <= layers for bounds in ranges for bound in bounds)  # a huge one would be written out
         if within and [layer for bounds in ranges for layer in range(*bounds)] == list(range(layers)):
             return [(range(*bounds), part) for bounds, part in zip(ranges, file.slices)]

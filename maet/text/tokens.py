@@ -100,9 +100,15 @@ def _opening(text: str, write: Callable) -> int: # in characters
     return text.index(asking) + len(asking) if asking in text else 0
 
 # %% ../../nbs/13_text.tokens.ipynb #1a62a540
+MOST_MESSAGES = 1000
+
 def answers(messages: list[dict], whole: str, # as `write` writes them
             write: Callable) -> list[tuple[int, int]]: # begin and end, in characters
     "Where the assistant's turns are in the chat, by differences. Raises MaetError."
+    if len(messages) > MOST_MESSAGES:  # each turn writes all turns before it
+        raise MaetError(f"a chat of {len(messages):,} messages, of which {MOST_MESSAGES:,} can be told apart: "
+                        "split it, or mark the answers in the chat template with {% generation %}")
+
     spans = []
     for n, message in enumerate(messages):
         if message["role"] != "assistant": continue

@@ -9,11 +9,12 @@ __all__ = []
 import functools, math, re
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..weights.tensors import MaetError, reading
+from ..weights.tensors import MaetError, not_too_deep, reading
 from ..weights.streams import finite
 from ..weights.checkpoints import Checkpoint
 from ..weights.names import Layout
@@ -69,11 +70,15 @@ def load_base(path, # checkpoint folder
               attention: str | None = None,
               deepspeed: Mapping | None = None): # under ZeRO-3 each rank holds its shard, from the start
     "The model with the checkpoint's weights. MaetError if one is missing (it would be random) or not finite."
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    with reading(path, "fetch the checkpoint again"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        not_too_deep(config, Path(path)/"config.json")
+
+    how = dict(dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True)
     try:
         with reading(path, "fetch the checkpoint again"), _no_bars(), _in_shards(deepspeed, dtype):
-            model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True,
-                                                                output_loading_info=True, attn_implementation=attention, **NO_ADAPTER)
+            model, found = AutoModelForCausalLM.from_pretrained(path, **how, **NO_ADAPTER)
     except (ImportError, MaetError) as e:
         if not attention: raise
         raise MaetError(f"{path}: cannot use attention {attention}: {' '.join(str(e).split())}") from None

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'GROUPS', 'one_line', 'MaetError', 'reading', 'parse_json', 
            'meta_model', 'shapes']
 
 # %% ../../nbs/01_weights.tensors.ipynb #e881f081
-import json, re, sys
+import json, os, re, sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,7 +198,7 @@ def _read_config(folder: Path):
     "The transformers config of a checkpoint folder. Code that came with the checkpoint is never run."
     from transformers import CONFIG_MAPPING, AutoConfig
     file = folder / "config.json"
-    if not file.is_file(): raise MaetError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
+    if not os.path.isfile(file): raise MaetError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
     try: kind = (content := parse_json(file.read_bytes(), file))["model_type"]
     except (OSError, MaetError, TypeError, KeyError):
         raise MaetError(f"{file}: not a JSON object with a model_type; fetch the checkpoint again") from None
@@ -220,6 +220,14 @@ def _unspread():
 
 MOST_LAYERS = 10_000  # the deepest language models have a few hundred
 
+def not_too_deep(config,       # a PretrainedConfig
+                 file: object, # where it is from, for the message
+                 ) -> None:
+    "Raises MaetError for a number of layers that is a damaged one: to build them would take minutes."
+    with reading(file, f"transformers cannot build {config.model_type} from it"):
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS: raise MaetError(f"{file}: {layers} layers are more than any model has")
+
 # %% ../../nbs/01_weights.tensors.ipynb #519d7577
 def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
                ):       # -> PreTrainedModel whose parameters have shapes and no storage
@@ -229,8 +237,7 @@ def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
     if isinstance(config, (str, Path)): config = _read_config(Path(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnknownModel(f"{file}: transformers has no causal language model for model_type {config.model_type!r}")
-    with reading(file, f"transformers cannot build {config.model_type} from it"): layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS: raise MaetError(f"{file}: {layers} layers are more than any model has")
+    not_too_deep(config, file)
     with reading(file, f"transformers cannot build {config.model_type} from it"), _unspread(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
