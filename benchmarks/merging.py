@@ -60,7 +60,7 @@ def make_base(folder: Path, config) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory as split
     from maet.weights.writers import Sink, lay_out
     from maet.weights.streams import in_order
-    from maet.weights.saving import jobs_of, write_index
+    from maet.weights.saving import jobs_of
     from maet.weights.tensors import shapes
     from math import prod
     tensors = {name: (tuple(shape), torch.bfloat16) for name, shape in shapes(config).items()}

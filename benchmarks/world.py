@@ -3,7 +3,7 @@ and when a language expert lowers the loss of its language and keeps its mathema
 a merge scores plays no part in choosing the world. All on the dev part; rows go to data/results/world.jsonl.
 
     python benchmarks/world.py --out runs/world"""
-import argparse, json, math
+import argparse, math
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from maet.exams.asking import examine
 from maet.record.ledger import append, commit, versions
 from maet.text.miniworld import LANGUAGES
 from maet.study.algorithm import Pipeline, expert, trained
-from maet.study.stages import Progress, Store
+from maet.study.stages import Store
 from maet.study.recipes import Recipe
 from maet.training.settings import load
 

@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Train an ability in English, extract it as weights, add it to a model in another language (MAET).",
 )
 
+# %% ../nbs/90_cli.ipynb #e2ebae0b
 def _version(
     asked: bool,
 ):
@@ -31,6 +32,7 @@ def _version(
         typer.echo(f"maet {__version__}")
         raise typer.Exit()
 
+# %% ../nbs/90_cli.ipynb #e9778040
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option(
@@ -88,36 +90,46 @@ def run(
         raise typer.BadParameter("give one of --scale, --recipe and --study")
     with resumable(): verbs.run(recipe or scale or "mini", out, seed, study, ledger, typer.echo)
 
+# %% ../nbs/90_cli.ipynb #d60a5d3a
+Recipe = Annotated[str, typer.Argument(
+    help="A recipe of `maet run`: a file, or a shipped one such as mini.",
+)]
+SearchOut = Annotated[Path, typer.Option(
+    help="Run folder; experts that are there are not trained again.",
+)]
+Trials = Annotated[int, typer.Option(
+    help="Merges to try, in memory, for each method and ability; the default constants"
+         " are the first.",
+)]
+Items = Annotated[int, typer.Option(
+    help="First so many questions of the dev exam, in each language.",
+)]
+Methods = Annotated[Optional[str], typer.Option(
+    help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.",
+)]
+Dev = Annotated[Optional[str], typer.Option(
+    help="Folder of exams to choose on; without it, the mini world's dev part. Never "
+         "the test.",
+)]
+Seed = Annotated[int, typer.Option(
+    min=0,
+    help="Of the experts' training and of the search.",
+)]
+Ledger = Annotated[Path, typer.Option(
+    help="File that gets a line for every number.",
+)]
+
 # %% ../nbs/90_cli.ipynb #902ba3cd
 @app.command()
 def search(
-    recipe: Annotated[str, typer.Argument(
-        help="A recipe of `maet run`: a file, or a shipped one such as mini.",
-    )],
-    out: Annotated[Path, typer.Option(
-        help="Run folder; experts that are there are not trained again.",
-    )] = Path("runs/mini"),
-    trials: Annotated[int, typer.Option(
-        help="Merges to try, in memory, for each method and ability; the default constants"
-             " are the first.",
-    )] = 60,
-    items: Annotated[int, typer.Option(
-        help="First so many questions of the dev exam, in each language.",
-    )] = 100,
-    methods: Annotated[Optional[str], typer.Option(
-        help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.",
-    )] = None,
-    dev: Annotated[Optional[str], typer.Option(
-        help="Folder of exams to choose on; without it, the mini world's dev part. Never "
-             "the test.",
-    )] = None,
-    seed: Annotated[int, typer.Option(
-        min=0,
-        help="Of the experts' training and of the search.",
-    )] = 0,
-    ledger: Annotated[Path, typer.Option(
-        help="File that gets a line for every number.",
-    )] = Path("data/results/search.jsonl"),
+    recipe: Recipe,
+    out: SearchOut = Path("runs/mini"),
+    trials: Trials = 60,
+    items: Items = 100,
+    methods: Methods = None,
+    dev: Dev = None,
+    seed: Seed = 0,
+    ledger: Ledger = Path("data/results/search.jsonl"),
 ):
     """Choose the constants of MAET and of its rivals on dev questions, all with as many trials,
     and test what was chosen. Killed, it goes on.
@@ -146,6 +158,8 @@ Model = Annotated[
     str, typer.Argument(help="A checkpoint, an adapter or BASE+ADAPTER: folders or hub ids.")
 ]
 Out = Annotated[Path, typer.Option(help="The file to be.")]
+
+# %% ../nbs/90_cli.ipynb #baf162e6
 Mismatch = Annotated[
     bool,
     typer.Option(
@@ -233,26 +247,33 @@ def locate(
         f"{out}: {neurons['key']} of {neurons['all']} neurons, importance from {found['threshold']:.3g}"
     )
 
+# %% ../nbs/90_cli.ipynb #93bbe2fc
+PackBase = Annotated[Optional[str], typer.Argument(
+    help="The checkpoint before training: a folder or a hub id.",
+)]
+Tuned = Annotated[Optional[str], typer.Argument(
+    help="The checkpoint or the adapter after it.",
+)]
+Keys = Annotated[Optional[Path], typer.Option(
+    help="Keep only these neurons of the difference.",
+)]
+Check = Annotated[Optional[str], typer.Option(
+    help="Read this pack to its end and say what it is; BASE, if given, must be its "
+         "base.",
+)]
+Push = Annotated[Optional[str], typer.Option(
+    help="Send a pack (--out or --check) to this owner/name of the hub, with a card.",
+)]
+
 # %% ../nbs/90_cli.ipynb #fa35e192
 @app.command()
 def pack(
-    base: Annotated[Optional[str], typer.Argument(
-        help="The checkpoint before training: a folder or a hub id.",
-    )] = None,
-    tuned: Annotated[Optional[str], typer.Argument(
-        help="The checkpoint or the adapter after it.",
-    )] = None,
+    base: PackBase = None,
+    tuned: Tuned = None,
     out: Annotated[Optional[Path], typer.Option(help="The file to be.")] = None,
-    keys: Annotated[Optional[Path], typer.Option(
-        help="Keep only these neurons of the difference.",
-    )] = None,
-    check: Annotated[Optional[str], typer.Option(
-        help="Read this pack to its end and say what it is; BASE, if given, must be its "
-             "base.",
-    )] = None,
-    push: Annotated[Optional[str], typer.Option(
-        help="Send a pack (--out or --check) to this owner/name of the hub, with a card.",
-    )] = None,
+    keys: Keys = None,
+    check: Check = None,
+    push: Push = None,
     allow_mismatch: Mismatch = False,
 ):
     """Any fine-tune as a pack: what it added to its base, in one file. Or check one, or send one
@@ -315,48 +336,62 @@ def merge(
     done = verbs.merge(recipe, out, dry_run, allow_mismatch)
     if dry_run: typer.echo(done)
 
+# %% ../nbs/90_cli.ipynb #4a550057
+Data = Annotated[Optional[Path], typer.Option(
+    help="Folder with <task>/<language>.jsonl; without it, the hub.",
+)]
+Tasks = Annotated[str, typer.Option(
+    help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, "
+         "mini, text) or tasks.",
+)]
+Shots = Annotated[Optional[int], typer.Option(
+    min=0,
+    help="Exemplars; without it, each exam's own number.",
+)]
+EvaluateOut = Annotated[Optional[Path], typer.Option(
+    help="Folder for the answers and results.jsonl; called again, it goes on there.",
+)]
+Device = Annotated[Optional[str], typer.Option(
+    help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.",
+)]
+Dtype = Annotated[str, typer.Option(
+    help="auto (the checkpoint's), bfloat16, float16, float32.",
+)]
+BackendArgs = Annotated[str, typer.Option(
+    help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.",
+)]
+ChatTemplate = Annotated[bool, typer.Option(
+    "--chat-template",
+    help="Ask through the tokenizer's chat template.",
+)]
+
+# %% ../nbs/90_cli.ipynb #e1893c4a
+AllowCode = Annotated[bool, typer.Option(
+    "--allow-code",
+    help="Run what the model wrote (HumanEval, MBPP).",
+)]
+Against = Annotated[Optional[Path], typer.Option(
+    help="Another model's --out folder: paired tests on the same items.",
+)]
+
 # %% ../nbs/90_cli.ipynb #0716d970
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[Optional[Path], typer.Option(
-        help="Folder with <task>/<language>.jsonl; without it, the hub.",
-    )] = None,
-    tasks: Annotated[str, typer.Option(
-        help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, "
-             "mini, text) or tasks.",
-    )] = "mini",
+    data: Data = None,
+    tasks: Tasks = "mini",
     languages: Annotated[str, typer.Option(help="Comma-separated.")] = "en,es,zh,bn,te",
     limit: Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")] = None,
-    shots: Annotated[Optional[int], typer.Option(
-        min=0,
-        help="Exemplars; without it, each exam's own number.",
-    )] = None,
+    shots: Shots = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    out: Annotated[Optional[Path], typer.Option(
-        help="Folder for the answers and results.jsonl; called again, it goes on there.",
-    )] = None,
-    device: Annotated[Optional[str], typer.Option(
-        help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.",
-    )] = None,
-    dtype: Annotated[str, typer.Option(
-        help="auto (the checkpoint's), bfloat16, float16, float32.",
-    )] = "auto",
+    out: EvaluateOut = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
     backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
-    backend_args: Annotated[str, typer.Option(
-        help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.",
-    )] = "{}",
-    chat_template: Annotated[bool, typer.Option(
-        "--chat-template",
-        help="Ask through the tokenizer's chat template.",
-    )] = False,
-    allow_code: Annotated[bool, typer.Option(
-        "--allow-code",
-        help="Run what the model wrote (HumanEval, MBPP).",
-    )] = False,
-    against: Annotated[Optional[Path], typer.Option(
-        help="Another model's --out folder: paired tests on the same items.",
-    )] = None,
+    backend_args: BackendArgs = "{}",
+    chat_template: ChatTemplate = False,
+    allow_code: AllowCode = False,
+    against: Against = None,
 ):
     """Examine a checkpoint with lm-eval, language by language, with standard errors.
 
@@ -514,7 +549,7 @@ def main(arguments: list[str] | None = None) -> int:
         # a rank's last lines stay lines
         if type(error).__name__ != "RankError": said = " ".join(said.split())
         print(f"maet: {said}", file=sys.stderr)
-        raise SystemExit(code)
+        raise SystemExit(code) from None
     finally: logging.disable(level)
 
 # %% ../nbs/90_cli.ipynb #12c6fc06

@@ -1,8 +1,7 @@
 "Every reader, a second each, on files that are broken in every way: success or one line. And a fault that is planted is found."
-import os, random, re, sys
+import random, re
 from pathlib import Path
 
-import pytest
 
 import mutate
 

@@ -82,9 +82,19 @@ def test_export_cells_are_short(notebook):
 def test_the_house_reads_as_it_should():
     "What `make lint` prints. Bounds that are not the goal yet say how far the house has come; they only go down."
     found = {measure.name: measure for measure in house.measures(house.rooms([]))}
-    bounds = {"public names": 250, "names public in two modules": 0, "median export cell, lines": 12, "mean length of a line": BOUND_MEAN,
-              "largest function, lines": BOUND_FUNCTION, "lines over 110 characters": BOUND_LONG, "nested comprehensions": BOUND_NESTED, "stored lambdas": BOUND_LAMBDAS}
-    assert {name: (found[name].value, found[name].worst[:5]) for name, bound in bounds.items() if found[name].value > bound} == {}
+    bounds = {
+        "names public in two modules": 0,
+        "public names": 250,
+        "median export cell, lines": 12,
+        "largest function, lines": 40,
+        "largest module, lines": 560,
+        "mean length of a line": 68,
+        "lines over 110 characters": 1360,
+        "nested comprehensions": 116,
+        "stored lambdas": 30,
+    }
+    too_much = {name: found[name] for name, bound in bounds.items() if found[name].value > bound}
+    assert too_much == {}
 
 
 def test_ruff_has_nothing_to_say(python):

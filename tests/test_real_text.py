@@ -129,9 +129,9 @@ def test_the_empirical_study_reads_forums_and_code(tmp_path, monkeypatch, capsys
     spec = importlib.util.spec_from_file_location("empirical", ROOT / "benchmarks" / "empirical.py")
     spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
     recipe, held_out = study.real(Store(tmp_path / "store"))
-    for corpus in (*study.FORUMS, "code"):
-        text = set(documents(recipe.corpora[corpus]))
-        assert len(text) > 100 and (corpus != study.FITTED or text.isdisjoint(held := set(documents(held_out))) and len(held) > 100)
+    for name in (*study.FORUMS, "code"):
+        text = set(documents(recipe.corpora[name]))
+        assert len(text) > 100 and (name != study.FITTED or text.isdisjoint(held := set(documents(held_out))) and len(held) > 100)
     assert any("def dumps(" in text for text in text) and len({identity(recipe.corpora[c]) for c in study.FORUMS + study.OTHERS}) == 5
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["empirical.py", "real-mini"])

@@ -148,7 +148,7 @@ def limited(folder: Path, limit, options: str, arguments: Sequence[str], answer,
     try: limit(folder/"disk", options)
     except OSError as error: return answer.send((None, f"{type(error).__name__}: {error}", []))
     answer.send(_said(arguments))
-    if not relief: return
+    if not relief: return None
     relief(folder/"disk")
     answer.send((*_said(arguments), timeless(folder/"disk")))
 

@@ -9,7 +9,7 @@ __all__ = ['quiet', 'ratio_stderr', 'ask', 'examine']
 import contextlib, json, logging, math, time, warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch

@@ -10,7 +10,7 @@ import contextlib, hashlib, json, math, re, sys, warnings
 from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 import yaml

@@ -8,7 +8,7 @@ __all__ = ['BACKENDS', 'DTYPES', 'examinee']
 # %% ../../nbs/43_exams.examinee.ipynb #a232ddc8
 import importlib.util, inspect, json, re
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 

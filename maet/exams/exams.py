@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..weights.tensors import MaetError, parse_json, reading
-from .answers import plain_number, read_number
+from .answers import read_number
+from .questions import plain_number
 from .questions import _after_label, _first, read_exam, read_shots, template
 
 # %% ../../nbs/42_exams.exams.ipynb #761f22b2

@@ -10,7 +10,7 @@ import json, os, platform, subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Iterable
+from collections.abc import Iterable
 
 from ..weights.tensors import MaetError, one_line, parse_json, reading
 
@@ -19,7 +19,7 @@ import json, math, os, platform, subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Iterable
+from collections.abc import Iterable
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows: there two runs should not write to one study at once

@@ -150,7 +150,6 @@ def _one_expert(input, weight, offs): # in place of transformers' _grouped_mm: (
 @contextmanager
 def _blind():
     "Three functions look at numbers: the two above, and transformers' search for several documents in one sequence."
-    import transformers.integrations.moe  # patch finds it only when it is there
     with patch("maet.training.sparse.take_sparse", _sorted_rows), patch("transformers.integrations.moe._grouped_mm", _one_expert), \
          patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None): yield
 

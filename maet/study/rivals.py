@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-import maet.method.layer_swapping  # adds layer_swap to what `merge` knows
 from ..weights.tensors import MaetError, shapes
 from ..training.schedule import Training, batch_sequences
 from ..method.mergekit import merge

@@ -142,7 +142,7 @@ def write_expert(out, model, base, training, keys, work, identity, plain=False):
     "What a run has come to, whole or not at all. `identity` says what run and step it is of."
     if training.mode == "dense": return _write_dense(out, model, base, work, identity)
     trained = _collected(model)
-    if rank(): return
+    if rank(): return None
     if training.mode == "lora" and (plain or training.lora_merge):
         write_checkpoint(out, base, _merged(base, lora_layers(model, base), trained), identity=identity)
     elif training.mode == "lora": _write_adapter(out, model, trained)

@@ -222,7 +222,7 @@ def _port(launch):
 def check(job: Job, launch: Launch) -> None:
     "MaetError for all that can be known to be wrong before a rank is started."
     check_ranks(job.training, world_size(launch)), inputs(job)
-    if not launch.apart: return
+    if not launch.apart: return None
     if importlib.util.find_spec("deepspeed") is None:
         raise MaetError("deepspeed: not installed; pip install deepspeed, or leave out zero and train in this process")
     _config(launch), _port(launch)
