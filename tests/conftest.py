@@ -15,7 +15,7 @@ SINGLE = {"test_notebooks", "test_project"}  # whose tests any worker may take; 
 ONE_AT_A_TIME = {"test_run", "test_launch", "test_fuzz", "test_interrupted", "test_training_kill", "test_training_ranks", "test_written_ranks"}  # ranks, kills, a clock
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the marks
+@pytest.hookimpl(wrapper=True)  # so that it comes before the plugin that reads the marks
 def pytest_collection_modifyitems(items):
     "Where workers share the tests: what each worker takes as a whole, the longest first."
     for item in items:
@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items):
         if file in ONE_AT_A_TIME: item.add_marker(pytest.mark.xdist_group("one at a time"))
         elif file not in SINGLE: item.add_marker(pytest.mark.xdist_group(file))
     items.sort(key=lambda item: item.path.stem not in ONE_AT_A_TIME)
+    return (yield)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Every reader of files that a user can hand in: how a valid sample is made in the working directory, and how it is opened, as the
 commands open it. `fuzz.py` breaks the sample in between."""
-import gzip, json, shutil
+import csv, gzip, json, shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -25,8 +25,9 @@ from maet.text.documents import Source
 from maet.text.tables import Table, fingerprint, open_tokens, save_tokens
 from maet.text.streams import documents, reader, shuffled
 from maet.weights.differences import Difference, check_pack, open_delta
-from maet.weights.packs import Keys, save_pack
+from maet.weights.packs import Keys, save_keys, save_pack
 from maet.weights.names import complete, unquantised
+import maet.method.layer_swapping, maet.method.reverting  # noqa: F401  they add layer_swap and revert
 from maet.method.locate import locate
 from maet.study.recipes import make_tokenizer, open_tokenizer
 from maet.weights.tensors import meta_model

@@ -12,6 +12,7 @@ from maet.training import launch, train
 from maet.weights import saving
 from maet.weights.checkpoints import Checkpoint
 from maet.cli import main
+from maet.weights.differences import Difference
 from maet.weights.packs import save_keys
 from maet.study.stages import side_by_side
 from maet.weights.tensors import MaetError

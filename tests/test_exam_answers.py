@@ -11,11 +11,12 @@ from lm_eval.api.model import LM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BartConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from maet.exams import evaluation
+from maet.exams import asking, evaluation
 from maet.cli import main
 from maet.exams.asking import ask, examine
 from maet.exams.evaluation import evaluation_job
 from maet.exams.examinee import examinee
+from maet.exams.exams import exam
 from maet.exams.answers import read_number
 from maet.text.miniworld import exam as mini_exam
 

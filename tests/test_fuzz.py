@@ -1,7 +1,8 @@
 "Every reader, a second each, on files that are broken in every way: success or one line. And a fault that is planted is found."
-import random, re
+import os, random, re, sys
 from pathlib import Path
 
+import pytest
 
 import mutate
 

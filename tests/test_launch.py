@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("deepspeed")
 import psutil  # comes with deepspeed
 
-from maet.training import jobs, launch
+from maet.training import jobs as room, launch
 from maet.weights.checkpoints import Checkpoint
 from maet.text.tokens import Tokens
 from maet.text.tables import save_tokens
@@ -87,11 +87,11 @@ def together(folder, alone):
         if stage in done: return done[stage]
         how, jobs = Launch(devices=2, zero=stage), {mode: job(folder, f"stage {stage} {mode}", mode) for mode in OF_STAGE.values()}
         logs, files = folder/f"logs of stage {stage}", [folder/f"stage {stage} {mode}.json" for mode in jobs]
-        for file, one in zip(files, jobs.values()): jobs._write(file, launch._plain(one))
-        port, names = launch._port(how), jobs.machines(how)
+        for file, one in zip(files, jobs.values()): room._write(file, launch._plain(one))
+        port, names = launch._port(how), room.machines(how)
         env = launch._environment(how, names, port)
         launch._prepare(logs, names, env)
-        line = launch.command(how, names, logs, port, [jobs.write_config(folder/f"stage {stage}.json", how), *files])
+        line = launch.command(how, names, logs, port, [room.write_config(folder/f"stage {stage}.json", how), *files])
         ended = subprocess.run(line, cwd=logs, env=env, capture_output=True, text=True, timeout=300)
         said = "\n".join(log.read_text() for log in sorted(logs.glob("*rank*.log")))
         assert not ended.returncode and all(Path(one.out).exists() for one in jobs.values()), ended.stderr + said
@@ -103,7 +103,7 @@ def together(folder, alone):
 @pytest.mark.parametrize("stage", OF_STAGE)
 def test_a_stage_gives_what_one_process_gives(folder, alone, together, stage):
     base = tensors(folder, folder/"base")
-    masks = jobs.KeysUnion([folder/"0.keys.safetensors", folder/"1.keys.safetensors"], Checkpoint(folder/"base"))
+    masks = room.KeysUnion([folder/"0.keys.safetensors", folder/"1.keys.safetensors"], Checkpoint(folder/"base"))
     for mode, one in together(stage).items():
         ours, theirs = report(one), report(alone[mode])
         torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=0, atol=1e-4)
@@ -140,14 +140,14 @@ def family(work):
 
 def reached(work, before, step):
     "Has a launch that is not `before` come to this step?"
-    known = jobs._read(work/"launcher.json") or {}
+    known = room._read(work/"launcher.json") or {}
     if known.get("id") in (None, before) or "pid" not in known: return False
     return any(line["step"] >= step for line in launch._news(work/"progress.jsonl", known["progress_from"])[0])
 
 
 def kill_at(work, step, victim):
     "In the background: kill process number `victim` of the family at a step. Gives a function that waits until all of it is gone."
-    before, killed = (jobs._read(work/"launcher.json") or {}).get("id"), []
+    before, killed = (room._read(work/"launcher.json") or {}).get("id"), []
     def kill():
         while not reached(work, before, step): time.sleep(.002)
         killed.extend(family(work))

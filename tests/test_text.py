@@ -12,7 +12,7 @@ from maet.text.documents import Source
 from maet.text.streams import check, documents, reader
 from maet.text.tables import digest, identity, open_tokens, read_meta, write_tokens
 from maet.weights.tensors import MaetError
-from test_bad_input import expert, refused
+from test_bad_input import expert, folder, refused
 
 GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
 {%- for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
