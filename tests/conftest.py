@@ -11,21 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads t
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 
 
-SINGLE = {"test_notebooks", "test_project"}  # whose tests any worker may take; other files make fixtures once, so they stay whole
-ONE_AT_A_TIME = {"test_run", "test_launch", "test_fuzz", "test_interrupted", "test_training_kill", "test_training_ranks", "test_written_ranks"}  # ranks, kills, a clock
-
-
-@pytest.hookimpl(wrapper=True)  # so that it comes before the plugin that reads the marks
-def pytest_collection_modifyitems(items):
-    "Where workers share the tests: what each worker takes as a whole, the longest first."
-    for item in items:
-        file = item.path.stem
-        if file in ONE_AT_A_TIME: item.add_marker(pytest.mark.xdist_group("one at a time"))
-        elif file not in SINGLE: item.add_marker(pytest.mark.xdist_group(file))
-    items.sort(key=lambda item: item.path.stem not in ONE_AT_A_TIME)
-    return (yield)
-
-
 @pytest.fixture
 def tell(record_property):
     "Say something after the tests; what a worker prints meanwhile is not seen."

@@ -20,6 +20,8 @@ from maet.weights.tensors import MaetError
 from maet.training.schedule import Training
 from ranks import free_port
 
+pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
+
 STEPS, KILLS = 60, (7, 18)  # a kill of a rank, a kill of the launcher
 OF_STAGE = {1: "dense", 2: "lora", 3: "key-neuron"}  # what is killed at which stage
 SETTINGS = dict(tokens=STEPS*8*16, batch_tokens=8*16, sequence_length=16, learning_rate=5e-4, warmup_steps=2, save_every=4, eval_every=10)
