@@ -32,7 +32,7 @@ figures: $(READY) ## draw every figure and table from the committed results, int
 	$(BIN)/maet report
 
 test: $(READY) ## run every notebook and every test, on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(READY) ## what ruff says of notebooks, tests and benchmarks, and how the house reads, in numbers
 	$(BIN)/ruff check

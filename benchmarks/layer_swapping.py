@@ -28,8 +28,7 @@ from maet.study.rivals import ROWS, experts
 from maet.exams.asking import drawn_sums, examine
 from maet.exams.questions import template
 from maet.record.ledger import append, commit, versions
-import maet.method.layer_swapping, maet.method.reverting  # noqa: F401  they add layer_swap and revert
-from maet.method.mergekit import merge
+from maet.method.merge import merge
 from maet.study.algorithm import Pipeline
 from maet.study.stages import Progress, Store, side_by_side
 from maet.study.recipes import Recipe

@@ -211,8 +211,7 @@ def merge(recipe: str | Path | dict,    # a file in mergekit's language, or its 
     >>> maet.merge(linear | dict(parameters=dict(weight=0.5)), "merged").path.name
     'merged'
     """
-    import maet.method.layer_swapping, maet.method.reverting  # noqa: F401  they add layer_swap and revert
-    from maet.method.mergekit import merge
+    from maet.method.merge import merge
 
     return merge(recipe, out, dry_run, allow_mismatch=allow_mismatch)
 

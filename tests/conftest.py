@@ -11,6 +11,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads t
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 
 
+# ---- two workers ----
+
+# These start ranks, kill them or watch a clock: no two of them may run at once.
+ONE_AT_A_TIME = {"test_run", "test_launch", "test_fuzz", "test_interrupted", "test_training_kill", "test_training_ranks", "test_written_ranks"}
+EACH_BY_ITSELF = {"test_notebooks", "test_project"}  # nothing is shared between these tests
+
+
+def file_of(nodeid: str) -> str: # tests/test_run.py::test_seeds[1] -> test_run
+    return Path(nodeid.partition("::")[0]).stem
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "What only one worker may do takes longest, so it starts first."
+    items.sort(key=lambda item: file_of(item.nodeid) not in ONE_AT_A_TIME)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests stay together, for the sake of its fixtures."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = file_of(nodeid)
+            if file in ONE_AT_A_TIME: return "one at a time"
+            return nodeid if file in EACH_BY_ITSELF else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture
 def tell(record_property):
     "Say something after the tests; what a worker prints meanwhile is not seen."

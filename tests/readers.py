@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from maet.exams import evaluation, exams
-from maet.method import mergekit
+from maet.method import merge
 from maet.record import claims, figures, ledger, report
 from maet.study import plan, scores, search, study
 from maet.training import jobs, launch
@@ -27,7 +27,6 @@ from maet.text.streams import documents, reader, shuffled
 from maet.weights.differences import Difference, check_pack, open_delta
 from maet.weights.packs import Keys, save_keys, save_pack
 from maet.weights.names import complete, unquantised
-import maet.method.layer_swapping, maet.method.reverting  # noqa: F401  they add layer_swap and revert
 from maet.method.locate import locate
 from maet.study.recipes import make_tokenizer, open_tokenizer
 from maet.weights.tensors import meta_model
@@ -347,7 +346,7 @@ def merges(folder: Path):
 
 
 def read_merges():
-    for name in MERGES: mergekit.merge(f"{name}.yml", "out", dry_run=True)
+    for name in MERGES: merge.merge(f"{name}.yml", "out", dry_run=True)
 
 
 add("merge", merges, read_merges, "*.yml")

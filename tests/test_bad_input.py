@@ -67,6 +67,37 @@ def test_recipe(folder, capsys, key, where):
     assert where in refused(capsys, folder, "run", "--recipe", "bad.yml", "--out", "out")
 
 
+def named(folder: Path, name: str) -> dict[str, tuple]: # door -> arguments
+    "Every door, with a name that no file can have where it asks for one."
+    (folder / "linear.yml").write_text(yaml.safe_dump(dict(merge_method="linear", models=[{"model": "base"}, {"model": name}])))
+    (folder / "ties.yml").write_text(yaml.safe_dump(dict(merge_method="ties", base_model="base", models=[{"model": name}])))
+    return {
+        "merge": ("merge", "linear.yml", "out"), "merge onto a base": ("merge", "ties.yml", "out"),
+        "locate": ("locate", "base", name, "--out", "out"), "locate from": ("locate", name, "tuned", "--out", "out"),
+        "pack": ("pack", "base", name, "--out", "out"), "check": ("pack", "base", "--check", name),
+        "keys": ("pack", "base", "tuned", "--keys", name, "--out", "out"),
+        "extract": ("extract", "--base", "base", "--ability", name, "--minus", "tuned", "--out", "out"),
+        "eval": ("eval", name, "--data", "exams", "--tasks", "mathematics", "--languages", "en"),
+    }
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000 + "b"], ids=["long", "deep"])  # a shell passes no NUL on; a file may
+@pytest.mark.parametrize("door", ["merge", "merge onto a base", "locate", "locate from", "pack", "check", "keys", "extract", "eval"])
+def test_a_name_that_no_file_can_have(folder, capsys, door, name):
+    refused(capsys, folder, *named(folder, name)[door])
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"], ids=["long", "NUL"])
+@pytest.mark.parametrize("key", ["base", "keys", "corpora", "held_out", "merge", "merge onto a base"])
+def test_a_name_in_a_recipe_that_no_file_can_have(folder, capsys, key, name):
+    if key.startswith("merge"):
+        refused(capsys, folder, *named(folder, name)[key])
+        return
+    changes = {"base": name, "keys": [name], "corpora": [{"path": name}], "held_out": [{"path": name}]}
+    more = {"training": dict(mode="key-neuron", tokens=128, batch_tokens=64, sequence_length=32)} if key == "keys" else {}
+    refused(capsys, folder, *expert(folder, **{key: changes[key]}, **more))
+
+
 @pytest.mark.parametrize("ratio", ["0", "1.5", "-1", "nan"])
 def test_ratio(folder, capsys, ratio): assert "ratio" in refused(capsys, folder, *locate("--ratio", ratio))
 

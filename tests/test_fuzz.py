@@ -6,8 +6,6 @@ import pytest
 
 import mutate
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 PLANTED = """
 import os, signal, sys
 from pathlib import Path

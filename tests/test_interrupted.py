@@ -11,8 +11,6 @@ from maet.record.ledger import append, versions
 from maet.text.miniworld import write_world
 from tiny import content, finish, kill_at, larger_disk, long_files, on_a_small_disk, short_files, small_disk, start, timeless, tiny
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 TRAINING = dict(tokens=8 * 64, batch_tokens=64, sequence_length=32, learning_rate=.001, save_every=1)
 COMMANDS = {"train": ("train", "train.yml", "--out", "OUT"),
             "eval": ("eval", "base", "--data", "world/exams/test", "--tasks", "mini", "--languages", "en,es", "--batch-size", "4", "--out", "OUT"),

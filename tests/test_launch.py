@@ -20,8 +20,6 @@ from maet.weights.tensors import MaetError
 from maet.training.schedule import Training
 from ranks import free_port
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 STEPS, KILLS = 60, (7, 18)  # a kill of a rank, a kill of the launcher
 OF_STAGE = {1: "dense", 2: "lora", 3: "key-neuron"}  # what is killed at which stage
 SETTINGS = dict(tokens=STEPS*8*16, batch_tokens=8*16, sequence_length=16, learning_rate=5e-4, warmup_steps=2, save_every=4, eval_every=10)
@@ -174,7 +172,7 @@ def test_killed_and_called_again(folder, together, stage):
     work, rank_dies, launcher_dies = Path(one.work), KILLS[0] + stage, KILLS[1] + stage
     gone = kill_at(work, rank_dies, RANK)
     (folder/"killed job.json").write_text(json.dumps(launch._plain(one)))
-    program = "import os, sys\nfrom maet.training.jobs import *\nfrom maet.training.launch import *\n" \
+    program = "import os, sys\nfrom maet.training.jobs import Launch, read_job\nfrom maet.training.launch import start\n" \
               f"start(read_job(sys.argv[1]), Launch(devices=2, zero={stage}))\nos.kill(os.getpid(), 9)"
     root = Path(launch.__file__).parents[2]
     closed = subprocess.run([sys.executable, "-c", program, folder/"killed job.json"], env={**os.environ, "PYTHONPATH": str(root)})

@@ -16,7 +16,7 @@ from maet.weights.checkpoints import Checkpoint
 from maet.weights.differences import Difference
 from maet.weights.packs import save_pack
 from maet.method.merging import agreed, cut_of, dare_linear, dare_ties, keep_count, task_arithmetic, ties, trim
-from maet.method.mergekit import merge
+from maet.method.merge import merge
 
 HERE = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("record_mergekit", HERE/"record_mergekit.py")

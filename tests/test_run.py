@@ -9,8 +9,6 @@ from safetensors.torch import load_file, save_file
 from tiny import content, finish, kill_at, larger_disk, on_a_small_disk, processes, small_disk
 from tiny import start as begin
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 TINY = yaml.safe_load("""
 scale: mini
 workers: 2

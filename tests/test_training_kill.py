@@ -9,8 +9,6 @@ from maet.training.schedule import MODES, Training
 from maet.training.train import train
 from tiny import content, processes
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 SETTINGS = dict(tokens=24*8*16, batch_tokens=8*16, sequence_length=16, device_batch=4, learning_rate=1e-3, warmup_steps=2,
                 save_every=2, eval_every=5)
 

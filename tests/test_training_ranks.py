@@ -13,8 +13,6 @@ from maet.training.resuming import rank
 from maet.training.train import train
 from ranks import two_ranks
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 STEPS = dict(tokens=6*8*32, batch_tokens=8*32, sequence_length=32, device_batch=2, learning_rate=.01, eval_every=3, schedule="constant")
 BEST = dict(keep=2, save_samples=16)
 LET_GO = dict(stage3_param_persistence_threshold=0, stage3_max_live_parameters=0)

@@ -16,8 +16,6 @@ from maet.training.resuming import rank
 from maet.training.train import train
 from ranks import two_ranks
 
-pytestmark = pytest.mark.xdist_group("one at a time")  # ranks, kills or a clock: no two at once
-
 SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64, initializer_range=.1, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)

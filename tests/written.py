@@ -46,22 +46,24 @@ def dense(base: Checkpoint, folder: Path, kind: str) -> str:
     write_expert(folder / "dense", model, base, Training(), None, folder / "work", "")
     right = read(model)
     assert_same(read(loaded(folder / "dense")), right, kind)
-    before = Checkpoint(base.path)
-    moved = [name for name in layout(base).tensors if not torch.equal(before.read(name), Checkpoint(folder / "dense").read(name))]
-    assert set(moved) == {name for name in layout(base).tensors if before.dtype(name).is_floating_point and is_parameter(name, base, model)}, kind
+    before, after = Checkpoint(base.path), Checkpoint(folder / "dense")
+    found = layout(base)
+    moved = {name for name in found.tensors if not torch.equal(before.read(name), after.read(name))}
+    assert moved == {name for name in trained_names(base, model) if before.dtype(name).is_floating_point}, kind
     return "logits" if "logits" in right else "parameters"
 
 
-def is_parameter(name: str, base: Checkpoint, model) -> bool:
-    "Is a stored tensor trained, and no buffer?"
-    parameters = {other for other, _ in model.named_parameters(remove_duplicate=False)}
-    return {run.name for run in layout(base).parts(name, 0, 1)} <= parameters
+def trained_names(base: Checkpoint, model) -> list[str]:
+    "The stored tensors that are trained, and no buffers."
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = layout(base)
+    return [name for name in found.tensors if {run.name for run in found.parts(name, 0, 1)} <= parameters]
 
 
 def sparse(base: Checkpoint, folder: Path, kind: str) -> None:
     "Keys by the checkpoint's names; change the key neurons, make a pack's delta, apply it, load: the trained model again."
     model = load_base(base.path, torch.float32)
-    keys = {name: torch.rand(base.shape(name)) < .1 for name in base.names if is_parameter(name, base, model)}
+    keys = {name: torch.rand(base.shape(name)) < .1 for name in trained_names(base, model)}
     frozen = freeze(model, keys, needed_layout(base))
     for parameter in frozen.parameters():
         if parameter.requires_grad: parameter.data.add_(.1 * torch.randn_like(parameter))

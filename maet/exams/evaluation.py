@@ -6,7 +6,7 @@
 __all__ = ['ASKING', 'by_level', 'compare', 'evaluation_job']
 
 # %% ../../nbs/45_exams.evaluation.ipynb #c0fc9279
-import contextlib, hashlib, json, math, re, sys, warnings
+import contextlib, hashlib, json, math, os, re, sys, warnings
 from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +28,7 @@ from maet.exams.asking import (
 # %% ../../nbs/45_exams.evaluation.ipynb #d02560dd
 def _samples(out: str | Path, task: str, language: str) -> list[dict]:
     path = Path(out) / task / f"{language}.jsonl"
-    if not path.is_file(): raise MaetError(f"{path}: no samples there: examine with `out` first")
+    if not os.path.isfile(path): raise MaetError(f"{path}: no samples there: examine with `out` first")
     return [_sample(*line) for line in read_lines(path, "examine again")]
 
 # %% ../../nbs/45_exams.evaluation.ipynb #ecfb0ebb

@@ -6,7 +6,7 @@
 __all__ = ['template', 'read_exam']
 
 # %% ../../nbs/40_exams.questions.ipynb #4db491d3
-import json, re
+import json, os, re
 from decimal import Decimal
 from functools import lru_cache
 from importlib.resources import files
@@ -130,7 +130,7 @@ def read_shots(data: str | Path | None, task: str, language: str,
     meta, found = config["metadata"], {}
     if meta.get("shots_from_test"): return _own_shots(task, count, rows or [])
     where = "the hub" if data is None else Path(data) / task / "shots" / f"{language}.jsonl"
-    if count and data is not None and not where.is_file(): raise MaetError(f"{where}: no exemplars there; write {count}, or ask with 0 shots")
+    if count and data is not None and not os.path.isfile(where): raise MaetError(f"{where}: no exemplars there; write {count}, or ask with 0 shots")
     given = [] if not count else from_hub(task, language, "shots") if data is None else _lines(where)
     for place, row in given:
         row = _row(row, place, meta.get("shot_columns", meta["columns"]), reads_numbers(config))

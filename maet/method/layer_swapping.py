@@ -21,7 +21,7 @@ from ..weights.differences import scan, statistic
 from ..training.settings import strict
 from .merging import linear, random_mask, rows_of, total_weight
 from maet.method.tasks import (
-    Method, Model, Task, Whole, add_method, one_of, open_model, open_pattern,
+    Method, Model, Task, Whole, one_of, open_model, open_pattern,
 )
 from .mergekit import Mixture, name_unsupported, out_dtype, stored_bytes
 
@@ -255,7 +255,7 @@ def weighing(task: Task, number: int) -> int:
     "How often an expert is read before it is merged."
     return int(len(task.models) > 1 and task.shared["swap"].weights == "magnitude")
 
-add_method(Method("layer_swap", "https://arxiv.org/abs/2410.01335", open_swap, mixed, first=averaging, readings=weighing))
+LAYER_SWAP = Method("layer_swap", "https://arxiv.org/abs/2410.01335", open_swap, mixed, first=averaging, readings=weighing)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #64e095fe
 @statistic("columns", length=lambda shape: shape[1])

@@ -12,36 +12,7 @@ from pathlib import Path
 from ..weights.tensors import MaetError, of_kinds
 from ..weights.checkpoints import Checkpoint
 from ..weights.differences import apply_delta, open_delta, origin
-from ..training.schedule import Training
-from .neurons import neurons_of
 from .transfer import MaetTransfer, similarity
-
-# %% ../../nbs/35b_method.onfiles.ipynb #902ba3cd
-@dataclass
-class Locate:
-    "Algorithm 1, lines 1-4."
-    training: Training        # "a small amount" of the corpus (4.1); dense
-    ratio: float = 0.05       # k1 (Table 5)
-    granularity: str = "element"
-    share: str = "neurons"    # what k1 is a share of; "scalars" compares granularities at equal counts
-    kinds: str | list[str] = "all" # of tensors that are ranked; k1 is a share of these
-
-    def __post_init__(self):
-        if not 0 < self.ratio <= 1: raise MaetError(f"ratio: {self.ratio} is not above 0 and at most 1")
-        if self.training.mode != "dense": raise MaetError("training.mode: key neurons are located by dense training")
-        if self.share not in ("neurons", "scalars"): raise MaetError(f"share: {self.share!r} is neither neurons nor scalars")
-        neurons_of((), self.granularity), of_kinds("", self.kinds)
-
-# %% ../../nbs/35b_method.onfiles.ipynb #9cabc6db
-@dataclass
-class Extract:
-    "Algorithm 1, lines 5-7."
-    alpha: float = 0.8        # Table 5
-    beta: float = 0.2         # Table 5
-    minus: str = "general"    # corpus of line 6: "general" as in 4.1 and 4.3, or "ability" as Algorithm 1 is printed
-
-    def __post_init__(self):
-        if self.minus not in ("general", "ability"): raise MaetError(f"minus: {self.minus!r} is neither general nor ability")
 
 # %% ../../nbs/35b_method.onfiles.ipynb #ace8c6f6
 @dataclass

@@ -21,7 +21,7 @@ from ..weights.deltas import Lazy, Packed, Part, ones, pack_bits, piece_of, shap
 from ..weights.differences import Difference
 from ..training.settings import strict
 from .merging import random_mask, rows_of
-from .tasks import Method, Task, add_method, as_number
+from .tasks import Method, Task, as_number
 from .mergekit import Mixture, name_unsupported, out_dtype
 from maet.method.layer_swapping import (
     fitted, in_ends, layers_of, one_word, open_experts, row_changes,
@@ -149,5 +149,12 @@ def open_revert(method: Method, content: Mapping, where: str, mask: Callable = r
         tasks[name] = Task(method, name, like.size(name), like, used, [{}] * len(used), {"kept": kept}, None, None)
     return Mixture(method, like, [base, expert], tasks, out_dtype(file, like, [expert], where), content)
 
-add_method(Method("revert", "https://arxiv.org/abs/2410.01335", open_revert, restored, first=lambda task: task.shared["kept"],
-                  readings=lambda task, number: int(len(task.models) > 1)))
+def kept_of(task: Task):
+    "Where the expert stays, for one tensor."
+    return task.shared["kept"]
+
+def read_where_kept(task: Task, number: int) -> int:
+    "A tensor of which a part is kept is read once before."
+    return int(len(task.models) > 1)
+
+REVERT = Method("revert", "https://arxiv.org/abs/2410.01335", open_revert, restored, first=kept_of, readings=read_where_kept)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/37_method.tasks.ipynb #0389d87f
-import threading
+import os, threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,13 +110,6 @@ class Method:
     first: Callable | None = None # (task) -> what must be known of a tensor first
     readings: Callable = lambda task, number: 0 # how often a model's tensor is read for that
 
-# %% ../../nbs/37_method.tasks.ipynb #975b633d
-METHODS: dict[str, Method] = {}
-
-def add_method(method: Method) -> None:
-    "A new row."
-    METHODS[method.name] = method
-
 # %% ../../nbs/37_method.tasks.ipynb #fe2ef495
 @dataclass(eq=False)
 class Model:
@@ -143,8 +136,8 @@ def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
         delta = open_delta(where, base, allow_mismatch)
         return Model(where, delta.tuned.folder, None, delta)
     path = local(where)
-    if path.is_file() and not base: raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
-    if path.is_file(): return Model(where, path, None, open_delta(path, base))
+    if os.path.isfile(path) and not base: raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
+    if os.path.isfile(path): return Model(where, path, None, open_delta(path, base))
     checkpoint = aligned(complete(unquantised(open_checkpoint(where))), like)  # an adapter is on the base that it names
     same_tensors(like, checkpoint)
     same_meaning(like, checkpoint, allow_mismatch, one_vocabulary)
@@ -155,7 +148,7 @@ def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
 # %% ../../nbs/37_method.tasks.ipynb #f9c47575
 def open_pattern(where: str, is_base: bool) -> tuple[Checkpoint, Model]:
     "The checkpoint that a result is like, and the model by that name: an adapter's result is like its base."
-    if local(where).is_file(): raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
+    if os.path.isfile(local(where)): raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
     model = complete(unquantised(Checkpoint(where) if is_base else open_checkpoint(where)))
     return model.base if isinstance(model, Adapted) else model, Model(where, model.path, model, None)
 

@@ -6,7 +6,7 @@
 __all__ = ['append', 'read', 'read_scores', 'versions', 'commit']
 
 # %% ../../nbs/50_record.ledger.ipynb #8b837f86
-import json, os, platform, subprocess
+import json, math, os, platform, subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +15,6 @@ from collections.abc import Iterable
 from ..weights.tensors import MaetError, one_line, parse_json, reading
 
 # %% ../../nbs/50_record.ledger.ipynb #da4b9237
-import json, math, os, platform, subprocess
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
-from collections.abc import Iterable
-
 try: import fcntl
 except ImportError: fcntl = None  # Windows: there two runs should not write to one study at once
 
@@ -114,7 +108,7 @@ def read(path: str | Path,    # <study>.jsonl
          **where,             # field, or "setting.<key>" -> a value, or a list of values; None: the setting has no such key
          ) -> list[dict]:     # in the order of the file
     "The rows of a ledger that match. Raises MaetError: no such file, a broken line, an unknown field."
-    if not Path(path).is_file(): raise MaetError(f"{path}: no ledger there; a run writes one")
+    if not os.path.isfile(path): raise MaetError(f"{path}: no ledger there; a run writes one")
     rows = _rows(Path(path))[0]
     if not every: rows = list({json.dumps([row[k] for k in IDENTITY], sort_keys=True): row for row in rows}.values())
     wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in where.items()}

@@ -22,8 +22,7 @@ from ..weights.packs import keys_meta
 from ..training.settings import read_yaml, strict
 from ..training.schedule import MODES, Training, batch_sequences, total_steps, total_tokens
 from ..training.jobs import Launch, machines, read_config, world_size
-from ..method.onfiles import Locate
-from .recipes import Base, Recipe, llama_config
+from .recipes import Base, Locate, Recipe, llama_config
 from .stages import Store
 from .texts import Texts, backbone
 from .algorithm import Pipeline, Run, transferred

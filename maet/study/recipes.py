@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from ..weights.tensors import MaetError, meta_model, reading
+from ..weights.tensors import MaetError, meta_model, of_kinds, reading
 from ..text.documents import Source
 from ..training.settings import at_least, plain_names
 from ..training.schedule import Training
 from ..training.jobs import Launch
+from ..method.neurons import neurons_of
 from ..method.transfer import select_count
-from ..method.onfiles import Extract, Locate, Transfer
+from ..method.onfiles import Transfer
 
 # %% ../../nbs/60_study.recipes.ipynb #ac3478d6
 @dataclass
@@ -61,6 +62,33 @@ class Base:
         if not self.phases: raise MaetError("phases: none is given")
         at_least(257, vocabulary=self.vocabulary)
         if not self.start: llama_config(self.vocabulary or 0, self.model)
+
+# %% ../../nbs/60_study.recipes.ipynb #902ba3cd
+@dataclass
+class Locate:
+    "Algorithm 1, lines 1-4."
+    training: Training        # "a small amount" of the corpus (4.1); dense
+    ratio: float = 0.05       # k1 (Table 5)
+    granularity: str = "element"
+    share: str = "neurons"    # what k1 is a share of; "scalars" compares granularities at equal counts
+    kinds: str | list[str] = "all" # of tensors that are ranked; k1 is a share of these
+
+    def __post_init__(self):
+        if not 0 < self.ratio <= 1: raise MaetError(f"ratio: {self.ratio} is not above 0 and at most 1")
+        if self.training.mode != "dense": raise MaetError("training.mode: key neurons are located by dense training")
+        if self.share not in ("neurons", "scalars"): raise MaetError(f"share: {self.share!r} is neither neurons nor scalars")
+        neurons_of((), self.granularity), of_kinds("", self.kinds)
+
+# %% ../../nbs/60_study.recipes.ipynb #9cabc6db
+@dataclass
+class Extract:
+    "Algorithm 1, lines 5-7."
+    alpha: float = 0.8        # Table 5
+    beta: float = 0.2         # Table 5
+    minus: str = "general"    # corpus of line 6: "general" as in 4.1 and 4.3, or "ability" as Algorithm 1 is printed
+
+    def __post_init__(self):
+        if self.minus not in ("general", "ability"): raise MaetError(f"minus: {self.minus!r} is neither general nor ability")
 
 # %% ../../nbs/60_study.recipes.ipynb #91032ad7
 def make_tokenizer(texts: Iterable[str | list[str]], # documents, or the texts in them

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-import maet.method.layer_swapping  # noqa: F401  adds layer_swap to what `merge` knows
 from ..weights.tensors import MaetError, shapes
 from ..training.schedule import Training, batch_sequences
-from ..method.mergekit import merge
+from ..method.merge import merge
 from ..record.estimates import METHODS
 from .recipes import Recipe
 from .stages import Stage

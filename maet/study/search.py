@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..method import mergekit, merging, tasks
+from ..method import merge, merging
 from ..weights.tensors import MaetError, parse_json, reading
 from ..weights.streams import pieces
 from ..weights.checkpoints import Checkpoint
@@ -156,7 +156,7 @@ class Mix(NamedTuple):
     def piece(self) -> Piece:
         content = {"merge_method": self.method, "models": [{"model": str(m)} | said for m, said in self.models.items()], "parameters": self.parameters}
         content |= {"base_model": str(self.base)} if self.base else {}
-        method = tasks.METHODS[self.method]
+        method = merge.MERGE_METHODS[self.method]
         return method.open(method, content, self.stage, merging.random_mask).piece
 
 # %% ../../nbs/69_study.search.ipynb #248f9a2a

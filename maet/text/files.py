@@ -63,8 +63,8 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 def found_at(path: Path) -> list[Path]: # sorted
     "A file itself, the files in a folder, or those that a pattern names. Raises OSError for a closed folder."
-    if path.is_dir(): return sorted(p for p in files_in(path) if kind_of(p))
-    if path.exists() or not glob.has_magic(str(path)): return [path]
+    if os.path.isdir(path): return sorted(p for p in files_in(path) if kind_of(p))
+    if os.path.exists(path) or not glob.has_magic(str(path)): return [path]
     os.listdir(next(p for p in path.parents if not glob.has_magic(str(p))))  # `glob` is silent if it is closed
     return sorted(map(Path, glob.glob(str(path), recursive=True)))
 

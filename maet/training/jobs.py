@@ -156,7 +156,7 @@ class Job:
 
     def __post_init__(self):
         absolute = lambda path: str(Path(path).absolute())
-        if Path(self.base).exists(): self.base = absolute(self.base)
+        if os.path.exists(self.base): self.base = absolute(self.base)
         self.tokens, self.out, self.work = map(absolute, (self.tokens, self.out, self.work))
         self.keys, self.held_out = [absolute(k) for k in self.keys], self.held_out and absolute(self.held_out)
 

@@ -78,7 +78,7 @@ def load_base(path, # checkpoint folder
     how = dict(dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True)
     try:
         with reading(path, "fetch the checkpoint again"), _no_bars(), _in_shards(deepspeed, dtype):
-            model, found = AutoModelForCausalLM.from_pretrained(path, **how, **NO_ADAPTER)
+            model, found = AutoModelForCausalLM.from_pretrained(path, config=config, **how, **NO_ADAPTER)
     except (ImportError, MaetError) as e:
         if not attention: raise
         raise MaetError(f"{path}: cannot use attention {attention}: {' '.join(str(e).split())}") from None

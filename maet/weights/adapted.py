@@ -6,6 +6,7 @@
 __all__ = ['NO_ADAPTER', 'Adapted', 'is_adapted', 'open_checkpoint']
 
 # %% ../../nbs/08b_weights.adapted.ipynb #44be3a8a
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
@@ -212,14 +213,14 @@ def named_base(folder: Path) -> Checkpoint:
 def say_base(folder: Path, base: Checkpoint) -> None:
     "A note, if an adapter was trained on another base than the one it is put on."
     named = read_config(folder).get("base_model_name_or_path", "")
-    here = Path(named).is_dir() and Path(named).resolve() != base.path.resolve()
-    there = "/" in base.id and not Path(named).exists() and named != base.id.partition("@")[0]
+    here = os.path.isdir(named) and Path(named).resolve() != base.path.resolve()
+    there = "/" in base.id and not os.path.exists(named) and named != base.id.partition("@")[0]
     if named and (here or there): note(f"{folder}: names {named} as its base; it is put on {base.path}")
 
 # %% ../../nbs/08b_weights.adapted.ipynb #ed732845
 def is_adapted(model: str | Path) -> bool:
     "Does this name an adapter, alone or as BASE+ADAPTER?"
-    return is_adapter(local(model)) or "+" in str(model) and not Path(model).exists()
+    return is_adapter(local(model)) or "+" in str(model) and not os.path.exists(model)
 
 # %% ../../nbs/08b_weights.adapted.ipynb #38ac5aa3
 def open_checkpoint(model: str | Path, # a checkpoint, an adapter, or BASE+ADAPTER: folders or hub ids
@@ -227,7 +228,7 @@ def open_checkpoint(model: str | Path, # a checkpoint, an adapter, or BASE+ADAPT
                     ) -> Checkpoint:
     "A model to read from. Raises MaetError for what is none."
     whole, plus, part = str(model).partition("+")
-    if not plus or Path(model).exists(): whole, part = "", model
+    if not plus or os.path.exists(model): whole, part = "", model
     path = local(part)
     if not is_adapter(path):
         if whole: raise MaetError(f"{model}: {part} is no adapter: it has no {CONFIG}, or is a whole model")

@@ -6,7 +6,7 @@
 __all__ = ['factors_of', 'product']
 
 # %% ../../nbs/08_weights.adapters.ipynb #2f0e3581
-import re, threading
+import os, re, threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,7 @@ _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 def is_adapter(path: Path) -> bool:
     "Is a folder an adapter, and not a whole model beside which one was left?"
-    return (path/CONFIG).is_file() and not any((path/name).exists() for name in _WHOLE)
+    return os.path.isfile(path/CONFIG) and not any(os.path.exists(path/name) for name in _WHOLE)
 
 # %% ../../nbs/08_weights.adapters.ipynb #fa5d0d08
 def adapter_file(path: Path) -> Path:

@@ -7,7 +7,7 @@ __all__ = ['Difference', 'open_delta', 'added', 'plus', 'apply_delta', 'origin',
            'push_pack', 'pull_pack']
 
 # %% ../../nbs/09c_weights.differences.ipynb #bb3de690
-import json, shutil
+import json, os, shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from itertools import combinations
@@ -93,8 +93,8 @@ def open_delta(model: str | Path, # a checkpoint, an adapter or a pack: a folder
     if is_adapted(model): return Difference(open_checkpoint(model, base), base, allow_mismatch=allow_mismatch)
     path = local(model)
     complete(unquantised(base))
-    if path.is_dir() and (path/"config.json").exists(): return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)
-    if path.is_dir() and len(list(path.glob("*.safetensors"))) == 1 or path.is_file(): return Pack(pack_file(path), base)
+    if os.path.isfile(path/"config.json"): return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)
+    if os.path.isdir(path) and len(list(path.glob("*.safetensors"))) == 1 or os.path.isfile(path): return Pack(pack_file(path), base)
     raise MaetError(f"{model}: no checkpoint folder and no pack; check the path")
 
 # %% ../../nbs/09c_weights.differences.ipynb #2a459380

@@ -6,7 +6,7 @@
 __all__ = ['Keys', 'save_keys', 'read_keys', 'keys_meta', 'Pack', 'open_pack', 'save_pack']
 
 # %% ../../nbs/09b_weights.packs.ipynb #8dfe1861
-import json, threading
+import json, os, threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -75,7 +75,7 @@ def read_shapes(path: Path, meta: Mapping, base: Checkpoint | None) -> dict[str,
 # %% ../../nbs/09b_weights.packs.ipynb #b6692ea5
 def our_file(path: str | Path, what: str) -> Shard:
     "Open a keys or pack file."
-    if not Path(path).is_file(): raise MaetError(f"{path}: no such file; give a {what} file that maet wrote")
+    if not os.path.isfile(path): raise MaetError(f"{path}: no such file; give a {what} file that maet wrote")
     return Shard(path)
 
 # %% ../../nbs/09b_weights.packs.ipynb #31ab9317
@@ -203,7 +203,7 @@ def open_pack(path: str | Path) -> Pack:
 # %% ../../nbs/09b_weights.packs.ipynb #e0e28ad1
 def pack_file(path: Path) -> Path:
     "The one safetensors file of a folder; a file as it is."
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]
     if len(files) == 1: return files[0]
     raise MaetError(f"{path}: holds {len(files)} safetensors files; give the one that is the pack")
 

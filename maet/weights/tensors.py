@@ -16,14 +16,6 @@ from typing import NamedTuple
 import torch
 
 # %% ../../nbs/01_weights.tensors.ipynb #77de68da
-import json, os, re, sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
-
-import torch
-
 # transformers imports DeepSpeed where it is installed, and DeepSpeed then warns on stdout if it finds no accelerator by itself
 if not torch.accelerator.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
