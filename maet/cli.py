@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../nbs/90_cli.ipynb #0fa8159a
-import atexit, errno, gc, logging, os, platform, re, shlex, sys, tempfile, traceback
-from contextlib import contextmanager, suppress
+import atexit, gc, logging, os, sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from . import __version__, verbs
+from .errors import unexpected, worded
 
 # %% ../nbs/90_cli.ipynb #1b645389
 app = typer.Typer(
@@ -21,24 +22,22 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Train an ability in English, extract it as weights, add it to a model in another language (MAET).",
+    help="Train an ability in English, extract it as weights, "
+         "add it to a model in another language (MAET).",
 )
 
 # %% ../nbs/90_cli.ipynb #e2ebae0b
-def _version(
-    asked: bool,
-):
-    if asked:
-        typer.echo(f"maet {__version__}")
-        raise typer.Exit()
+def _version(asked: bool):
+    if not asked: return
+    typer.echo(f"maet {__version__}")
+    raise typer.Exit()
 
 # %% ../nbs/90_cli.ipynb #e9778040
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option(
         "--version", callback=_version, is_eager=True,
-        help="Print the version.",
-    )] = False,
+        help="Print the version.")] = False,
 ):
     pass
 
@@ -58,27 +57,21 @@ def resumable():
 @app.command()
 def run(
     scale: Annotated[Optional[str], typer.Option(
-        help="A recipe that ships with maet: mini or 8b.",
-    )] = None,
+        help="A recipe that ships with maet: mini or 8b.")] = None,
     recipe: Annotated[Optional[str], typer.Option(
-        help="A recipe file of one's own, or a shipped one such as real-mini.yml.",
-    )] = None,
+        help="A recipe file of one's own, or a shipped one such as real-mini.yml.")] = None,
     study: Annotated[Optional[str], typer.Option(
         help="A study instead: a shipped one such as rivals, or a file. It names its "
-             "recipe, rows and settings.",
-    )] = None,
+             "recipe, rows and settings.")] = None,
     out: Annotated[Path, typer.Option(
-        help="Run folder: stages, tables, figure, merged models.",
-    )] = Path("runs/mini"),
+        help="Run folder: stages, tables, figure, merged models.")] = Path("runs/mini"),
     seed: Annotated[Optional[int], typer.Option(
         min=0,
         help="Of training and of the order of the text; without it all seeds of the study,"
-             " or 0.",
-    )] = None,
+             " or 0.")] = None,
     ledger: Annotated[Optional[Path], typer.Option(
         help="File that gets a line for every score; without it "
-             "data/results/<study>.jsonl.",
-    )] = None,
+             "data/results/<study>.jsonl.")] = None,
 ):
     """Algorithm 1 end to end, its rivals and the exam; or any study. Killed at any moment, it
     goes on where it was.
@@ -92,32 +85,21 @@ def run(
 
 # %% ../nbs/90_cli.ipynb #d60a5d3a
 Recipe = Annotated[str, typer.Argument(
-    help="A recipe of `maet run`: a file, or a shipped one such as mini.",
-)]
+    help="A recipe of `maet run`: a file, or a shipped one such as mini.")]
 SearchOut = Annotated[Path, typer.Option(
-    help="Run folder; experts that are there are not trained again.",
-)]
+    help="Run folder; experts that are there are not trained again.")]
 Trials = Annotated[int, typer.Option(
     help="Merges to try, in memory, for each method and ability; the default constants"
-         " are the first.",
-)]
+         " are the first.")]
 Items = Annotated[int, typer.Option(
-    help="First so many questions of the dev exam, in each language.",
-)]
+    help="First so many questions of the dev exam, in each language.")]
 Methods = Annotated[Optional[str], typer.Option(
-    help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.",
-)]
+    help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.")]
 Dev = Annotated[Optional[str], typer.Option(
     help="Folder of exams to choose on; without it, the mini world's dev part. Never "
-         "the test.",
-)]
-Seed = Annotated[int, typer.Option(
-    min=0,
-    help="Of the experts' training and of the search.",
-)]
-Ledger = Annotated[Path, typer.Option(
-    help="File that gets a line for every number.",
-)]
+         "the test.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the experts' training and of the search.")]
+Ledger = Annotated[Path, typer.Option(help="File that gets a line for every number.")]
 
 # %% ../nbs/90_cli.ipynb #902ba3cd
 @app.command()
@@ -143,8 +125,7 @@ def search(
 @app.command()
 def base(
     recipe: Annotated[str, typer.Argument(
-        help="YAML: corpora or a mini world, shares, vocabulary, model, training.",
-    )],
+        help="YAML: corpora or a mini world, shares, vocabulary, model, training.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to be.")],
 ):
     """Make a small base from nothing: tokenizer, random Llama, pre-training.
@@ -158,8 +139,6 @@ Model = Annotated[
     str, typer.Argument(help="A checkpoint, an adapter or BASE+ADAPTER: folders or hub ids.")
 ]
 Out = Annotated[Path, typer.Option(help="The file to be.")]
-
-# %% ../nbs/90_cli.ipynb #baf162e6
 Mismatch = Annotated[
     bool,
     typer.Option(
@@ -173,11 +152,9 @@ Mismatch = Annotated[
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(
-        help="YAML: base, corpora, training, launch and, for key neurons, keys.",
-    )],
+        help="YAML: base, corpora, training, launch and, for key neurons, keys.")],
     out: Annotated[Path, typer.Option(
-        help="Checkpoint folder (dense, LoRA) or pack file (key-neuron) to be.",
-    )],
+        help="Checkpoint folder (dense, LoRA) or pack file (key-neuron) to be.")],
 ):
     """One CPT or SFT run: dense, LoRA or key-neuron; in this process, or by DeepSpeed. Killed, it
     goes on from its last checkpoint.
@@ -190,30 +167,23 @@ def train(
 def plan(
     recipe: Annotated[str, typer.Argument(
         help="YAML of `maet run`, `maet train` or `maet base`, or a shipped one such as "
-             "8b.yml.",
-    )],
+             "8b.yml.")],
     gpu: Annotated[str, typer.Option(
-        help="One of the table in plan: A100-80, H100, H200, L4 ...",
-    )] = "H100",
+        help="One of the table in plan: A100-80, H100, H200, L4 ...")] = "H100",
     gpus: Annotated[Optional[int], typer.Option(
         min=1,
-        help="That share a batch; by default as many as the recipe launches.",
-    )] = None,
+        help="That share a batch; by default as many as the recipe launches.")] = None,
     zero: Annotated[Optional[int], typer.Option(
         min=0, max=3,
-        help="ZeRO stage; by default the recipe's.",
-    )] = None,
+        help="ZeRO stage; by default the recipe's.")] = None,
     offload: Annotated[bool, typer.Option(
         "--offload",
-        help="Optimizer states in the host's memory.",
-    )] = False,
+        help="Optimizer states in the host's memory.")] = False,
     utilisation: Annotated[float, typer.Option(
         min=0.01, max=1,
-        help="Share of the GPU's dense rate.",
-    )] = 0.4,
+        help="Share of the GPU's dense rate.")] = 0.4,
     config: Annotated[Optional[Path], typer.Option(
-        help="Folder with the base's config.json, where the base itself is not here.",
-    )] = None,
+        help="Folder with the base's config.json, where the base itself is not here.")] = None,
 ):
     """What a run will train, read, write and hold, and how long it takes; for a recipe also what
     each rival costs. Starts nothing.
@@ -229,12 +199,10 @@ def locate(
     out: Out,
     ratio: Annotated[float, typer.Option(help="Share of neurons to take (k1).")] = 0.05,
     granularity: Annotated[str, typer.Option(
-        help="What a neuron is: element, row or column.",
-    )] = "element",
+        help="What a neuron is: element, row or column.")] = "element",
     kinds: Annotated[str, typer.Option(
         help="Tensors that are ranked, e.g. attention,mlp to leave out embeddings, head "
-             "and norms.",
-    )] = "all",
+             "and norms.")] = "all",
     allow_mismatch: Mismatch = False,
 ):
     """Find the key neurons: what training moved most, over the whole model (Eq. 1).
@@ -243,27 +211,19 @@ def locate(
     kinds = kinds if kinds == "all" else kinds.split(",")
     found = verbs.locate(base, tuned, out, ratio, granularity, kinds, allow_mismatch)
     neurons = found["neurons"]
-    typer.echo(
-        f"{out}: {neurons['key']} of {neurons['all']} neurons, importance from {found['threshold']:.3g}"
-    )
+    count = f"{neurons['key']} of {neurons['all']} neurons"
+    typer.echo(f"{out}: {count}, importance from {found['threshold']:.3g}")
 
 # %% ../nbs/90_cli.ipynb #93bbe2fc
 PackBase = Annotated[Optional[str], typer.Argument(
-    help="The checkpoint before training: a folder or a hub id.",
-)]
-Tuned = Annotated[Optional[str], typer.Argument(
-    help="The checkpoint or the adapter after it.",
-)]
-Keys = Annotated[Optional[Path], typer.Option(
-    help="Keep only these neurons of the difference.",
-)]
+    help="The checkpoint before training: a folder or a hub id.")]
+Tuned = Annotated[Optional[str], typer.Argument(help="The checkpoint or the adapter after it.")]
+Keys = Annotated[Optional[Path], typer.Option(help="Keep only these neurons of the difference.")]
 Check = Annotated[Optional[str], typer.Option(
     help="Read this pack to its end and say what it is; BASE, if given, must be its "
-         "base.",
-)]
+         "base.")]
 Push = Annotated[Optional[str], typer.Option(
-    help="Send a pack (--out or --check) to this owner/name of the hub, with a card.",
-)]
+    help="Send a pack (--out or --check) to this owner/name of the hub, with a card.")]
 
 # %% ../nbs/90_cli.ipynb #fa35e192
 @app.command()
@@ -299,11 +259,9 @@ def pack(
 def extract(
     base: Annotated[str, typer.Option(help="The checkpoint that both experts started from.")],
     ability: Annotated[str, typer.Option(
-        help="Expert of ability and language: a checkpoint, an adapter or a pack.",
-    )],
+        help="Expert of ability and language: a checkpoint, an adapter or a pack.")],
     minus: Annotated[str, typer.Option(
-        help="Expert of the language alone: a checkpoint, an adapter or a pack.",
-    )],
+        help="Expert of the language alone: a checkpoint, an adapter or a pack.")],
     out: Out,
     alpha: Annotated[float, typer.Option(help="Weight of the ability expert.")] = 0.8,
     beta: Annotated[float, typer.Option(help="Weight of what is taken away.")] = 0.2,
@@ -320,13 +278,11 @@ def extract(
 def merge(
     recipe: Annotated[Path, typer.Argument(
         help="YAML in mergekit's language; merge_method: maet, layer_swap, revert, linear,"
-             " magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.",
-    )],
+             " magnitude_soup, task_arithmetic, ties, dare_linear, dare_ties or slerp.")],
     out: Annotated[Path, typer.Argument(help="The checkpoint folder to be.")],
     dry_run: Annotated[bool, typer.Option(
         "--dry-run",
-        help="Only print what would be read, written and held.",
-    )] = False,
+        help="Only print what would be read, written and held.")] = False,
     allow_mismatch: Mismatch = False,
 ):
     """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that
@@ -338,41 +294,30 @@ def merge(
 
 # %% ../nbs/90_cli.ipynb #4a550057
 Data = Annotated[Optional[Path], typer.Option(
-    help="Folder with <task>/<language>.jsonl; without it, the hub.",
-)]
+    help="Folder with <task>/<language>.jsonl; without it, the hub.")]
 Tasks = Annotated[str, typer.Option(
     help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, "
-         "mini, text) or tasks.",
-)]
+         "mini, text) or tasks.")]
 Shots = Annotated[Optional[int], typer.Option(
     min=0,
-    help="Exemplars; without it, each exam's own number.",
-)]
+    help="Exemplars; without it, each exam's own number.")]
 EvaluateOut = Annotated[Optional[Path], typer.Option(
-    help="Folder for the answers and results.jsonl; called again, it goes on there.",
-)]
+    help="Folder for the answers and results.jsonl; called again, it goes on there.")]
+
+# %% ../nbs/90_cli.ipynb #30f1ff26
 Device = Annotated[Optional[str], typer.Option(
-    help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.",
-)]
-Dtype = Annotated[str, typer.Option(
-    help="auto (the checkpoint's), bfloat16, float16, float32.",
-)]
+    help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
 BackendArgs = Annotated[str, typer.Option(
-    help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.",
-)]
+    help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.")]
 ChatTemplate = Annotated[bool, typer.Option(
     "--chat-template",
-    help="Ask through the tokenizer's chat template.",
-)]
-
-# %% ../nbs/90_cli.ipynb #e1893c4a
+    help="Ask through the tokenizer's chat template.")]
 AllowCode = Annotated[bool, typer.Option(
     "--allow-code",
-    help="Run what the model wrote (HumanEval, MBPP).",
-)]
+    help="Run what the model wrote (HumanEval, MBPP).")]
 Against = Annotated[Optional[Path], typer.Option(
-    help="Another model's --out folder: paired tests on the same items.",
-)]
+    help="Another model's --out folder: paired tests on the same items.")]
 
 # %% ../nbs/90_cli.ipynb #0716d970
 @app.command(name="eval")
@@ -397,40 +342,24 @@ def evaluate(
 
     Example: maet eval merged/ --tasks mgsm,science --languages es,bn --out samples/merged"""
     verbs.evaluate(
-        model,
-        tasks.split(","),
-        languages.split(","),
-        data,
-        out,
-        against,
-        typer.echo,
-        limit=limit,
-        shots=shots,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        backend_args=backend_args,
-        chat_template=chat_template,
-        allow_code=allow_code,
+        model, tasks.split(","), languages.split(","), data, out, against, typer.echo,
+        limit=limit, shots=shots, batch_size=batch_size, device=device, dtype=dtype,
+        backend=backend, backend_args=backend_args,
+        chat_template=chat_template, allow_code=allow_code,
     )
 
 # %% ../nbs/90_cli.ipynb #b3f0c7f6
 @app.command()
 def figures(
     only: Annotated[Optional[str], typer.Argument(
-        help="Comma-separated names of the catalogue, or claims; without it, all.",
-    )] = None,
+        help="Comma-separated names of the catalogue, or claims; without it, all.")] = None,
     scale: Annotated[str, typer.Option(help="Whose figures: they go to figures/<scale>.")] = "mini",
     ledgers: Annotated[Path, typer.Option(
-        help="Folder of the ledgers, <study>.jsonl.",
-    )] = Path("data/results"),
+        help="Folder of the ledgers, <study>.jsonl.")] = Path("data/results"),
     papers: Annotated[Path, typer.Option(
-        help="Folder of the papers' numbers.",
-    )] = Path("data/paper"),
+        help="Folder of the papers' numbers.")] = Path("data/paper"),
     out: Annotated[Optional[Path], typer.Option(
-        help="Folder to be; without it figures/<scale>.",
-    )] = None,
+        help="Folder to be; without it figures/<scale>.")] = None,
 ):
     """Every figure and table of the study from recorded results: PNG, SVG, the numbers as CSV.
     Says which rows are missing for which.
@@ -445,91 +374,16 @@ def figures(
 @app.command()
 def report(
     source: Annotated[Path, typer.Argument(
-        help="A run folder, or a folder of ledgers.",
-    )] = Path("data/results"),
+        help="A run folder, or a folder of ledgers.")] = Path("data/results"),
     out: Annotated[Path, typer.Option(help="The page to be.")] = Path("report.html"),
     papers: Annotated[Path, typer.Option(
-        help="Folder of the papers' numbers.",
-    )] = Path("data/paper"),
+        help="Folder of the papers' numbers.")] = Path("data/paper"),
 ):
     """One self-contained HTML page of a run or of the study: figures, tables beside the papers',
     claims, recipe, versions, cost.
 
     Example: maet report runs/mini --out report.html"""
     typer.echo(verbs.report(source, out, papers))
-
-# %% ../nbs/90_cli.ipynb #ecf1b2fe
-NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
-REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed")  # safetensors, torch.save
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
-
-def of_system(error: BaseException) -> str | None: # None: it was not the system
-    "What the system refused: the file and why."
-    if isinstance(error, OSError) and error.errno:
-        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-    return first_line(error) if isinstance(error, OSError) or REFUSED.search(str(error)) else None
-
-# %% ../nbs/90_cli.ipynb #2fb50252
-def of_memory(error: BaseException, kinds: set[str]) -> bool:
-    "Was there too little memory?"
-    if kinds & {"MemoryError", "OutOfMemoryError"} or getattr(error, "errno", 0) == errno.ENOMEM:
-        return True
-    return "RuntimeError" in kinds and bool(NO_MEMORY.search(str(error)))
-
-MORE = "pip install 'maet[all]' brings what training, exams and figures need"
-SMALLER = "make batches or sequences smaller, or take a larger machine: `maet plan` says what a training needs"
-
-# %% ../nbs/90_cli.ipynb #a64e8611
-# exit code; a line, or None: nobody thought of this
-def worded(error: BaseException) -> tuple[int, str | None]:
-    "What ends a command, for a user."
-    kinds, said = {kind.__name__ for kind in type(error).__mro__}, str(error)
-    again = "; the same command goes on from here" if getattr(error, "resumes", False) else ""
-    if "RankError" in kinds: return 1, said
-    if "MaetError" in kinds:
-        return 2, said + (again if isinstance(error.__cause__, OSError) else "")
-    if "ConnectionError" in kinds: return 2, f"{said}; the same command goes on from here"
-    if "ImportError" in kinds: return 2, f"{said}; {MORE}"
-    if of_memory(error, kinds): return 2, f"out of memory ({first_line(error)}); {SMALLER}"
-    if system := of_system(error): return 2, f"{system}; mend that or choose another place{again}"
-    return 1, None
-
-# %% ../nbs/90_cli.ipynb #471d99cc
-def versions() -> str:
-    "Of everything that may have had a part in it."
-    from importlib.metadata import PackageNotFoundError, version
-    found = [f"maet {__version__}", f"Python {platform.python_version()}", platform.platform()]
-    for (
-        name
-    ) in "torch transformers safetensors tokenizers numpy peft deepspeed lm_eval vllm".split():
-        with suppress(PackageNotFoundError): found.append(f"{name} {version(name)}")
-    return ", ".join(found)
-
-# %% ../nbs/90_cli.ipynb #8000a9d7
-def keep_traceback(error: BaseException, arguments: list[str]) -> str: # where it is
-    "Write down what a report needs."
-    command, trace = (
-        shlex.join(["maet", *map(str, arguments)]),
-        "".join(traceback.format_exception(error)),
-    )
-    try:
-        handle, name = tempfile.mkstemp(prefix="maet-traceback-", suffix=".txt")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{versions()}\n{command}\n\n{trace}")
-    except OSError as e:
-        return f"the traceback cannot be written ({e.strerror}), MAET_TRACEBACK=1 shows it"
-    return f"the traceback is in {name}"
-
-# %% ../nbs/90_cli.ipynb #368d6e55
-def unexpected(error: BaseException, arguments: list[str]) -> str:
-    "One line for what nobody thought of."
-    said = f"{type(error).__name__}: {first_line(error)}: a fault of maet or of a library"
-    said += f"; {keep_traceback(error, arguments)}; please report it"
-    if not getattr(error, "resumes", False): return said
-    return f"{said}; what is finished is kept, and the same command goes on from here"
 
 # %% ../nbs/90_cli.ipynb #e5fdfe2e
 def main(arguments: list[str] | None = None) -> int:
