@@ -68,14 +68,8 @@ def ability_tried(run: Pipeline, ability: str) -> Tried:
     training = run.recipe.rivals.training("dense", run.recipe.training)
     model = trained(run, "dense", {f"{ability}/{run.recipe.reference}": 1.0}, training)
     languages = list(LANGUAGES)
-    return Tried(
-        run,
-        f"ability-cpt-{ability}",
-        model,
-        {ability: dev_exam(run, model, ability, languages)},
-        languages,
-        [],
-    )
+    exams = {ability: dev_exam(run, model, ability, languages)}
+    return Tried(run, f"ability-cpt-{ability}", model, exams, languages, [])
 
 # %% ../../nbs/69g_study.calibration.ipynb #001a1ccb
 def language_tried(run: Pipeline, language: str) -> Tried:
@@ -88,11 +82,8 @@ def language_tried(run: Pipeline, language: str) -> Tried:
 def world_wanted(runs: list[Pipeline]) -> list[Tried]:
     run = runs[0]
     abilities = [ability_tried(run, ability) for ability in run.recipe.abilities]
-    return [
-        base_tried(run),
-        *abilities,
-        *(language_tried(run, language) for language in run.recipe.languages),
-    ]
+    languages = [language_tried(run, language) for language in run.recipe.languages]
+    return [base_tried(run), *abilities, *languages]
 
 # %% ../../nbs/69g_study.calibration.ipynb #e76259a0
 HELD_OUT = 16_384  # tokens
@@ -108,9 +99,8 @@ def prose_loss(tried: Tried, language: str) -> dict:
     ids = corpus([text], tokenizer, HELD_OUT, training.sequence_length, training.seed).ids.long()
     each = torch.tensor([network(input_ids=row[None], labels=row[None]).loss for row in ids])
     about = dict(method=tried.method, setting={}, language=language, task="prose", metric="loss")
-    return about | dict(
-        value=each.mean().item(), stderr=each.std().item() / math.sqrt(len(each)), n=len(each)
-    )
+    error = each.std().item() / math.sqrt(len(each))
+    return about | dict(value=each.mean().item(), stderr=error, n=len(each))
 
 # %% ../../nbs/69g_study.calibration.ipynb #c9e1b164
 def exam_rows(tried: Tried, task: str) -> list[dict]:
@@ -159,15 +149,18 @@ class Candidate(NamedTuple):
     rate: float
     exam: Path
 
+# %% ../../nbs/69g_study.calibration.ipynb #c21a59b0
 def rates_wanted(runs: list[Pipeline]) -> list[Candidate]:
     run, found = runs[0], []
     for mode in MODES:
         for ability in run.recipe.abilities:
             for rate in CANDIDATES:
-                exam = dev_exam(run, at_rate(run, ability, mode, rate), ability, [run.recipe.reference])
+                model = at_rate(run, ability, mode, rate)
+                exam = dev_exam(run, model, ability, [run.recipe.reference])
                 found.append(Candidate(run, ability, mode, rate, exam))
     return found
 
+# %% ../../nbs/69g_study.calibration.ipynb #c21a59b0
 def rate_rows(found: list[Candidate]) -> list[dict]:
     rows = []
     for of in found:

@@ -84,13 +84,8 @@ def text_of(run: Pipeline) -> Text:
     return world_text(run.recipe, store) if run.recipe.world else real_text(run.recipe, store)
 
 # %% ../../nbs/69h_study.empirical.ipynb #b255d48a
-def fit(
-    run: Pipeline,
-    corpus: str,
-    keys: Path | None = None,
-    held_out: Source | None = None,
-    rate: int = 1,
-) -> Path:
+def fit(run: Pipeline, corpus: str, keys: Path | None = None,
+        held_out: Source | None = None, rate: int = 1) -> Path:
     "One training of the base, with what it reports: a stage with `expert` and `report.json`."
     given = run.recipe.training
     mode = "key-neuron" if keys else "dense"
@@ -131,10 +126,8 @@ def random_ones(run: Pipeline, top: Path, alike: bool) -> Path:
         masks = random_keys(shapes, counts if alike else sum(counts.values()), run.seed)
         save_keys(part/"keys.safetensors", masks, base, granularity="element", random=True)
 
-    return (
-        run.store.stage("keys.random", make, like=top.parent.name, alike=alike, seed=run.seed)
-        / "keys.safetensors"
-    )
+    stage = run.store.stage("keys.random", make, like=top.parent.name, alike=alike, seed=run.seed)
+    return stage/"keys.safetensors"
 
 # %% ../../nbs/69h_study.empirical.ipynb #c62b8aba
 RATES = (4, 16)  # times the recipe's learning rate
@@ -172,7 +165,8 @@ def wanted(runs: list[Pipeline]) -> Trained:
     experts = {}
     for corpus in FORUMS + OTHERS:
         for run in runs:
-            experts[corpus, run.seed] = curves[run.seed]["dense", 1] if corpus == FITTED else fit(run, corpus)
+            there = curves[run.seed]["dense", 1] if corpus == FITTED else None
+            experts[corpus, run.seed] = there or fit(run, corpus)
     return Trained(runs, curves, experts)
 
 # %% ../../nbs/69h_study.empirical.ipynb #9ed31608
