@@ -1,5 +1,5 @@
 "Real corpora and the real MGSM, where a folder `shared/data` lies beside the project; said and skipped where it does not."
-import gzip, importlib.util, json, os, signal, subprocess, sys
+import gzip, json, os, signal, subprocess, sys
 from itertools import islice
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from maet.text.streams import documents
 from maet.text.tables import identity, open_tokens, read_meta, write_tokens
 from maet.exams.exams import mgsm_exams
 from maet.exams.questions import read_exam
+from maet.study import empirical
 from maet.study.recipes import Recipe, make_tokenizer
 from maet.study.stages import Store
 from maet.training.settings import load
+from maet.weights.tensors import MaetError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -123,17 +125,17 @@ def test_a_killed_writer_goes_on(tokenizer, tmp_path, monkeypatch):
     assert all(abs(tokens - sum(used) * (n + 1) / 28) <= longest for n, tokens in enumerate(used))
 
 
-def test_the_empirical_study_reads_forums_and_code(tmp_path, monkeypatch, capsys):
+def test_the_empirical_study_reads_forums_and_code(tmp_path, monkeypatch):
     "Two forums and the standard library of this Python; what is held out is in no training text; without the folder it says so and ends."
     monkeypatch.chdir(ROOT)
-    spec = importlib.util.spec_from_file_location("empirical", ROOT / "benchmarks" / "empirical.py")
-    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
-    recipe, held_out = study.real(Store(tmp_path / "store"))
-    for name in (*study.FORUMS, "code"):
-        text = set(documents(recipe.corpora[name]))
-        assert len(text) > 100 and (name != study.FITTED or text.isdisjoint(held := set(documents(held_out))) and len(held) > 100)
-    assert any("def dumps(" in text for text in text) and len({identity(recipe.corpora[c]) for c in study.FORUMS + study.OTHERS}) == 5
+    recipe = load(Recipe, "real-mini")
+    found, held_out = empirical.real_text(recipe, Store(tmp_path / "store"))
+    for name in (*empirical.FORUMS, "code"):
+        text = set(documents(found.corpora[name]))
+        assert len(text) > 100
+        if name == empirical.FITTED: assert text.isdisjoint(held := set(documents(held_out))) and len(held) > 100
+    assert any("def dumps(" in text for text in text)
+    assert len({identity(found.corpora[name]) for name in empirical.FORUMS + empirical.OTHERS}) == 5
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["empirical.py", "real-mini"])
-    study.main()
-    assert "not there" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["store"]
+    with pytest.raises(MaetError, match="not there"): empirical.real_text(recipe, Store(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()

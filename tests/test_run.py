@@ -6,6 +6,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+ROOT = Path(__file__).resolve().parent.parent
+
 from tiny import content, finish, kill_at, larger_disk, on_a_small_disk, processes, small_disk
 from tiny import start as begin
 
@@ -163,6 +165,35 @@ def late(verb: str, out: str) -> list[str]: return [*ARGUMENTS[verb], "--out", o
 def trained_already(folder: Path, out: Path) -> None:
     "A copy of the whole run as it was before the merge."
     shutil.copytree(folder / "whole", out, symlinks=True, ignore=lambda _, names: [name for name in names if name.startswith(LATE)])
+
+
+MEASURED = {"selected": "share", "overlap": "share", "expert_maps": "share", "world": "loss", "empirical": "last training loss"}
+
+
+@pytest.mark.parametrize("measure", MEASURED)
+def test_a_measure_reads_what_a_run_left(undisturbed, tmp_path, measure):
+    "In its folder and makes what it lacks; called again, every row is known."
+    folder, *_ = undisturbed
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    shutil.copytree(folder / "whole", tmp_path / "out", symlinks=True)
+    recipe = TINY if measure != "world" else TINY | {"languages": ["es", "zh", "bn", "te"]}
+    if measure == "empirical": recipe = recipe | {"languages": ["zh", "bn"], "base": str(ROOT / "data" / "miniworld" / "base")}
+    (tmp_path / "tiny.yml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "asked.yml").write_text(yaml.safe_dump({"recipe": "tiny.yml", "measure": measure, "seeds": [0]}))
+    command = [sys.executable, "-m", "maet.cli", "run", "--study", "asked.yml", "--out", "out", "--ledger", "rows.jsonl"]
+    told = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert [done.returncode for done in told] == [0, 0], told[0].stderr + told[1].stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert any(row["metric"] == MEASURED[measure] for row in rows) and {row["study"] for row in rows} == {"asked"}
+    assert f"{len(rows)} of them new" in told[0].stdout and " 0 of them new" in told[1].stdout
+
+
+def test_a_measure_that_nobody_knows(tmp_path):
+    (tmp_path / "asked.yml").write_text("{recipe: mini, measure: length}")
+    command = [sys.executable, "-m", "maet.cli", "run", "--study", "asked.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "measure: length is not known; known are empirical, " in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.yml"]
 
 
 def nearly_full(disk: Path, spare: str) -> None:
