@@ -6,10 +6,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-
 from tiny import content, finish, kill_at, larger_disk, on_a_small_disk, processes, small_disk
 from tiny import start as begin
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = yaml.safe_load("""
 scale: mini
