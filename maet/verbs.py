@@ -13,17 +13,15 @@ from pathlib import Path
 # %% ../nbs/89_verbs.ipynb #2719ad2f
 def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real-mini, 8b
         out: str | Path = "runs/mini",      # run folder: stages, tables, figures, merged models
-        # of training and of the order of text; None: all seeds of the study, or 0
-        seed: int | None = None,
+        seed: int | None = None,            # of training and of the text's order; None: the study's
         study: str | Path | None = None,    # instead of a recipe: a study that ships, or a file
-        # gets a line for every score; None: data/results/<study>.jsonl
-        ledger: str | Path | None = None,
-        # what to do with the tables of a seed, as soon as they are there
-        say: Callable[[str], None] = print,
+        ledger: str | Path | None = None,   # gets every score; None: data/results/<study>.jsonl
+        say: Callable[[str], None] = print, # gets the tables of a seed, as soon as they are there
         ) -> None:
-    """Algorithm 1 end to end with its rivals and its exam, or any study. Called again after a kill, it goes on.
+    """Algorithm 1 end to end with its rivals and its exam, or any study.
 
-    Raises MaetError for a recipe that cannot be run, before anything is made.
+    Called again after a kill, it goes on. Without `seed`, all seeds of the study are run; a recipe
+    alone has seed 0. Raises MaetError for a recipe that cannot be run, before anything is made.
 
     >>> maet.run("mini", out="runs/mini", seed=0)  # doctest: +SKIP
     """
@@ -37,24 +35,24 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     for _, setting in settings(asked):
         must_fit(setting, partial(models, methods=methods_of(asked, setting)))
 
+    ledger = ledger or Path(f"data/results/{name}.jsonl")
     seeds = asked.seeds if seed is None else [seed]
     for number in seeds:
-        say(study_job(asked, name, out, number, ledger or Path(f"data/results/{name}.jsonl")))
+        say(study_job(asked, name, out, number, ledger))
 
 # %% ../nbs/89_verbs.ipynb #5f327a3b
 def search(recipe: str | Path,                   # of `run`
-           # run folder; experts that are there are not trained again
-           out: str | Path = "runs/mini",
-           # merges to try, in memory, for each method and ability
-           trials: int = 60,
-           # first so many questions of the dev exam, in each language
-           items: int = 100,
+           out: str | Path = "runs/mini",        # run folder; experts in it are not trained again
+           trials: int = 60,                     # merges to try for each method and ability
+           items: int = 100,                     # so many dev questions in each language
            methods: list[str] | None = None,     # of maet, f-tv, soup, layer-swap; None: all
-           dev: str | Path | None = None,        # folder of exams to choose on; None: the mini world's dev part
+           dev: str | Path | None = None,        # folder of exams to choose on; None: mini world's
            seed: int = 0,
            ledger: str | Path | None = "data/results/search.jsonl",
            ) -> str:                             # a Markdown table
-    """Choose the constants of MAET and of its rivals on dev questions, all with as many trials; test what was chosen.
+    """Choose the constants of MAET and of its rivals on dev questions; test what was chosen.
+
+    All get as many trials. A trial is a merge in memory, examined on the first `items` questions.
 
     >>> maet.search("mini", trials=60, out="runs/mini")  # doctest: +SKIP
     """
@@ -87,8 +85,9 @@ def base(recipe: str | Path, # YAML: corpora or a mini world, shares, vocabulary
 def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for key neurons, keys
           out: str | Path,    # checkpoint folder (dense, LoRA) or pack file (key neurons) to be
           ) -> dict:          # losses, held_out, steps, tokens, trained, bytes, seconds
-    """One CPT or SFT run: dense, LoRA or key-neuron, in this process or by DeepSpeed. Called again after a kill, it goes on.
+    """One CPT or SFT run: dense, LoRA or key-neuron, in this process or by DeepSpeed.
 
+    Called again after a kill, it goes on.
     Raises MaetError, before the first step, for what does not fit together or not into memory.
 
     >>> maet.train("expert.yml", "experts/es.safetensors")  # doctest: +SKIP
@@ -104,16 +103,15 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
 # %% ../nbs/89_verbs.ipynb #533f83dd
 def plan(recipe: str | Path,               # of `run`, `train` or `base`
          gpu: str = "H100",                # one of the table in the room of plans
-         # that share a batch; None: as many as the recipe launches
-         gpus: int | None = None,
+         gpus: int | None = None,          # that share a batch; None: as many as the recipe has
          zero: int | None = None,          # ZeRO stage; None: the recipe's
          offload: bool = False,            # optimizer states in the host's memory
          utilisation: float = 0.4,         # share of the GPU's dense rate
-         config: str | Path | None = None, # folder with the base's config.json, where the base is not here
+         config: str | Path | None = None, # folder with config.json, if the base is not here
          ) -> str:                         # tables in words
-    """What a run will train, read, write and hold, and how long it takes; for a recipe also what each rival costs.
+    """What a run will train, read, write and hold, and how long it takes.
 
-    Starts nothing.
+    For a recipe also what each rival costs. Starts nothing.
 
     >>> "tokens" in maet.plan("8b.yml", config="base")
     True
@@ -126,13 +124,12 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
 
     what = read(recipe)
     start = meta_model(config).config if config else None
-    cluster = cluster_of(
-        what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None, utilisation=utilisation
-    )
+    cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None,
+                         utilisation=utilisation)
     if not isinstance(what, Recipe): return describe(what, cluster, start, transferred)
 
-    told = describe(what, cluster, start, partial(models, methods=what.methods))
-    return f"{told}\n\nevery row that `maet run` knows, at one budget:\n{cost_table(what, start)}"
+    needed = describe(what, cluster, start, partial(models, methods=what.methods))
+    return f"{needed}\n\nevery row that `maet run` knows, at one budget:\n{cost_table(what, start)}"
 
 # %% ../nbs/89_verbs.ipynb #bc6cc6bd
 def locate(base: str | Path,              # before training
@@ -140,7 +137,7 @@ def locate(base: str | Path,              # before training
            out: str | Path,               # the keys file to be
            ratio: float = 0.05,           # k1, the share of neurons to take, in (0, 1]
            granularity: str = "element",  # what a neuron is: element, row or column
-           kinds: str | list[str] = "all", # of tensors that are ranked, such as ["attention", "mlp"]
+           kinds: str | list[str] = "all", # of ranked tensors, such as ["attention", "mlp"]
            allow_mismatch: bool = False,  # only warn where the same shapes have another meaning
            ) -> dict:                     # ratio, granularity, kinds, threshold, neurons, counts
     """Find the key neurons: what training moved most, over the whole model (Eq. 1).
@@ -155,9 +152,8 @@ def locate(base: str | Path,              # before training
 
     before = Checkpoint(base)
     after = open_checkpoint(tuned, before)
-    return locate(
-        before, after, ratio, granularity, out, kinds=kinds, allow_mismatch=allow_mismatch
-    )
+    return locate(before, after, ratio, granularity, out,
+                  kinds=kinds, allow_mismatch=allow_mismatch)
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6
 def pack(base: str | Path,                # before training
@@ -183,8 +179,7 @@ def pack(base: str | Path,                # before training
 
 # %% ../nbs/89_verbs.ipynb #c368a676
 def extract(base: str | Path,             # what both experts started from
-            # expert of ability and language: a checkpoint, an adapter or a pack
-            ability: str | Path,
+            ability: str | Path,          # expert of both: a checkpoint, an adapter or a pack
             minus: str | Path,            # expert of the language alone
             out: str | Path,              # the pack to be
             alpha: float = 0.8,
@@ -192,6 +187,8 @@ def extract(base: str | Path,             # what both experts started from
             allow_mismatch: bool = False, # only warn where the same shapes have another meaning
             ) -> None:
     """Ability weights: alpha times one delta minus beta times the other (Eq. 2).
+
+    `ability` is the expert of the ability in a language, `minus` that of the language alone.
 
     >>> maet.extract("base", ability="tuned", minus="other", out="R_math.safetensors")
     """
@@ -220,20 +217,18 @@ def evaluate(model: str | Path,                 # a checkpoint, an adapter or BA
              tasks: list[str] = ["mini"],       # groups (mgsm, science, ood, mini, ...) or tasks
              languages: list[str] = ["en", "es", "zh", "bn", "te"],
              data: str | Path | None = None,    # folder with <task>/<language>.jsonl; None: the hub
-             # folder for answers and results; called again, it goes on there
-             out: str | Path | None = None,
-             against: str | Path | None = None, # another model's `out`: paired tests on the same items
-             # what to do with a line of scores, as soon as it is known
-             say: Callable[[str], None] = print,
-             # limit, shots, batch_size, device, dtype, backend, ...
-             **how,
+             out: str | Path | None = None,     # folder for answers; called again, it goes on there
+             against: str | Path | None = None, # another model's `out`: paired tests, same items
+             say: Callable[[str], None] = print, # gets a line of scores, as soon as it is known
+             **how,                             # limit, shots, batch_size, device, dtype, ...
              ) -> None:
     """Examine a model with lm-eval, language by language, with standard errors.
 
-    `how` is limit, shots, batch_size (64), device, dtype, backend (hf or vllm), backend_args (YAML), chat_template and
-    allow_code. Raises MaetError, before the first question, for what cannot be asked.
+    `how` is limit, shots, batch_size (64), device, dtype, backend (hf or vllm),
+    backend_args (YAML), chat_template and allow_code.
+    Raises MaetError, before the first question, for what cannot be asked.
 
-    >>> maet.evaluate("merged", tasks=["mgsm"], languages=["es", "bn"], out="samples/merged")  # doctest: +SKIP
+    >>> maet.evaluate("merged", tasks=["mgsm"], out="samples/merged")  # doctest: +SKIP
     """
     from maet.exams.evaluation import evaluation_job
 
@@ -246,9 +241,10 @@ def figures(only: list[str] | None = None,         # names of the catalogue, or 
             out: str | Path = "figures/mini",      # folder to be
             ledgers: str | Path = "data/results",  # folder of the ledgers, <study>.jsonl
             papers: str | Path = "data/paper",     # folder of the papers' numbers
-            # files that were written; a line for each figure that lacks rows
             ) -> tuple[list[Path], list[str]]:
     """Every figure and table of the study from recorded rows: PNG, SVG, and the numbers as CSV.
+
+    Returns the files that were written, and a line for each figure that lacks rows.
 
     >>> maet.figures(["table2", "ablation"])  # doctest: +SKIP
     """
@@ -261,7 +257,9 @@ def report(source: str | Path = "data/results", # a run folder, or a folder of l
            out: str | Path = "report.html",     # the page to be
            papers: str | Path = "data/paper",   # folder of the papers' numbers
            ) -> Path:                           # out
-    """One self-contained HTML page of a run or of the study: figures, tables, claims, recipe, versions, cost.
+    """One self-contained HTML page of a run or of the study.
+
+    Figures, tables, claims, recipe, versions and cost.
 
     >>> maet.report("runs/mini", "report.html")  # doctest: +SKIP
     """

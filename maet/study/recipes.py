@@ -53,12 +53,15 @@ class Base:
     phases: list[Phase]       # one after another, each from where the last one ended
     vocabulary: int | None = None # tokens of the byte-level BPE
     model: dict = field(default_factory=dict) # LlamaConfig's own keys
-    start: str | None = None  # instead of these two: the checkpoint that the first phase starts from
+    start: str | None = None  # instead of these two: a checkpoint, where the first phase starts
     world: World | None = None
     corpora: dict[str, Source] = field(default_factory=dict)
 
     def __post_init__(self):
-        if bool(self.start) == bool(self.vocabulary or self.model): raise MaetError("start: give a checkpoint to start from, or vocabulary and model of a new one")
+        is_new = bool(self.vocabulary or self.model)
+        if bool(self.start) == is_new:
+            raise MaetError("start: give a checkpoint to start from, "
+                            "or vocabulary and model of a new one")
         if not self.phases: raise MaetError("phases: none is given")
         at_least(257, vocabulary=self.vocabulary)
         if not self.start: llama_config(self.vocabulary or 0, self.model)
@@ -70,61 +73,85 @@ class Locate:
     training: Training        # "a small amount" of the corpus (4.1); dense
     ratio: float = 0.05       # k1 (Table 5)
     granularity: str = "element"
-    share: str = "neurons"    # what k1 is a share of; "scalars" compares granularities at equal counts
+    share: str = "neurons"    # what k1 is a share of; "scalars": equal counts at all granularities
     kinds: str | list[str] = "all" # of tensors that are ranked; k1 is a share of these
 
     def __post_init__(self):
-        if not 0 < self.ratio <= 1: raise MaetError(f"ratio: {self.ratio} is not above 0 and at most 1")
-        if self.training.mode != "dense": raise MaetError("training.mode: key neurons are located by dense training")
-        if self.share not in ("neurons", "scalars"): raise MaetError(f"share: {self.share!r} is neither neurons nor scalars")
-        neurons_of((), self.granularity), of_kinds("", self.kinds)
+        if not 0 < self.ratio <= 1:
+            raise MaetError(f"ratio: {self.ratio} is not above 0 and at most 1")
+        if self.training.mode != "dense":
+            raise MaetError("training.mode: key neurons are located by dense training")
+        if self.share not in ("neurons", "scalars"):
+            raise MaetError(f"share: {self.share!r} is neither neurons nor scalars")
+        neurons_of((), self.granularity)  # refuses what it does not know
+        of_kinds("", self.kinds)          # so does this
 
 # %% ../../nbs/60_study.recipes.ipynb #9cabc6db
 @dataclass
 class Extract:
-    "Algorithm 1, lines 5-7."
+    """Algorithm 1, lines 5-7.
+    `minus`: "general" as in 4.1 and 4.3, or "ability" as Algorithm 1 is printed."""
     alpha: float = 0.8        # Table 5
     beta: float = 0.2         # Table 5
-    minus: str = "general"    # corpus of line 6: "general" as in 4.1 and 4.3, or "ability" as Algorithm 1 is printed
+    minus: str = "general"    # corpus of line 6
 
     def __post_init__(self):
-        if self.minus not in ("general", "ability"): raise MaetError(f"minus: {self.minus!r} is neither general nor ability")
+        if self.minus not in ("general", "ability"):
+            raise MaetError(f"minus: {self.minus!r} is neither general nor ability")
 
 # %% ../../nbs/60_study.recipes.ipynb #91032ad7
+END = "<|end|>"  # stands between documents
+# nothing is merged across these: a Han character, a word, a digit, other signs, white space
+PIECES = r"\p{Han}| ?(?:(?!\p{Han})[\p{L}\p{M}])+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
+
 def make_tokenizer(texts: Iterable[str | list[str]], # documents, or the texts in them
                    vocabulary: int): # tokens, 257 or more
     "A byte-level BPE with `<|end|>` between documents."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
-    pieces = Regex(r"\p{Han}| ?(?:(?!\p{Han})[\p{L}\p{M}])+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|end|>"], show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
+
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    begin = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    bpe.post_processor = begin
+    return PreTrainedTokenizerFast(tokenizer_object=bpe,
+                                   bos_token=END, eos_token=END, pad_token=END)
 
 # %% ../../nbs/60_study.recipes.ipynb #ae5f3721
+MOST_TOKENS = 1 << 24  # the tokenizers library holds a place for every number below the largest
+
 def open_tokenizer(model: Path):
     "The tokenizer of a checkpoint folder. Raises MaetError."
     from transformers import AutoTokenizer
     with reading(model, "save the model's tokenizer beside it"):
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True,
+                                                  trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values(), default=0)
         tokenizer("a few words")  # some of what is wrong is only found in use
-    if largest > MOST_TOKENS: raise MaetError(f"{model}: its tokenizer has a token number {largest}, more than any model knows; save it again")
+    if largest > MOST_TOKENS:
+        raise MaetError(f"{model}: its tokenizer has a token number {largest}, "
+                        "more than any model knows; save it again")
     return tokenizer
-
-MOST_TOKENS = 1 << 24  # the tokenizers library holds a place in memory for every number below the largest
 
 # %% ../../nbs/60_study.recipes.ipynb #7a31c01b
 def llama_config(vocabulary: int, model: dict, **more): # -> LlamaConfig
-    "The config of a new model. Raises MaetError: a key that LlamaConfig has not, values that make no model."
+    """The config of a new model.
+    Raises MaetError: a key that LlamaConfig has not, values that make no model."""
     from transformers import LlamaConfig
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"}
-    if unknown := sorted(model.keys() - known): raise MaetError(f"base.model: unknown key {', '.join(unknown)}; LlamaConfig knows {', '.join(sorted(known))}")
-    with reading("base.model", "give other values"): config = LlamaConfig(vocab_size=vocabulary, **more, **model)
+    unknown = sorted(model.keys() - known)
+    if unknown:
+        raise MaetError(f"base.model: unknown key {', '.join(unknown)}; "
+                        f"LlamaConfig knows {', '.join(sorted(known))}")
+    with reading("base.model", "give other values"):
+        config = LlamaConfig(vocab_size=vocabulary, **more, **model)
     meta_model(config)
     return config
 
@@ -144,23 +171,26 @@ def make_backbone(out: Path, texts: Iterable[str], vocabulary: int, model: dict,
 # %% ../../nbs/60_study.recipes.ipynb #0ade7c2c
 @dataclass
 class Ability:
+    "What is to be transferred. `general` is not stated in the paper; Table 6 has 0.58 and 0.50."
     tasks: list[str]          # its exams (evaluation)
     select_ratio: float       # k2: 0.8 for mathematics, 0.6 for science (Table 5)
-    general: float = 0.5      # share of general text in line 5's mixture; not stated, but Table 6 has 0.58 and 0.50
+    general: float = 0.5      # share of general text in line 5's mixture
 
     def __post_init__(self):
         select_count(1, self.select_ratio)
         if not self.tasks: raise MaetError("tasks: none is given")
-        if not 0 <= self.general <= 1: raise MaetError(f"general: {self.general} is no share, from 0 to 1")
+        if not 0 <= self.general <= 1:
+            raise MaetError(f"general: {self.general} is no share, from 0 to 1")
 
 # %% ../../nbs/60_study.recipes.ipynb #ceba824b
 @dataclass
 class ExamSettings:
+    "Which questions are asked, and how."
     data: str | None = None   # a folder of exams; without it the mini world's test part
     mgsm: str | None = None   # or the folder of MGSM as it is published
     batch_size: int = 128
     limit: int | None = None  # first so many items only
-    shots: int | None = None  # worked examples before each item; none: as many as the exam has by itself
+    shots: int | None = None  # worked examples before each item; None: as many as the exam has
 
     def __post_init__(self):
         at_least(1, batch_size=self.batch_size, limit=self.limit)
@@ -169,18 +199,25 @@ class ExamSettings:
 # %% ../../nbs/60_study.recipes.ipynb #17ba0791
 @dataclass
 class Rivals:
-    "How what MAET is compared with (rivals) is trained: only what differs from `training`. Their tokens are no choice: each gets what MAET gets."
+    """How what MAET is compared with (rivals) is trained: only what differs from `training`.
+    Their tokens are no choice: each gets what MAET gets. `sft` has `whole_documents` unless
+    said otherwise: an answer is not cut off from its question."""
     dense: dict = field(default_factory=dict)
     lora: dict = field(default_factory=dict)
-    sft: dict = field(default_factory=dict) # dense, on pairs; whole_documents unless said otherwise: an answer is not cut off from its question
+    sft: dict = field(default_factory=dict) # dense, on pairs
 
     def training(self, how: str, of: Training) -> Training: # how: a field of this class
-        "`of` as it is trained this way. Raises MaetError for a key that is unknown, or not to be chosen."
-        settings = getattr(self, how)
-        if fixed := sorted({"tokens", "mode", "seed"} & set(settings)): raise MaetError(f"rivals.{how}: {', '.join(fixed)} cannot be chosen here")
-        whole = dict(whole_documents=True) if how == "sft" else {}
-        try: return Training.of(asdict(of) | whole | settings | dict(mode="lora" if how == "lora" else "dense"))
-        except MaetError as e: raise MaetError(f"rivals.{how}: {e}") from None
+        "`of` trained this way. Raises MaetError for a key that is unknown, or not to be chosen."
+        chosen = getattr(self, how)
+        fixed = sorted({"tokens", "mode", "seed"} & set(chosen))
+        if fixed: raise MaetError(f"rivals.{how}: {', '.join(fixed)} cannot be chosen here")
+
+        settings = asdict(of)
+        if how == "sft": settings["whole_documents"] = True
+        settings |= chosen
+        settings["mode"] = "lora" if how == "lora" else "dense"
+        try: return Training.of(settings)
+        except MaetError as error: raise MaetError(f"rivals.{how}: {error}") from None
 
 # %% ../../nbs/60_study.recipes.ipynb #7a31c00b
 @dataclass
@@ -193,20 +230,23 @@ class Recipe:
     training: Training        # of every expert
     locate: Locate
     reference: str = "en"     # L0
-    workers: int = 1          # processes that train side by side, one thread each; 1: this process, torch's own threads
+    workers: int = 1          # side by side, of one thread each; 1: this process, torch's own threads
     extract: Extract = field(default_factory=Extract)
     transfer: Transfer = field(default_factory=Transfer)
     rivals: Rivals = field(default_factory=Rivals)
-    methods: list[str] = field(default_factory=lambda: ["base", "ability-cpt", "f-cpt-la", "maet"])  # rows of the main table (rivals)
+    # rows of the main table (rivals)
+    methods: list[str] = field(default_factory=lambda: ["base", "ability-cpt", "f-cpt-la", "maet"])
     exam: ExamSettings = field(default_factory=ExamSettings)
     launch: Launch = field(default_factory=Launch)            # where each training runs
     world: World | None = None
-    corpora: dict[str, Source] = field(default_factory=dict)  # "general/<language>", "<ability>/<L0>"; for joint SFT "pairs/<ability>/<L0>", "forum/<language>"
+    corpora: dict[str, Source] = field(default_factory=dict)  # by name
 
     def __post_init__(self):
         at_least(1, workers=self.workers)
         plain_names("languages", [self.reference, *plain_names("languages", self.languages)])
-        plain_names("abilities", self.abilities), plain_names("corpora", self.corpora or ["none"], ".+")
+        plain_names("abilities", self.abilities)
+        plain_names("corpora", self.corpora or ["none"], ".+")
         if self.workers > 1 and self.launch.apart:
-            raise MaetError(f"workers: {self.workers} trainings side by side, each with ranks of its own, would share the machine; use workers: 1")
+            raise MaetError(f"workers: {self.workers} trainings side by side, "
+                            "each with ranks of its own, would share the machine; use workers: 1")
         for how in fields(Rivals): self.rivals.training(how.name, self.training)

@@ -8,6 +8,7 @@ __all__ = ['ROWS', 'models', 'cost_table']
 # %% ../../nbs/66_study.rivals.ipynb #9d93079d
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -22,23 +23,34 @@ from .memory import trained_form
 from .plan import Unread, config_of
 
 # %% ../../nbs/66_study.rivals.ipynb #ac3478d6
-def cpt(run: Pipeline, how: str, shares: dict[str, float], tokens: int, start: Path | None = None) -> Path: # how: a field of Rivals
+def cpt(run: Pipeline,
+        how: str,                 # a field of Rivals
+        shares: dict[str, float],
+        tokens: int,
+        start: Path | None = None) -> Path:
     "A checkpoint that has read `tokens` of a mixture, from the base or from `start`."
     training = run.recipe.rivals.training(how, run.recipe.training)
-    step = batch_sequences(training) * training.sequence_length
-    if tokens < step: raise MaetError(f"rivals.{how}: {tokens} tokens are less than one batch of {step}; make the batch smaller or train longer")
-    return trained(run, how, shares, replace(training, tokens=tokens // step * step), start=start)
-
-def general(run: Pipeline) -> dict[str, float]: # shares
-    "L: general text of all languages, equal parts of the tokens."
-    return {f"general/{l}": 1.0 for l in (run.recipe.reference, *run.recipe.languages)}
+    batch = batch_sequences(training) * training.sequence_length
+    if tokens < batch:
+        raise MaetError(f"rivals.{how}: {tokens} tokens are less than one batch of {batch}; "
+                        "make the batch smaller or train longer")
+    whole_batches = tokens // batch * batch
+    return trained(run, how, shares, replace(training, tokens=whole_batches), start=start)
 
 # %% ../../nbs/66_study.rivals.ipynb #17e43220
+def general(run: Pipeline) -> dict[str, float]: # shares
+    "L: general text of all languages, equal parts of the tokens."
+    languages = [run.recipe.reference, *run.recipe.languages]
+    return {f"general/{language}": 1.0 for language in languages}
+
 def special(run: Pipeline, ability: str) -> dict[str, float]:
     "A: ability text, which exists in L0 only."
     return {f"{ability}/{run.recipe.reference}": 1.0}
 
 # %% ../../nbs/66_study.rivals.ipynb #0ade7c2c
+def as_it_is(run: Pipeline, ability: str) -> Path:
+    return run.base
+
 def on_ability(run: Pipeline, ability: str) -> Path:
     return cpt(run, "dense", special(run, ability), budget(run, ability))
 
@@ -56,53 +68,86 @@ def adapted(run: Pipeline, ability: str, how: str) -> Path:
 
 # %% ../../nbs/66_study.rivals.ipynb #17ba0791
 def jointly(run: Pipeline, ability: str) -> Path:
-    shares = {f"pairs/{ability}/{run.recipe.reference}": 1.0} | {f"forum/{l}": 1.0 for l in run.recipe.languages}
+    shares = {f"pairs/{ability}/{run.recipe.reference}": 1.0}
+    shares |= {f"forum/{language}": 1.0 for language in run.recipe.languages}
     return cpt(run, "sft", shares, budget(run, ability))
 
 # %% ../../nbs/66_study.rivals.ipynb #bd307a3e
-def experts(run: Pipeline, ability: str, how: str = "dense") -> dict[str, Path]: # ability or language -> checkpoint
-    "What task arithmetic and its kin start from."
-    tokens = budget(run, ability) // (1 + len(run.recipe.languages))
-    corpora = {ability: f"{ability}/{run.recipe.reference}"} | {l: f"general/{l}" for l in run.recipe.languages}
-    return {name: cpt(run, how, {corpus: 1.0}, tokens) for name, corpus in corpora.items()}
+def experts(run: Pipeline, ability: str, how: str = "dense") -> dict[str, Path]:
+    "What task arithmetic and its kin start from: ability or language -> checkpoint."
+    languages = run.recipe.languages
+    tokens = budget(run, ability) // (1 + len(languages))
+    made = {ability: cpt(run, how, special(run, ability), tokens)}
+    for language in languages:
+        made[language] = cpt(run, how, {f"general/{language}": 1.0}, tokens)
+    return made
 
-def merged(run: Pipeline, name: str, method: str, models: dict[Path, dict], base: Path | None = None, **parameters) -> Path: # models: with what a file says of each
+# %% ../../nbs/66_study.rivals.ipynb #be6052c3
+def merged(run: Pipeline,
+           name: str,               # of the stage
+           method: str,             # of mergekit's language
+           models: dict[Path, dict], # with what a file says of each
+           base: Path | None = None,
+           **parameters) -> Path:
     "A stage that holds what mergekit makes of some models."
     def content(called: Callable[[Path], str]) -> dict:
-        file = {"merge_method": method, "models": [{"model": called(m)} | said for m, said in models.items()], "parameters": parameters}
-        return file | ({"base_model": called(base)} if base else {})
-    return run.store.stage(name, lambda part, step: merge(content(str), part / "checkpoint"), merge=content(run.identity)) / "checkpoint"
+        listed = [{"model": called(model)} | said for model, said in models.items()]
+        file = {"merge_method": method, "models": listed, "parameters": parameters}
+        if base: file["base_model"] = called(base)
+        return file
+
+    def make(part, step): merge(content(str), part / "checkpoint")
+    return run.store.stage(name, make, merge=content(run.identity)) / "checkpoint"
 
 # %% ../../nbs/66_study.rivals.ipynb #c9ffafa1
 SCALE = 0.4  # of task vectors, where there is nothing to tune on
 
-def of_all(run: Pipeline, ability: str, name: str, method: str, how: str = "dense", each: dict | None = None, **parameters) -> Path:
-    "One model: all experts together. `each`: parameters of each model; the others are of the whole."
-    models = {m: {"parameters": each or {"weight": SCALE}} for m in experts(run, ability, how).values()}
+def of_all(run: Pipeline, ability: str, name: str, method: str, how: str = "dense",
+           each: dict | None = None, **parameters) -> Path:
+    "One model: all experts together. `each`: parameters of each; the others are of the whole."
+    made = experts(run, ability, how)
+    models = {path: {"parameters": each or {"weight": SCALE}} for path in made.values()}
     return merged(run, f"{name}.{ability}", method, models, run.base, **parameters)
 
-def of_pairs(run: Pipeline, ability: str, name: str, make: Callable[[str, Path, Path], Path]) -> dict[str, Path]: # language -> checkpoint
-    "One model a language: `make(name of the stage, expert of the ability, expert of the language)`."
+def of_pairs(run: Pipeline, ability: str, name: str,
+             make: Callable[[str, Path, Path], Path]) -> dict[str, Path]: # language -> checkpoint
+    "One model a language: `make(stage's name, expert of the ability, expert of the language)`."
     made = experts(run, ability)
-    return {l: make(f"{name}.{ability}.{l}", made[ability], made[l]) for l in run.recipe.languages}
+    return {language: make(f"{name}.{ability}.{language}", made[ability], made[language])
+            for language in run.recipe.languages}
 
 # %% ../../nbs/66_study.rivals.ipynb #fa35e192
+def task_vectors(run: Pipeline, ability: str) -> Path:
+    return of_all(run, ability, "f-tv", "task_arithmetic")
+
+def adapter_vectors(run: Pipeline, ability: str) -> Path:
+    return of_all(run, ability, "l-tv", "task_arithmetic", how="lora")
+
 def ties_merged(run: Pipeline, ability: str) -> Path:
     return of_all(run, ability, "ties", "ties", each={"weight": 1.0, "density": 0.2})
 
 def dare_merged(run: Pipeline, ability: str) -> Path:
-    return of_all(run, ability, "dare", "dare_linear", each={"weight": SCALE, "density": 0.8}, rescale="density", seed=run.seed)
+    each = {"weight": SCALE, "density": 0.8}
+    return of_all(run, ability, "dare", "dare_linear", each=each, rescale="density", seed=run.seed)
 
+# %% ../../nbs/66_study.rivals.ipynb #20d1bb16
 def soups(run: Pipeline, ability: str) -> dict[str, Path]:
     half = {"parameters": {"weight": 0.5}}
-    return of_pairs(run, ability, "soup", lambda name, a, l: merged(run, name, "linear", {a: half, l: half}))
+    def make(stage, able, speaking):
+        return merged(run, stage, "linear", {able: half, speaking: half})
+    return of_pairs(run, ability, "soup", make)
 
 def arcs(run: Pipeline, ability: str) -> dict[str, Path]:
-    return of_pairs(run, ability, "slerp", lambda name, a, l: merged(run, name, "slerp", {a: {}, l: {}}, a, t=0.5))
+    def make(stage, able, speaking):
+        return merged(run, stage, "slerp", {able: {}, speaking: {}}, able, t=0.5)
+    return of_pairs(run, ability, "slerp", make)
 
 # %% ../../nbs/66_study.rivals.ipynb #10a7d888
 def swaps(run: Pipeline, ability: str) -> dict[str, Path]:
-    return of_pairs(run, ability, "layer-swap", lambda name, a, l: merged(run, name, "layer_swap", {a: {"role": "task"}, l: {"role": "language"}}))
+    def make(stage, able, speaking):
+        models = {able: {"role": "task"}, speaking: {"role": "language"}}
+        return merged(run, stage, "layer_swap", models)
+    return of_pairs(run, ability, "layer-swap", make)
 
 # %% ../../nbs/66_study.rivals.ipynb #1574bddb
 @dataclass(frozen=True)
@@ -115,16 +160,16 @@ class Row:
 
 # %% ../../nbs/66_study.rivals.ipynb #2975d719
 ROWS = {row.name: row for row in (
-    Row("base", "LLaMA-3 8B", None, lambda run, ability: run.base),
+    Row("base", "LLaMA-3 8B", None, as_it_is),
     Row("ability-cpt", None, "CPT", on_ability),
-    Row("f-cpt-la", "F-CPT_L&A", "CPT", lambda run, ability: on_both(run, ability, "dense")),
-    Row("l-cpt-la", "L-CPT_L&A", "LoRA", lambda run, ability: on_both(run, ability, "lora")),
-    Row("f-cpt-l", "F-CPT_L", "CPT", lambda run, ability: on_languages(run, ability, "dense")),
-    Row("f-cpt-l-da", "F-CPT_L & DA", "CPT", lambda run, ability: adapted(run, ability, "dense")),
-    Row("l-cpt-l", "L-CPT_L", "LoRA", lambda run, ability: on_languages(run, ability, "lora")),
-    Row("l-cpt-l-da", "L-CPT_L & DA", "LoRA", lambda run, ability: adapted(run, ability, "lora")),
-    Row("f-tv", "F-TV", "TV", lambda run, ability: of_all(run, ability, "f-tv", "task_arithmetic")),
-    Row("l-tv", "L-TV", "TV", lambda run, ability: of_all(run, ability, "l-tv", "task_arithmetic", "lora")),
+    Row("f-cpt-la", "F-CPT_L&A", "CPT", partial(on_both, how="dense")),
+    Row("l-cpt-la", "L-CPT_L&A", "LoRA", partial(on_both, how="lora")),
+    Row("f-cpt-l", "F-CPT_L", "CPT", partial(on_languages, how="dense")),
+    Row("f-cpt-l-da", "F-CPT_L & DA", "CPT", partial(adapted, how="dense")),
+    Row("l-cpt-l", "L-CPT_L", "LoRA", partial(on_languages, how="lora")),
+    Row("l-cpt-l-da", "L-CPT_L & DA", "LoRA", partial(adapted, how="lora")),
+    Row("f-tv", "F-TV", "TV", task_vectors),
+    Row("l-tv", "L-TV", "TV", adapter_vectors),
     Row("joint-sft", None, None, jointly),
     Row("soup", None, None, soups),
     Row("ties", None, None, ties_merged),
@@ -136,40 +181,77 @@ ROWS = {row.name: row for row in (
 # %% ../../nbs/66_study.rivals.ipynb #9338dffd
 def models(run: Pipeline, ability: str, methods: list[str]) -> dict[str, Path | dict[str, Path]]:
     "The rows that are asked for. Raises MaetError for one that is not known."
-    if unknown := [m for m in methods if m not in ROWS]: raise MaetError(f"methods: {', '.join(unknown)} is not known; known are {', '.join(ROWS)}")
-    return {m: ROWS[m].make(run, ability) for m in methods}
+    unknown = [method for method in methods if method not in ROWS]
+    if unknown:
+        raise MaetError(f"methods: {', '.join(unknown)} is not known; known are {', '.join(ROWS)}")
+    return {method: ROWS[method].make(run, ability) for method in methods}
 
 # %% ../../nbs/66_study.rivals.ipynb #91032ad7
-def moved(training: Training, config, ratio: float) -> int: # scalars; ratio: of key neurons, 0..1, at most
-    "How many scalars a training changes. `config`: the base's."
-    if training.mode == "lora": return sum(p.numel() for p in trained_form(config, training, 0, "element").parameters() if p.requires_grad)
-    return int(sum(prod(shape) for shape in shapes(config).values()) * (ratio if training.mode == "key-neuron" else 1))
+def moved(training: Training, config, ratio: float) -> int: # scalars
+    "How many scalars a training changes. `config`: the base's; `ratio`: of key neurons, 0 to 1, at most."
+    if training.mode == "lora":
+        model = trained_form(config, training, 0, "element")
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    scalars = sum(prod(shape) for shape in shapes(config).values())
+    return int(scalars * ratio) if training.mode == "key-neuron" else scalars
 
 def ability_texts(stages: Iterable[Stage], run: Pipeline, ability: str) -> list[str]:
     "Corpora of the ability in a target language that are read."
-    read = {corpus for stage in stages for corpus in stage.inputs.get("corpora", ())}
-    return sorted(c for c in read if any(c.endswith(f"{ability}/{l}") for l in run.recipe.languages))
+    read = set()
+    for stage in stages: read.update(stage.inputs.get("corpora", ()))
+    endings = tuple(f"{ability}/{language}" for language in run.recipe.languages)
+    return sorted(corpus for corpus in read if corpus.endswith(endings))
 
 # %% ../../nbs/66_study.rivals.ipynb #b4afead8
 def cost(run: Pipeline, name: str, ability: str, config) -> dict:
     "A row's line of the cost table. `run`: as in plan, one that reads nothing."
-    made = ROWS[name].make(plan := run.planned(), ability)
-    stages = trainings(plan.store.plan).values()
-    each = [(Training.of(s.inputs["training"]), min(1.0, run.recipe.locate.ratio * len(s.inputs["keys"])), s.cost) for s in stages]
-    tokens = sum(n for *_, n in each)
-    kept = [t for t in each if t[0].mode == "key-neuron"] or each  # MAET's probes only point at what will be trained
-    return dict(row=name, tokens=tokens, trained=max((moved(t, config, ratio) for t, ratio, _ in kept), default=0),
-                full=sum(n for t, _, n in each if t.mode == "dense") / max(tokens, 1), trainings=len(each),
-                models=1 if isinstance(made, Path) else len(made), ability_texts=ability_texts(plan.store.plan.values(), run, ability))
+    plan = run.planned()
+    made = ROWS[name].make(plan, ability)
+    stages = list(trainings(plan.store.plan).values())
+    tokens = sum(stage.cost for stage in stages)
+
+    tokens_that_move_all = 0
+    counts, of_keys = [], []  # of scalars moved, by each training
+    for stage in stages:
+        training = Training.of(stage.inputs["training"])
+        ratio = min(1.0, run.recipe.locate.ratio * len(stage.inputs["keys"]))
+        scalars = moved(training, config, ratio)
+        counts.append(scalars)
+        if training.mode == "key-neuron": of_keys.append(scalars)
+        if training.mode == "dense": tokens_that_move_all += stage.cost
+
+    # MAET's probes only point at what will be trained
+    return dict(row=name, tokens=tokens, trained=max(of_keys or counts, default=0),
+                full=tokens_that_move_all / max(tokens, 1), trainings=len(stages),
+                models=1 if isinstance(made, Path) else len(made),
+                ability_texts=ability_texts(plan.store.plan.values(), run, ability))
 
 # %% ../../nbs/66_study.rivals.ipynb #472b07b9
-def cost_table(recipe: Recipe, config=None, rows: Iterable[str] = ROWS) -> str: # config: of the base, where the base is not here
-    "As text, for `maet plan`. Nothing has to be there."
-    run, config = Unread(recipe), config_of(recipe) if config is None else config
+def _cost_cells(line: dict) -> list[str]:
+    "A line of `cost` in words."
+    return [METHODS[line["row"]],
+            f"{line['tokens']:,}",
+            str(line["trainings"]),
+            f"{line['trained']:,}",
+            f"{line['full']:.0%}",
+            str(line["models"]),
+            ", ".join(line["ability_texts"]) or "no"]
+
+# %% ../../nbs/66_study.rivals.ipynb #c2bce7d8
+def cost_table(recipe: Recipe, config=None, rows: Iterable[str] = ROWS) -> str:
+    """As text, for `maet plan`. Nothing has to be there.
+    `config`: of the base, where the base is not here."""
+    run = Unread(recipe)
+    if config is None: config = config_of(recipe)
     ability = next(iter(recipe.abilities))
-    lines = [["", "tokens", "trainings", "scalars moved at most", "tokens that move all", "models", f"{ability} text in a target language"]]
-    for c in (cost(run, name, ability, config) for name in rows):
-        lines.append([METHODS[c["row"]], f"{c['tokens']:,}", str(c["trainings"]), f"{c['trained']:,}", f"{c['full']:.0%}", str(c["models"]),
-                      ", ".join(c["ability_texts"]) or "no"])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in lines)
+    table = [["", "tokens", "trainings", "scalars moved at most", "tokens that move all", "models",
+              f"{ability} text in a target language"]]
+    table += [_cost_cells(cost(run, name, ability, config)) for name in rows]
+
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for name, *numbers in table:
+        cells = [name.ljust(widths[0])]
+        cells += [number.rjust(width) for number, width in zip(numbers, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+# %% ../../nbs/69_study.search.ipynb #b1fa3af0
 from ..method import merge, merging
 from ..weights.tensors import MaetError, parse_json, reading
 from ..weights.streams import pieces
@@ -51,38 +52,54 @@ class Range(NamedTuple):
     start: float # the default
 
     @property
-    def whole(self) -> bool: return all(isinstance(v, int) for v in self)
+    def whole(self) -> bool: return all(isinstance(value, int) for value in self)
+
+    def holds(self, value: float) -> bool: return self.low <= value <= self.high
 
 # %% ../../nbs/69_study.search.ipynb #e642595d
 def distributions(space: dict[str, Range]) -> dict:
     "The ranges as optuna has them. Raises MaetError: a default outside, no optuna."
-    for name, r in space.items():
-        if not r.low <= r.start <= r.high: raise MaetError(f"{name}: its default {r.start} is not from {r.low} to {r.high}, where it is searched")
-    if importlib.util.find_spec("optuna") is None: raise MaetError("optuna is not installed: pip install 'maet[search]'")
+    for name, limits in space.items():
+        if not limits.holds(limits.start):
+            raise MaetError(f"{name}: its default {limits.start} is not "
+                            f"from {limits.low} to {limits.high}, where it is searched")
+    if importlib.util.find_spec("optuna") is None:
+        raise MaetError("optuna is not installed: pip install 'maet[search]'")
     from optuna.distributions import FloatDistribution, IntDistribution
-    return {name: IntDistribution(r.low, r.high) if r.whole else FloatDistribution(r.low, r.high) for name, r in space.items()}
+
+    kinds = {}
+    for name, limits in space.items():
+        kind = IntDistribution if limits.whole else FloatDistribution
+        kinds[name] = kind(limits.low, limits.high)
+    return kinds
 
 # %% ../../nbs/69_study.search.ipynb #902ba3cd
 LOTS = 10 # trials before TPE has a model
 
 # %% ../../nbs/69_study.search.ipynb #0d6a81da
-def propose(trials: list[dict],          # {"constants": name -> value, "score": number}, the more the better
-            space: dict[str, Range],
-            seed: int = 0) -> dict:     # constants
+def propose(trials: list[dict], space: dict[str, Range], seed: int = 0) -> dict: # constants
     "What to try next: the default first, then what TPE makes of the trials."
     kinds = distributions(space)
-    if not trials: return {name: r.start for name, r in space.items()}
+    if not trials: return {name: limits.start for name, limits in space.items()}
     import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(seed=1000 * seed + len(trials), multivariate=True, n_startup_trials=LOTS)
+        sampler = optuna.samplers.TPESampler(seed=1000 * seed + len(trials), multivariate=True,
+                                             n_startup_trials=LOTS)
+
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.add_trials([optuna.trial.create_trial(params=trial["constants"], distributions=kinds, value=trial["score"]) for trial in trials])
-    return {name: value if space[name].whole else round(value, 2) for name, value in study.ask(kinds).params.items()}
+    for trial in trials:
+        constants, score = trial["constants"], trial["score"]
+        study.add_trial(optuna.trial.create_trial(params=constants, distributions=kinds, value=score))
+    proposed = study.ask(kinds).params
+    return {name: value if space[name].whole else round(value, 2)
+            for name, value in proposed.items()}
 
 # %% ../../nbs/69_study.search.ipynb #3c80db5a
-def best(trials: list[dict]) -> dict: return max(trials, key=lambda trial: trial["score"]) # of equals the first
+def best(trials: list[dict]) -> dict:
+    "The trial with the highest score; of equals the first."
+    return max(trials, key=lambda trial: trial["score"])
 
 # %% ../../nbs/69_study.search.ipynb #0ade7c2c
 @dataclass
@@ -91,21 +108,27 @@ class Trial:
     score: float # the more the better
 
 # %% ../../nbs/69_study.search.ipynb #0ba9cb89
-def read_trials(file: Path, space: dict[str, Range]) -> list[dict]:
-    "The trials of an earlier call. Raises MaetError for what is none."
-    with reading(file, "remove it, and the search begins anew"): found = parse_json(file.read_bytes(), file)
-    if not isinstance(found, list): raise MaetError(f"{file}: is no list of trials; remove it, and the search begins anew")
-    for n, trial in enumerate(found): strict(Trial, trial, f"{file}: trial {n}")
-    for n, trial in enumerate(found):
-        if not _searched_here(trial["constants"], space):
-            raise MaetError(f"{file}: trial {n} is not of {', '.join(space)} where they are searched; remove it, and the search begins anew")
-    return found
-
-# %% ../../nbs/69_study.search.ipynb #ef7afecf
-def _searched_here(constants: dict, space: dict[str, Range]) -> bool:
+def _in_space(constants: dict, space: dict[str, Range]) -> bool:
     "Has a trial all constants, each in its range, whole where that is?"
     if constants.keys() != space.keys(): return False
-    return all(r.low <= constants[name] <= r.high and (isinstance(constants[name], int) or not r.whole) for name, r in space.items())
+    for name, limits in space.items():
+        value = constants[name]
+        if not limits.holds(value): return False
+        if limits.whole and not isinstance(value, int): return False
+    return True
+
+# %% ../../nbs/69_study.search.ipynb #ef7afecf
+def read_trials(file: Path, space: dict[str, Range]) -> list[dict]:
+    "The trials of an earlier call. Raises MaetError for what is none."
+    anew = "remove it, and the search begins anew"
+    with reading(file, anew): found = parse_json(file.read_bytes(), file)
+    if not isinstance(found, list): raise MaetError(f"{file}: is no list of trials; {anew}")
+    for n, trial in enumerate(found): strict(Trial, trial, f"{file}: trial {n}")
+    for n, trial in enumerate(found):
+        if not _in_space(trial["constants"], space):
+            names = ", ".join(space)
+            raise MaetError(f"{file}: trial {n} is not of {names} where they are searched; {anew}")
+    return found
 
 # %% ../../nbs/69_study.search.ipynb #974d33eb
 def search(trial: Callable[[dict], float], # constants -> score
@@ -125,24 +148,27 @@ def search(trial: Callable[[dict], float], # constants -> score
     return seen
 
 # %% ../../nbs/69_study.search.ipynb #bd307a3e
-Piece = Callable[[str, int, int], torch.Tensor] # (tensor, start, stop) -> that run of the merged tensor, flat
+# (tensor, start, stop) -> that run of the merged tensor, flat
+Piece = Callable[[str, int, int], torch.Tensor]
 
 # %% ../../nbs/69_study.search.ipynb #56cd56ee
 class Pupil:
-    "A model whose weights are exchanged."
-    def __init__(self, base: Path,         # checkpoint folder: shapes, dtypes, tokenizer
-                 batch_size: int = 128):
+    "A model whose weights are exchanged. `base`: a checkpoint folder, with a tokenizer."
+    def __init__(self, base: Path, batch_size: int = 128):
         self.like = Checkpoint(base)
         with quiet(): self.lm = examinee(base, batch_size)
         self.state = self.lm.model.state_dict()
-        if lost := set(self.like.names) - self.state.keys():
-            raise MaetError(f"{base}: {min(lost)} has another name in memory than in the file, so weights cannot be exchanged; merge to files instead")
+        lost = set(self.like.names) - self.state.keys()
+        if lost:
+            raise MaetError(f"{base}: {min(lost)} has another name in memory than in the file, "
+                            "so weights cannot be exchanged; merge to files instead")
 
     def become(self, piece: Piece) -> None:
         "Take the weights of a merge."
         for name in self.like.names:
             flat = self.state[name].view(-1)
-            for start, stop in pieces(flat.numel()): flat[start:stop].copy_(piece(name, start, stop))
+            for start, stop in pieces(flat.numel()):
+                flat[start:stop].copy_(piece(name, start, stop))
 
 # %% ../../nbs/69_study.search.ipynb #f1abd670
 class Mix(NamedTuple):
@@ -154,39 +180,68 @@ class Mix(NamedTuple):
     parameters: dict = {}
 
     def piece(self) -> Piece:
-        content = {"merge_method": self.method, "models": [{"model": str(m)} | said for m, said in self.models.items()], "parameters": self.parameters}
-        content |= {"base_model": str(self.base)} if self.base else {}
+        models = [{"model": str(model)} | said for model, said in self.models.items()]
+        content = {"merge_method": self.method, "models": models, "parameters": self.parameters}
+        if self.base: content["base_model"] = str(self.base)
         method = merge.MERGE_METHODS[self.method]
         return method.open(method, content, self.stage, merging.random_mask).piece
 
 # %% ../../nbs/69_study.search.ipynb #248f9a2a
-def of_task_vectors(run: Pipeline, ability: str, c: dict) -> dict[str, Mix]:
-    weights = {path: {"parameters": {"weight": c["ability" if name == ability else "languages"]}} for name, path in experts(run, ability).items()}
-    return {"": Mix(f"f-tv.{ability}", "task_arithmetic", weights, run.base)}
+def _weight(value: float) -> dict:
+    "What a merge file says of a model that has this weight."
+    return {"parameters": {"weight": value}}
 
-def of_soups(run: Pipeline, ability: str, c: dict) -> dict[str, Mix]:
-    made, share = experts(run, ability), {"parameters": {"weight": c["ability"]}}
-    rest = {"parameters": {"weight": round(1 - c["ability"], 2)}}
-    return {l: Mix(f"soup.{ability}.{l}", "linear", {made[ability]: share, made[l]: rest}) for l in run.recipe.languages}
+def of_task_vectors(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
+    models = {}
+    for name, path in experts(run, ability).items():
+        models[path] = _weight(constants["ability" if name == ability else "languages"])
+    return {"": Mix(f"f-tv.{ability}", "task_arithmetic", models, run.base)}
+
+# %% ../../nbs/69_study.search.ipynb #b179dbb1
+def of_soups(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
+    made = experts(run, ability)
+    share = _weight(constants["ability"])
+    rest = _weight(round(1 - constants["ability"], 2))
+    mixes = {}
+    for language in run.recipe.languages:
+        models = {made[ability]: share, made[language]: rest}
+        mixes[language] = Mix(f"soup.{ability}.{language}", "linear", models)
+    return mixes
 
 # %% ../../nbs/69_study.search.ipynb #a2786ea8
-def of_swaps(run: Pipeline, ability: str, c: dict) -> dict[str, Mix]:
+def of_swaps(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
     made = experts(run, ability)
-    zones = {"bottom": c["bottom"], "top": c["top"], "weights": {"task": c["ability"], "language": round(1 - c["ability"], 2)}}
-    return {l: Mix(f"layer-swap.{ability}.{l}", "layer_swap", {made[ability]: {"role": "task"}, made[l]: {"role": "language"}}, None, zones) for l in run.recipe.languages}
+    weights = {"task": constants["ability"], "language": round(1 - constants["ability"], 2)}
+    zones = {"bottom": constants["bottom"], "top": constants["top"], "weights": weights}
+    mixes = {}
+    for language in run.recipe.languages:
+        models = {made[ability]: {"role": "task"}, made[language]: {"role": "language"}}
+        mixes[language] = Mix(f"layer-swap.{ability}.{language}", "layer_swap", models, None, zones)
+    return mixes
 
 # %% ../../nbs/69_study.search.ipynb #1574bddb
+def maet_packs(run: Pipeline, ability: str) -> list[Path]:
+    "What MAET reads: the two experts of Eq. 2, then one of each language."
+    both = expert(run, run.recipe.reference, ability)
+    alone = language_expert(run, ability)
+    return [both, alone, *(expert(run, language) for language in run.recipe.languages)]
+
+# %% ../../nbs/69_study.search.ipynb #e665e6d8
 def of_maet(run: Pipeline, ability: str) -> Callable[[dict], Piece]:
     "Eq. 2 to 5 in memory: constants -> weights."
-    base, r = Checkpoint(run.base), run.recipe
-    delta = lambda path: open_delta(path, base)
-    both, alone, languages = delta(expert(run, r.reference, ability)), delta(language_expert(run, ability)), [delta(expert(run, l)) for l in r.languages]
-    mu = [r.transfer.weights.get(l, 1 / len(languages)) for l in r.languages]
+    base = Checkpoint(run.base)
+    both, alone, *languages = [open_delta(path, base) for path in maet_packs(run, ability)]
+    transfer = run.recipe.transfer
+    mu = [transfer.weights.get(language, 1 / len(languages)) for language in run.recipe.languages]
 
     def merged_by(c: dict) -> Piece:
-        change = MaetTransfer(base.names, AbilityWeights(both, alone, c["alpha"], c["beta"]), languages, mu, c["gamma"], c["eta"], c["k2"], r.transfer.similarity, r.transfer.kinds)
-        def piece(name, *at):
-            before, terms = base.piece(name, *at), terms_of(change, name, *at)
+        weights = AbilityWeights(both, alone, c["alpha"], c["beta"])
+        change = MaetTransfer(base.names, weights, languages, mu, c["gamma"], c["eta"], c["k2"],
+                              transfer.similarity, transfer.kinds)
+
+        def piece(name, start, stop):
+            before = base.piece(name, start, stop)
+            terms = terms_of(change, name, start, stop)
             return plus(before, terms) if terms else before
         return piece
     return merged_by
@@ -194,19 +249,37 @@ def of_maet(run: Pipeline, ability: str) -> Callable[[dict], Piece]:
 # %% ../../nbs/69_study.search.ipynb #d8a07904
 def with_constants(recipe: Recipe, ability: str, c: dict) -> Recipe:
     "MAET's recipe with other constants."
-    of = recipe.abilities | {ability: replace(recipe.abilities[ability], select_ratio=c["k2"])}
-    return replace(recipe, abilities=of, extract=replace(recipe.extract, alpha=c["alpha"], beta=c["beta"]), transfer=replace(recipe.transfer, gamma=c["gamma"], eta=c["eta"]))
+    chosen = replace(recipe.abilities[ability], select_ratio=c["k2"])
+    abilities = recipe.abilities | {ability: chosen}
+    extract = replace(recipe.extract, alpha=c["alpha"], beta=c["beta"])
+    transfer = replace(recipe.transfer, gamma=c["gamma"], eta=c["eta"])
+    return replace(recipe, abilities=abilities, extract=extract, transfer=transfer)
 
 # %% ../../nbs/69_study.search.ipynb #9e6a55b6
 def maet_space(run: Pipeline, ability: str) -> dict[str, Range]:
-    x, t = run.recipe.extract, run.recipe.transfer
-    return {"alpha": Range(0., 2., float(x.alpha)), "beta": Range(0., 1., float(x.beta)), "gamma": Range(0., 2., float(t.gamma)), "eta": Range(0., 1.5, float(t.eta)),
-            "k2": Range(0., 1., float(run.recipe.abilities[ability].select_ratio))}
+    extract = run.recipe.extract
+    transfer = run.recipe.transfer
+    select_ratio = run.recipe.abilities[ability].select_ratio
+    return {"alpha": Range(0., 2., float(extract.alpha)),
+            "beta": Range(0., 1., float(extract.beta)),
+            "gamma": Range(0., 2., float(transfer.gamma)),
+            "eta": Range(0., 1.5, float(transfer.eta)),
+            "k2": Range(0., 1., float(select_ratio))}
+
+# %% ../../nbs/69_study.search.ipynb #e6474dcc
+def task_vector_space(run: Pipeline, ability: str) -> dict[str, Range]:
+    return {"ability": Range(0., 1.5, SCALE), "languages": Range(0., 1.5, SCALE)}
+
+def soup_space(run: Pipeline, ability: str) -> dict[str, Range]:
+    return {"ability": Range(0., 1., .5)}
 
 def swap_space(run: Pipeline, ability: str) -> dict[str, Range]:
-    "At most half of the layers at the bottom, and fewer than the rest at the top: some layer is left to the ability."
+    """At most half of the layers at the bottom, and fewer than the rest at the top:
+    some layer is left to the ability."""
     layers = of_text(config_of(run.recipe)).num_hidden_layers
-    return {"bottom": Range(0, layers // 2, scaled(5, layers)), "top": Range(0, (layers - 1) // 2, scaled(2, layers)), "ability": Range(0., 1., .5)}
+    return {"bottom": Range(0, layers // 2, scaled(5, layers)),
+            "top": Range(0, (layers - 1) // 2, scaled(2, layers)),
+            "ability": Range(0., 1., .5)}
 
 # %% ../../nbs/69_study.search.ipynb #42bb2918
 @dataclass(frozen=True)
@@ -219,24 +292,39 @@ class Searched:
 
 # %% ../../nbs/69_study.search.ipynb #f9ef5bb3
 def rival(space: Callable, mixes: Callable) -> Searched:
-    "One that mergekit merges. `mixes`: (run, ability, constants) -> {language, or \"\" for all: Mix}"
-    def made(run, ability, c):
-        found = {l: merged(run, mix.stage, mix.method, mix.models, mix.base, **mix.parameters) for l, mix in mixes(run, ability, c).items()}
+    "One that mergekit merges. `mixes`: (run, ability, constants) -> {language, or '' for all: Mix}"
+    def reads(run, ability): return [*experts(run, ability).values()]
+
+    def weights(run, ability):
+        def pieces_by(constants):
+            chosen = mixes(run, ability, constants)
+            return {language: mix.piece() for language, mix in chosen.items()}
+        return pieces_by
+
+    def made(run, ability, constants):
+        found = {}
+        for language, mix in mixes(run, ability, constants).items():
+            found[language] = merged(run, mix.stage, mix.method, mix.models, mix.base,
+                                     **mix.parameters)
         return found.get("", found)
-    return Searched(space, lambda run, ability: [*experts(run, ability).values()],
-                    lambda run, ability: lambda c: {l: mix.piece() for l, mix in mixes(run, ability, c).items()}, made)
+
+    return Searched(space, reads, weights, made)
 
 # %% ../../nbs/69_study.search.ipynb #b3f0c7f6
 def maet_weights(run: Pipeline, ability: str) -> Callable:
     merged_by = of_maet(run, ability)
-    return lambda c: {"": merged_by(c)}
+    def for_all(constants): return {"": merged_by(constants)}
+    return for_all
+
+def maet_made(run: Pipeline, ability: str, constants: dict) -> Path:
+    chosen = with_constants(run.recipe, ability, constants)
+    return transferred(Pipeline(chosen, run.store, run.seed), ability)
 
 # %% ../../nbs/69_study.search.ipynb #0f76280e
 SEARCHED = {
-    "maet": Searched(maet_space, lambda run, ability: [expert(run, run.recipe.reference, ability), language_expert(run, ability), *(expert(run, l) for l in run.recipe.languages)],
-                     maet_weights, lambda run, ability, c: transferred(Pipeline(with_constants(run.recipe, ability, c), run.store, run.seed), ability)),
-    "f-tv": rival(lambda run, ability: {"ability": Range(0., 1.5, SCALE), "languages": Range(0., 1.5, SCALE)}, of_task_vectors),
-    "soup": rival(lambda run, ability: {"ability": Range(0., 1., .5)}, of_soups),
+    "maet": Searched(maet_space, maet_packs, maet_weights, maet_made),
+    "f-tv": rival(task_vector_space, of_task_vectors),
+    "soup": rival(soup_space, of_soups),
     "layer-swap": rival(swap_space, of_swaps)}
 
 # %% ../../nbs/69_study.search.ipynb #887309d0
@@ -249,127 +337,229 @@ class Rules:
     dev: str | None = None  # a folder of exams; without it the mini world's dev part
 
     def __post_init__(self):
-        if unknown := [m for m in self.methods if m not in SEARCHED]: raise MaetError(f"methods: {', '.join(unknown)} has no constants to search; known are {', '.join(SEARCHED)}")
-        if not 1 <= self.trials <= 1000 or self.items < 2: raise MaetError(f"search: {self.trials} trials at {self.items} items; from 1 to 1000 trials at 2 items or more are wanted")
+        unknown = [method for method in self.methods if method not in SEARCHED]
+        if unknown:
+            raise MaetError(f"methods: {', '.join(unknown)} has no constants to search; "
+                            f"known are {', '.join(SEARCHED)}")
+        if not 1 <= self.trials <= 1000 or self.items < 2:
+            raise MaetError(f"search: {self.trials} trials at {self.items} items; "
+                            "from 1 to 1000 trials at 2 items or more are wanted")
 
 # %% ../../nbs/69_study.search.ipynb #3fa6cb41
 def dev_exams(run: Pipeline, rules: Rules) -> tuple[Path, str]: # the folder, and what determines it
     "Never the test. Raises MaetError."
-    r = run.recipe
+    test = run.recipe.exam
     if not rules.dev:
-        if r.exam.data or r.exam.mgsm or not r.world: raise MaetError("search: the recipe has exams of its own; give a folder of other ones to choose on (--dev)")
-        return (world := run.texts.folder()) / "exams" / "dev", f"{world.name}/exams/dev"
-    for test in filter(None, (r.exam.data, r.exam.mgsm)):
-        if Path(rules.dev).resolve() == Path(test).resolve(): raise MaetError(f"{rules.dev}: these are the test exams; choose on other questions")
-    return Path(rules.dev), str(sorted((p.name, digest(p)) for p in Path(rules.dev).rglob("*.jsonl")))
+        if test.data or test.mgsm or not run.recipe.world:
+            raise MaetError("search: the recipe has exams of its own; "
+                            "give a folder of other ones to choose on (--dev)")
+        world = run.texts.folder()
+        return world / "exams" / "dev", f"{world.name}/exams/dev"
+
+    dev = Path(rules.dev)
+    for folder in (test.data, test.mgsm):
+        if folder and dev.resolve() == Path(folder).resolve():
+            raise MaetError(f"{rules.dev}: these are the test exams; choose on other questions")
+    return dev, str(sorted((file.name, digest(file)) for file in dev.rglob("*.jsonl")))
 
 # %% ../../nbs/69_study.search.ipynb #04a35f22
-def dev_score(run: Pipeline, ability: str, data: Path, items: int) -> Callable[[dict], float]: # {language or "": Piece} -> score
-    "Mean accuracy over target languages, of one model for all or of one a language."
-    pupil, tasks = Pupil(run.base, run.recipe.exam.batch_size), run.recipe.abilities[ability].tasks
-    exams = {l: [exam(data, task, l, items, run.recipe.exam.shots) for task in tasks] for l in run.recipe.languages}
+def dev_score(run: Pipeline, ability: str, data: Path, items: int) -> Callable[[dict], float]:
+    """{language or "": Piece} -> mean accuracy over target languages, of one model for all
+    or of one a language."""
+    rules = run.recipe.exam
+    pupil = Pupil(run.base, rules.batch_size)
+    exams = {}
+    for language in run.recipe.languages:
+        exams[language] = [exam(data, task, language, items, rules.shots)
+                           for task in run.recipe.abilities[ability].tasks]
+    of_all = [one for of_language in exams.values() for one in of_language]
 
     def score(weights: dict[str, Piece]) -> float:
         found = []
         for language, piece in weights.items():
             pupil.become(piece)
-            found += [row["value"] for row in ask(pupil.lm, exams[language] if language else sum(exams.values(), []))]
+            asked = exams[language] if language else of_all
+            found += [row["value"] for row in ask(pupil.lm, asked)]
         return sum(found) / len(found)
     return score
 
 # %% ../../nbs/69_study.search.ipynb #bc33ea4e
 def searched(run: Pipeline, method: str, ability: str, rules: Rules) -> Path:
-    "The folder with a search's `trials.json`. The number that its bar calls loss is the 0-1 loss of the best trial: the share of wrong answers."
-    row, (data, identity) = SEARCHED[method], dev_exams(run, rules)
-    space, read = row.space(run, ability), [run.identity(path) for path in row.reads(run, ability)]
+    """The folder with a search's `trials.json`. The number that its bar calls loss is the 0-1 loss
+    of the best trial: the share of wrong answers."""
+    row = SEARCHED[method]
+    recipe = run.recipe
+    data, identity = dev_exams(run, rules)
+    space = row.space(run, ability)
+    read = [run.identity(path) for path in row.reads(run, ability)]
     distributions(space)  # refuses before anything is made
 
     def make(part, step):
         torch.manual_seed(run.seed)
-        score, weights = dev_score(run, ability, data, rules.items), row.weights(run, ability)
-        search(lambda c: score(weights(c)), space, rules.trials, run.seed, part / "trials.json", lambda done, top: step(done, rules.trials, 1 - top))
+        score = dev_score(run, ability, data, rules.items)
+        weights = row.weights(run, ability)
+        def trial(constants): return score(weights(constants))
+        def progress(done, top): step(done, rules.trials, 1 - top)
+        search(trial, space, rules.trials, run.seed, part / "trials.json", progress)
 
-    cost = ITEM_COST * rules.trials * rules.items * len(run.recipe.languages)
-    return run.store.stage(f"search.{ability}.{method}", make, cost, base=run.base_identity, models=read, dev=identity, space={n: list(r) for n, r in space.items()}, items=rules.items,
-                           trials=rules.trials, tasks=run.recipe.abilities[ability].tasks, shots=run.recipe.exam.shots, languages=run.recipe.languages, seed=run.seed,
-                           transfer=asdict(run.recipe.transfer) if method == "maet" else None)
+    cost = ITEM_COST * rules.trials * rules.items * len(recipe.languages)
+    return run.store.stage(
+        f"search.{ability}.{method}", make, cost, base=run.base_identity, models=read, dev=identity,
+        space={name: list(limits) for name, limits in space.items()},
+        items=rules.items, trials=rules.trials,
+        tasks=recipe.abilities[ability].tasks, shots=recipe.exam.shots, languages=recipe.languages,
+        seed=run.seed, transfer=asdict(recipe.transfer) if method == "maet" else None)
 
 # %% ../../nbs/69_study.search.ipynb #1c56c0a6
 def trials_of(run: Pipeline, method: str, ability: str, rules: Rules) -> list[dict]:
-    return read_trials(searched(run, method, ability, rules) / "trials.json", SEARCHED[method].space(run, ability))
+    folder = searched(run, method, ability, rules)
+    return read_trials(folder / "trials.json", SEARCHED[method].space(run, ability))
 
 # %% ../../nbs/69_study.search.ipynb #7719a1c7
-def sat_by(run: Pipeline, method: str, ability: str, rules: Rules) -> dict[str, Path]: # "default", "chosen" -> exam
-    "The test, asked once about either."
-    c = best(trials_of(run, method, ability, rules))["constants"]
-    models = {"default": ROWS[method].make(run, ability), "chosen": SEARCHED[method].made(run, ability, c)}
+def sat_by(run: Pipeline, method: str, ability: str, rules: Rules) -> dict[str, Path]:
+    'The test, asked once about either: "default", "chosen" -> exam.'
+    constants = best(trials_of(run, method, ability, rules))["constants"]
+    models = {"default": ROWS[method].make(run, ability),
+              "chosen": SEARCHED[method].made(run, ability, constants)}
     return {which: examined(run, method, model, ability) for which, model in models.items()}
 
 # %% ../../nbs/69_study.search.ipynb #c9e3f1b1
-def dev_rows(run: Pipeline, method: str, ability: str, rules: Rules) -> list[dict]: # without the fields that all share
-    "The best so far, and the constants."
-    trials, of = trials_of(run, method, ability, rules), {"ability": ability, "trials": rules.trials}
-    row = lambda value, **more: dict(method=method, task=run.recipe.abilities[ability].tasks[0], value=value, stderr=None, seconds=None) | more
-    marks = [n for n in (1, 2, 5, 10, 20, 30, 40, 60, 100, rules.trials) if n <= rules.trials]
-    found = [row(best(trials[:n])["score"], language="average", metric="acc", n=rules.items, setting=of | {"part": "dev", "trial": n}) for n in dict.fromkeys(marks)]
-    for which, c in (("default", trials[0]["constants"]), ("chosen", best(trials)["constants"])):
-        found += [row(v, language="none", metric="constant", n=len(trials), setting=of | {"constants": which, "constant": name}) for name, v in c.items()]
+MARKS = (1, 2, 5, 10, 20, 30, 40, 60, 100)  # trials after which the best is noted; and after the last
+
+def dev_rows(run: Pipeline, method: str, ability: str, rules: Rules) -> list[dict]:
+    "The best so far, and the constants; without the fields that all rows share."
+    trials = trials_of(run, method, ability, rules)
+    setting = {"ability": ability, "trials": rules.trials}
+
+    def row(value, **more):
+        task = run.recipe.abilities[ability].tasks[0]
+        return dict(method=method, task=task, value=value, stderr=None, seconds=None) | more
+
+    found = []
+    marks = [n for n in MARKS if n < rules.trials] + [rules.trials]
+    for n in marks:
+        found.append(row(best(trials[:n])["score"], language="average", metric="acc", n=rules.items,
+                         setting=setting | {"part": "dev", "trial": n}))
+    for which, trial in (("default", trials[0]), ("chosen", best(trials))):
+        for name, value in trial["constants"].items():
+            found.append(row(value, language="none", metric="constant", n=len(trials),
+                             setting=setting | {"constants": which, "constant": name}))
     return found
 
 # %% ../../nbs/69_study.search.ipynb #6278cb76
-def test_rows(run: Pipeline, ability: str, rules: Rules, exams: dict[str, dict[str, Path]]) -> list[dict]:
+def _compared_pairs(methods: list[str]) -> list[tuple[str, str, str, str]]:
+    "(method, its constants, the other method, its constants): what is subtracted from what."
+    pairs = [(method, "chosen", method, "default") for method in methods]
+    if "maet" not in methods: return pairs
+    rivals = [method for method in methods if method != "maet"]
+    for which in ("default", "chosen"):
+        pairs += [("maet", which, method, which) for method in rivals]
+    return pairs
+
+# %% ../../nbs/69_study.search.ipynb #78ef8119
+def test_rows(run: Pipeline, ability: str, rules: Rules,
+              exams: dict[str, dict[str, Path]]) -> list[dict]:
     "Scores, and differences question by question. `exams`: of `sat_by`, for each method."
-    task, languages, found = run.recipe.abilities[ability].tasks[0], run.recipe.languages, []
-    read = lambda folder: [row for row in read_scores(folder) if row["task"] == task]
-    about = lambda which, **more: {"ability": ability, "trials": rules.trials, "constants": which} | more
-    for m, of in exams.items(): found += [row | dict(method=m, setting=about(which)) for which, folder in of.items() for row in read(folder)]
-    pairs = [(m, "chosen", m, "default") for m in exams] + [("maet", which, m, which) for which in ("default", "chosen") for m in exams if "maet" in exams and m != "maet"]
-    for a, which, b, other in pairs:
-        for row in read(exams[a][which]):
-            d = paired(exams[a][which], exams[b][other], task, languages if row["language"] == "average" else [row["language"]])
-            if d: found.append(row | dict(value=d[0], stderr=d[1], n=d[2], seconds=None, method=a, setting=about(which, minus=b if a != b else other)))
+    task = run.recipe.abilities[ability].tasks[0]
+    def scores_of(folder): return [row for row in read_scores(folder) if row["task"] == task]
+    def setting(which): return {"ability": ability, "trials": rules.trials, "constants": which}
+
+    found = []
+    for method, sat in exams.items():
+        for which, folder in sat.items():
+            found += [row | dict(method=method, setting=setting(which))
+                      for row in scores_of(folder)]
+
+    for method, which, other, its in _compared_pairs([*exams]):
+        a, b = exams[method][which], exams[other][its]
+        minus = its if other == method else other
+        for row in scores_of(a):
+            languages = run.recipe.languages if row["language"] == "average" else [row["language"]]
+            difference = paired(a, b, task, languages)
+            if difference is None: continue
+            value, stderr, n = difference
+            found.append(row | dict(value=value, stderr=stderr, n=n, seconds=None, method=method,
+                                    setting=setting(which) | {"minus": minus}))
     return found
 
 # %% ../../nbs/69_study.search.ipynb #22d200f8
 def searches(recipe: Recipe, rules: Rules, seed: int, store: Store) -> None:
     "Ask a store for every search; what workers are sent first."
-    for ability, method in product(recipe.abilities, rules.methods): searched(Pipeline(recipe, store, seed), method, ability, rules)
+    for ability, method in product(recipe.abilities, rules.methods):
+        searched(Pipeline(recipe, store, seed), method, ability, rules)
 
 # %% ../../nbs/69_study.search.ipynb #1c2ec748
 def tests(recipe: Recipe, rules: Rules, seed: int, store: Store) -> list[dict]:
-    "Ask a store for the tests of what the searches found, and give the ledger's rows; none if the store is dry."
-    run, found = Pipeline(recipe, store, seed), []
-    shared = dict(study="search", scale=recipe.scale, seed=seed, versions=versions() | {"optuna": version("optuna")}, commit=commit())
+    """Ask a store for the tests of what the searches found, and give the ledger's rows;
+    none if the store is dry."""
+    run = Pipeline(recipe, store, seed)
+    found = []
     for ability in recipe.abilities:
-        exams = {m: sat_by(run, m, ability, rules) for m in rules.methods}
+        exams = {method: sat_by(run, method, ability, rules) for method in rules.methods}
         if store.dry: continue
-        found += [row for m in rules.methods for row in dev_rows(run, m, ability, rules)] + test_rows(run, ability, rules, exams)
+        for method in rules.methods: found += dev_rows(run, method, ability, rules)
+        found += test_rows(run, ability, rules, exams)
+
+    shared = dict(study="search", scale=recipe.scale, seed=seed,
+                  versions=versions() | {"optuna": version("optuna")}, commit=commit())
     return [shared | row for row in found]
 
 # %% ../../nbs/69_study.search.ipynb #2d01aa89
+def _average(rows: list[dict], **setting) -> dict:
+    "The average over languages in a setting: of a difference if `minus` is in it, else of a score."
+    for row in rows:
+        if row["language"] != "average" or "metric" not in row: continue
+        same_sort = ("minus" in row["setting"]) == ("minus" in setting)
+        if same_sort and row["setting"].items() >= setting.items(): return row
+    raise KeyError(f"no row of the average with {setting}")
+
+# %% ../../nbs/69_study.search.ipynb #adb858fc
+def _summary_line(rows: list[dict], rules: Rules) -> str:
+    "`rows`: of one task and one method."
+    scores = [_average(rows, part="dev", trial=1), _average(rows, part="dev", trial=rules.trials),
+              _average(rows, constants="default"), _average(rows, constants="chosen")]
+    gain = _average(rows, constants="chosen", minus="default")
+    value, stderr = gain["value"], gain["stderr"]
+
+    constants = []
+    for row in rows:
+        setting = row["setting"]
+        if setting.get("constant") and setting["constants"] == "chosen":
+            constants.append(f"{setting['constant']} {row['value']:g}")
+
+    cells = [rows[0]["task"], METHODS[rows[0]["method"]]]
+    cells += [f"{100 * row['value']:.1f}" for row in scores]
+    cells.append(f"{100 * value:+.1f} ±{100 * stderr:.1f}, {compared(value, stderr)} the default")
+    cells.append(", ".join(constants))
+    return f"| {' | '.join(cells)} |"
+
+# %% ../../nbs/69_study.search.ipynb #ebbd5cb4
+HEAD = ("| ability | method | dev, default | dev, chosen | test, default | test, chosen | "
+        "gain on the test | constants |")
+
 def summary(rows: list[dict], rules: Rules) -> str: # Markdown
     "A line for each ability and method: dev and test, default and chosen, and the constants."
-    lines = ["| ability | method | dev, default | dev, chosen | test, default | test, chosen | gain on the test | constants |", "| --- " * 8 + "|"]
-    for task, method in product(dict.fromkeys(r["task"] for r in rows), rules.methods):
-        of = [r for r in rows if (r["task"], r["method"]) == (task, method)]
-        at = lambda **setting: next(r for r in of if r["language"] == "average" and "metric" in r and r["setting"].items() >= setting.items() and ("minus" in r["setting"]) == ("minus" in setting))
-        gain = at(constants="chosen", minus="default")
-        constants = ", ".join(f"{r['setting']['constant']} {r['value']:g}" for r in of if r["setting"].get("constant") and r["setting"]["constants"] == "chosen")
-        cells = [task, METHODS[method], *(f"{100 * at(**s)['value']:.1f}" for s in (dict(part="dev", trial=1), dict(part="dev", trial=rules.trials), dict(constants="default"), dict(constants="chosen")))]
-        lines.append(f"| {' | '.join(cells)} | {100 * gain['value']:+.1f} ±{100 * gain['stderr']:.1f}, {compared(gain['value'], gain['stderr'])} the default | {constants} |")
+    lines = [HEAD, "| --- " * 8 + "|"]
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    for task, method in product(tasks, rules.methods):
+        of_both = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+        lines.append(_summary_line(of_both, rules))
     return "\n".join(lines)
 
 # %% ../../nbs/69_study.search.ipynb #63266754
 def search_job(recipe: Recipe, out: str | Path, seed: int = 0, rules: Rules = Rules(),
                ledger: str | Path | None = None, # JSONL that gets the rows
                ) -> str:                         # a Markdown table
-    "Experts that are not there, searches, tests, rows. Called again after a kill, it goes on where it was."
-    out, before = Path(out), Store(out, dry=True)
+    """Experts that are not there, searches, tests, rows.
+    Called again after a kill, it goes on where it was."""
+    out = Path(out)
+    before = Store(out, dry=True)
     Pipeline(recipe, before, seed).texts.check()
     searches(recipe, rules, seed, before)
     with at_work(out):
         for wanted in (partial(searches, recipe, rules, seed), partial(tests, recipe, rules, seed)):
-            wanted(dry := Store(out, dry=True))
+            dry = Store(out, dry=True)
+            wanted(dry)
             store = Store(out)
             store.progress = Progress(dry.plan, out)
             if recipe.workers > 1: side_by_side(wanted, out, recipe.workers)

@@ -9,7 +9,6 @@ __all__ = ['Stage', 'Store', 'Progress', 'side_by_side']
 import hashlib, json, math, multiprocessing, os, re, shutil, signal, threading, time, traceback
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,37 +36,71 @@ class Stage(NamedTuple):
     make: Callable
 
 # %% ../../nbs/61_study.stages.ipynb #4bb2b73b
-def _as_text(name: str, inputs: dict) -> str: return json.dumps([FORMAT, name, inputs], sort_keys=True, ensure_ascii=False)
+def _as_text(name: str, inputs: dict) -> str:
+    "What determines a stage. The same inputs give the same text, in whatever order they come."
+    return json.dumps([FORMAT, name, inputs], sort_keys=True, ensure_ascii=False)
+
+def _folder_name(name: str, inputs: dict) -> str:
+    "The stage's name, and ten digits of a hash of what determines it."
+    digest = hashlib.sha256(_as_text(name, inputs).encode()).hexdigest()
+    return f"{name}-{digest[:10]}"
 
 # %% ../../nbs/61_study.stages.ipynb #fa35e192
 def worth_keeping(error: Exception, work: Path) -> bool:
-    "Is there something to go on from? Never after bad input; after a full disk or a fault of ours, any file."
+    """Is there something to go on from? Never after bad input;
+    after a full disk or a fault of ours, any file."""
     bad_input = isinstance(error, MaetError) and not isinstance(error.__cause__, OSError)
-    return not bad_input and any(path.is_file() and path.suffix != ".lock" for path in work.rglob("*"))
-
-REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed")  # how safetensors and torch.save say it
+    if bad_input: return False
+    return any(path.is_file() and path.suffix != ".lock" for path in work.rglob("*"))
 
 # %% ../../nbs/61_study.stages.ipynb #18b3bc15
+# how safetensors and torch.save say what the system refuses
+REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed")
+
 @contextmanager
 def on_disk(place: Path):
-    "What the system refuses inside, a full disk for one, becomes a MaetError that names the place; its cause says that one can go on."
+    """What the system refuses inside, a full disk for one, becomes a MaetError
+    that names the place; its cause says that one can go on."""
     try: yield
     except (MaetError, ConnectionError): raise  # the hub's is not about this disk
-    except Exception as e:
-        if not isinstance(e, OSError) and not REFUSED.search(str(e)): raise
-        said = getattr(e, "strerror", None) or one_line(e, 300)
-        raise MaetError(f"{getattr(e, 'filename', None) or place}: {said}; mend that or choose another place") from (e if isinstance(e, OSError) else OSError(said))
+    except Exception as error:
+        of_system = isinstance(error, OSError)
+        if not of_system and not REFUSED.search(str(error)): raise
+        where = getattr(error, "filename", None) or place
+        said = getattr(error, "strerror", None) or one_line(error, 300)
+        cause = error if of_system else OSError(said)
+        raise MaetError(f"{where}: {said}; mend that or choose another place") from cause
+
+# %% ../../nbs/61_study.stages.ipynb #98219f26
+def _make_beside(stage: Stage, final: Path, progress: Callable) -> None:
+    part = final.parent / f".{final.name}.part"
+    part.mkdir(exist_ok=True)
+    began = time.monotonic()
+    with progress(final.name) as step:
+        try: stage.make(part, step)
+        except Exception as error:
+            if not worth_keeping(error, part): shutil.rmtree(part)
+            raise
+
+    seconds = time.monotonic() - began  # since the last start, if it was killed before
+    (part / "stage.json").write_text(_as_text(stage.name, stage.inputs) + "\n", encoding="utf-8")
+    (part / "seconds.txt").write_text(f"{seconds:.1f}\n")
+    sync(part)
+    os.replace(part, final)
 
 # %% ../../nbs/61_study.stages.ipynb #7a31c04b
 class Store:
     "A run folder. With `dry` it makes nothing and notes what would be made: the plan."
     def __init__(self, root: str | Path, dry: bool = False):
-        self.root, self.dry, self.progress = Path(root), dry, None
-        self.plan: dict[str, Stage] = {}  # by folder, in the order in which they are asked for: needs come first
+        self.root, self.dry = Path(root), dry
+        self.progress = None
+        self.plan: dict[str, Stage] = {}  # by folder, as they are asked for: needs come first
 
-    def stage(self, name: str, make: Callable[[Path, Callable], None], cost: int = 0, **inputs) -> Path:
-        "The folder of a stage, made by `make(folder, step)` if it is not there. `inputs`, plain data, determine it."
-        final = self.root / f"{name}-{hashlib.sha256(_as_text(name, inputs).encode()).hexdigest()[:10]}"
+    def stage(self, name: str, make: Callable[[Path, Callable], None],
+              cost: int = 0, **inputs) -> Path:
+        """The folder of a stage, made by `make(folder, step)` if it is not there.
+        `inputs`, plain data, determine it."""
+        final = self.root / _folder_name(name, inputs)
         self.plan.setdefault(final.name, Stage(name, inputs, cost, make))
         if not self.dry and not final.exists(): self.make(final.name)
         return final
@@ -75,120 +108,151 @@ class Store:
     def make(self, folder: str, wait: bool = True) -> bool: # True: it was made here and now
         "Make a stage of the plan. One that another process is making is waited for, or left to it."
         final = self.root / folder
+        lock = FileLock(self.root / f".{folder}.lock", timeout=-1 if wait else 0)
         with on_disk(final):
             self.root.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout), FileLock(self.root / f".{folder}.lock", timeout=-1 if wait else 0):
+            with suppress(Timeout), lock:
                 if final.exists(): return False
-                self._make(self.plan[folder], final)
+                _make_beside(self.plan[folder], final, self.progress or quiet)
                 return True
         return False
-
-    def _make(self, stage: Stage, final: Path) -> None:
-        part = self.root / f".{final.name}.part"
-        part.mkdir(exist_ok=True)
-        began = time.monotonic()
-        with (self.progress or quiet)(final.name) as step:
-            try: stage.make(part, step)
-            except Exception as error:
-                if not worth_keeping(error, part): shutil.rmtree(part)
-                raise
-        (part / "stage.json").write_text(_as_text(stage.name, stage.inputs) + "\n", encoding="utf-8")
-        (part / "seconds.txt").write_text(f"{time.monotonic() - began:.1f}\n")  # since the last start, if it was killed before
-        sync(part)
-        os.replace(part, final)
 
 # %% ../../nbs/61_study.stages.ipynb #0716d970
 @contextmanager
 def progress_bar(title: str,           # what it stands for
                  at_once: bool = True, # False: nothing is seen before the first step
                  line: int = 0):       # of the screen, below the others
-    "Gives the callback that training calls at each step. Steps make it a bar; without them it is a clock."
-    bar = cache(lambda: tqdm(desc=title, unit="step", mininterval=0.5, position=line, leave=not line, bar_format="{desc} {elapsed}"))
-    if at_once: bar()
+    """Gives the callback that training calls at each step.
+    Steps make it a bar; without them it is a clock."""
+    bar = None
+
+    def shown():
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(desc=title, unit="step", mininterval=0.5, position=line, leave=not line,
+                       bar_format="{desc} {elapsed}")
+        return bar
 
     def step(now: int, steps: int, loss: float):
-        bar().total, bar().bar_format = steps, None
-        if not math.isnan(loss): bar().set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar().update(now - bar().n)
+        seen = shown()
+        seen.total = steps
+        seen.bar_format = None
+        if not math.isnan(loss): seen.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        seen.update(now - seen.n)
 
+    if at_once: shown()
     try: yield step
     finally:
-        if bar.cache_info().currsize: bar().close()
+        if bar is not None: bar.close()
 
 # %% ../../nbs/61_study.stages.ipynb #eac5be52
 class Progress:
     "A bar a stage, and the time that the whole run still needs."
     def __init__(self, plan: dict[str, Stage], root: Path, line: int = 0):
         self.plan, self.root, self.line = plan, root, line
-        self.began, self.at_first = time.monotonic(), self.left()
+        self.began = time.monotonic()
+        self.at_first = self.left()
 
     def left(self) -> int:
         "Tokens of training that the stages which are not there will cost."
-        return sum(stage.cost for name, stage in self.plan.items() if not (self.root / name).exists())
+        return sum(stage.cost for name, stage in self.plan.items()
+                   if not (self.root / name).exists())
 
     def title(self, name: str) -> str:
         "[ 7/31] expert.mathematics (about 6.0 min left)"
-        left, minutes = self.left(), (time.monotonic() - self.began) / 60
-        note = f" (about {minutes * left / (self.at_first - left):.1f} min left)" if left < self.at_first else ""
-        return f"[{list(self.plan).index(name) + 1:2d}/{len(self.plan)}] {name.rsplit('-', 1)[0]}{note}"
+        number = list(self.plan).index(name) + 1
+        stage = name.rsplit("-", 1)[0]  # without its hash
+        title = f"[{number:2d}/{len(self.plan)}] {stage}"
+
+        left = self.left()
+        if left >= self.at_first: return title  # no rate is known yet
+        minutes = (time.monotonic() - self.began) / 60
+        return f"{title} (about {minutes * left / (self.at_first - left):.1f} min left)"
 
     def __call__(self, name: str):
         "Show a stage while it is made."
         return progress_bar(self.title(name), line=self.line)
 
 # %% ../../nbs/61_study.stages.ipynb #2e01e174
+STAGE = r'[^"/]+-[0-9a-f]{10}'  # a stage's folder, where inputs name it
+
 def needs(plan: dict[str, Stage]) -> dict[str, set[str]]:
     "Stage -> the stages of the plan that it names."
-    named = {folder: re.findall(r'[^"/]+-[0-9a-f]{10}', _as_text("", stage.inputs)) for folder, stage in plan.items()}
-    return {folder: set(names) & plan.keys() for folder, names in named.items()}
+    found = {}
+    for folder, stage in plan.items():
+        named = re.findall(STAGE, _as_text("", stage.inputs))
+        found[folder] = set(named) & plan.keys()
+    return found
 
 def in_order(plan: dict[str, Stage]) -> dict[str, set[str]]:
-    "The needs of all stages, the head of the dearest chain first: a stage and the dearest of those that wait for it, and so on."
-    of, length = needs(plan), {folder: stage.cost for folder, stage in plan.items()}
+    """The needs of all stages, the head of the dearest chain first: a stage and the dearest
+    of those that wait for it, and so on."""
+    needed = needs(plan)
+    length = {folder: stage.cost for folder, stage in plan.items()}  # of the chain that begins here
     for folder in reversed(plan):
-        for name in of[folder]: length[name] = max(length[name], plan[name].cost + length[folder])
-    return {folder: of[folder] for folder in sorted(plan, key=length.get, reverse=True)}
+        for name in needed[folder]:
+            length[name] = max(length[name], plan[name].cost + length[folder])
+    return {folder: needed[folder] for folder in sorted(plan, key=length.get, reverse=True)}
 
 # %% ../../nbs/61_study.stages.ipynb #348f6349
-def ready(root: Path, of: dict[str, set[str]]) -> list[str]: # of: stage -> what it needs
-    "What is not there and could be made now, in the order of `of`."
-    there = {name for name in of if (root / name).exists()}
-    return [name for name in of if name not in there and of[name] <= there]
+def ready(root: Path, needed: dict[str, set[str]]) -> list[str]: # needed: stage -> what it needs
+    "What is not there and could be made now, in the order of `needed`."
+    there = {name for name in needed if (root / name).exists()}
+    return [name for name in needed if name not in there and needed[name] <= there]
 
 # %% ../../nbs/61_study.stages.ipynb #a9334987
-def work(wanted: Callable[[Store], None], out: Path, number: int, errors) -> None:
-    "What a worker does. `wanted` asks a store for all that is to be made; an error goes to the queue `errors`."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    try:
-        wanted(store := Store(out, dry=True))
-        store.progress, order = Progress(store.plan, out, number), in_order(store.plan)
-        while not all((out / name).exists() for name in order) and errors.empty():
-            if not any(store.make(name, wait=False) for name in ready(out, order)): time.sleep(0.1)
-    except (MaetError, OSError) as e: errors.put((str(e), "", isinstance(e, OSError) or isinstance(e.__cause__, OSError)))
-    except Exception as e: errors.put((f"{type(e).__name__}: {e}", traceback.format_exc(), False))
-
-# %% ../../nbs/61_study.stages.ipynb #5c8aa5d5
 def _end_with(parent: int) -> None:
+    "End this process when its parent is gone."
     while os.getppid() == parent: time.sleep(0.2)
     os._exit(1)
 
+def _make_all(wanted: Callable[[Store], None], out: Path, number: int, errors) -> None:
+    "Make what is ready and what nobody else makes, until all is there or somebody met an error."
+    store = Store(out, dry=True)
+    wanted(store)
+    store.progress = Progress(store.plan, out, number)
+    order = in_order(store.plan)
+    while not all((out / name).exists() for name in order) and errors.empty():
+        made_one = any(store.make(name, wait=False) for name in ready(out, order))
+        if not made_one: time.sleep(0.1)
+
+# %% ../../nbs/61_study.stages.ipynb #5c8aa5d5
+def work(wanted: Callable[[Store], None], out: Path, number: int, errors) -> None:
+    """What a worker does. `wanted` asks a store for all that is to be made. An error goes to
+    the queue `errors`: its words, a trace if the fault is ours, whether it is the system's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    try: _make_all(wanted, out, number, errors)
+    except (MaetError, OSError) as error:
+        of_system = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+        errors.put((str(error), "", of_system))
+    except Exception as error:
+        errors.put((f"{type(error).__name__}: {error}", traceback.format_exc(), False))
+
 # %% ../../nbs/61_study.stages.ipynb #20df022e
+def _wait_for(workers: list) -> list[int]: # exit codes of those that were ended
+    "Wait until all are done, or until one is ended."
+    def codes(): return [worker.exitcode for worker in workers if worker.exitcode]
+    while any(worker.is_alive() for worker in workers) and not codes(): time.sleep(0.1)
+    return codes()
+
+# %% ../../nbs/61_study.stages.ipynb #9fee2efd
 def side_by_side(wanted: Callable[[Store], None], out: Path, workers: int) -> None:
     "Make everything that is wanted with so many processes. Raises MaetError as one of them did."
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
-    started = [context.Process(target=work, args=(wanted, out, n, errors), daemon=True) for n in range(workers)]
+    started = [context.Process(target=work, args=(wanted, out, number, errors), daemon=True)
+               for number in range(workers)]
     for worker in started: worker.start()
-    try:
-        while any(worker.is_alive() for worker in started) and not any(worker.exitcode for worker in started): time.sleep(0.1)
-        codes = [worker.exitcode for worker in started if worker.exitcode]  # before the others are ended
+    try: codes = _wait_for(started)
     finally:
         for worker in started: worker.kill()
-    said, trace, of_system = errors.get() if not errors.empty() else ("", "", False)
-    if trace: raise RuntimeError(said) from RuntimeError(trace)
-    if said: raise MaetError(said) from (OSError(said) if of_system else None)
+
+    if not errors.empty():
+        said, trace, of_system = errors.get()
+        if trace: raise RuntimeError(said) from RuntimeError(trace)
+        if said: raise MaetError(said) from (OSError(said) if of_system else None)
     if codes:
-        said = f"{out}: a worker was ended with code {codes[0]} (-9: where memory runs out)"
-        raise MaetError(f"{said}; the same command goes on from here")
+        raise MaetError(f"{out}: a worker was ended with code {codes[0]} "
+                        "(-9: where memory runs out); the same command goes on from here")

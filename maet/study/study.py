@@ -27,86 +27,149 @@ from .scores import Study, examined, methods_of, paired, rows_of, settings, want
 # %% ../../nbs/68_study.study.ipynb #472b07b9
 def label(row: dict) -> str:
     "A method in print, and where it was measured."
-    varied = ", ".join(f"{k} {v}" for k, v in row["setting"].items() if k not in ("ability", "models"))
-    return METHODS.get(row["method"], row["method"]) + (f" ({varied})" if varied else "")
+    name = METHODS.get(row["method"], row["method"])
+    varied = [f"{axis} {value}" for axis, value in row["setting"].items()
+              if axis not in ("ability", "models")]
+    return f"{name} ({', '.join(varied)})" if varied else name
 
 # %% ../../nbs/68_study.study.ipynb #1c1a6e4f
-def table(rows: list[dict], task: str, languages: list[str], title: str = "") -> str: # a Markdown table; title: the task unless said otherwise
-    "Methods by languages: value ± standard error, in percent where the metric is a share."
-    scores = {(label(r), r["language"]): r for r in rows if r["task"] == task}
-    metric = next(iter(scores.values()))["metric"]
-    share = 1 if metric == "bits_per_byte" else 100
-    cell = lambda r: "–" if r is None else f"{share * r['value']:.{1 if share > 1 else 3}f} ±{share * (r['stderr'] or 0):.{1 if share > 1 else 3}f}"
-    lines = [[f"{title or task} ({metric}{', %' if share > 1 else ''})", *languages], ["---"] * (len(languages) + 1)]
-    lines += [[name, *(cell(scores.get((name, l))) for l in languages)] for name in dict.fromkeys(name for name, _ in scores)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+def _cell(row: dict | None, percent: bool) -> str:
+    "Value ± standard error; a dash where there is no row."
+    if row is None: return "–"
+    value, error = row["value"], row["stderr"] or 0
+    if percent: return f"{100 * value:.1f} ±{100 * error:.1f}"
+    return f"{value:.3f} ±{error:.3f}"
+
+def _aligned(lines: list[list[str]]) -> str:
+    "Lines of cells as a Markdown table that can be read in a terminal too."
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    written = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        written.append(f"| {' | '.join(cells)} |")
+    return "\n".join(written)
+
+# %% ../../nbs/68_study.study.ipynb #56c9ad31
+def table(rows: list[dict], task: str, languages: list[str], title: str = "") -> str: # Markdown
+    """Methods by languages: value ± standard error, in percent where the metric is a share.
+    `title`: the task unless said otherwise."""
+    found = {(label(row), row["language"]): row for row in rows if row["task"] == task}
+    metric = next(iter(found.values()))["metric"]
+    percent = metric != "bits_per_byte"
+
+    lines = [[f"{title or task} ({metric}{', %' if percent else ''})", *languages]]
+    lines.append(["---"] * len(lines[0]))
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [_cell(found.get((name, language)), percent) for language in languages]
+        lines.append([name, *cells])
+    return _aligned(lines)
 
 # %% ../../nbs/68_study.study.ipynb #8bebcc7c
 def compared(gain: float, error: float) -> str:
     "above, below, or not to be told apart: two standard errors decide."
-    return "not told apart from" if abs(gain) <= 2 * error else "above" if gain > 0 else "below"
+    if abs(gain) <= 2 * error: return "not told apart from"
+    return "above" if gain > 0 else "below"
 
 # %% ../../nbs/68_study.study.ipynb #cadefe9a
 def sentence(run: Pipeline, ability: str, methods: list[str]) -> str:
     "What was found, whatever it is."
     task, languages = run.recipe.abilities[ability].tasks[0], run.recipe.languages
-    folders = {m: examined(run, m, made, ability) for m, made in models(run, ability, methods).items()}
-    found = {m: d[:2] for m in methods if m != "maet" and (d := paired(folders["maet"], folders[m], task, languages))}
-    parts = [f"{compared(*d)} {METHODS.get(m, m)} ({100 * d[0]:+.1f} ±{100 * d[1]:.1f})" for m, d in found.items()]
-    won = all(compared(*d) == "above" for d in found.values())
-    return f"{ability}, average of {', '.join(languages)}, seed {run.seed}: MAET is {', '.join(parts)}; " \
-           f"the paper's order, MAET first, is {'replicated' if won else 'not replicated'} here."
+    exams = {}
+    for method, made in models(run, ability, methods).items():
+        exams[method] = examined(run, method, made, ability)
+
+    parts, verdicts = [], []
+    for method in methods:
+        if method == "maet": continue
+        difference = paired(exams["maet"], exams[method], task, languages)
+        if difference is None: continue
+        gain, error, _ = difference
+        verdict = compared(gain, error)
+        verdicts.append(verdict)
+        name = METHODS.get(method, method)
+        parts.append(f"{verdict} {name} ({100 * gain:+.1f} ±{100 * error:.1f})")
+
+    won = all(verdict == "above" for verdict in verdicts)
+    where = f"{ability}, average of {', '.join(languages)}, seed {run.seed}"
+    return (f"{where}: MAET is {', '.join(parts)}; the paper's order, MAET first, "
+            f"is {'replicated' if won else 'not replicated'} here.")
 
 # %% ../../nbs/68_study.study.ipynb #4d134bc0
 @contextmanager
 def at_work(out: Path):
-    "Hold the run folder. Raises MaetError where it cannot be written or another run holds it; leaves no empty folder."
+    """Hold the run folder. Raises MaetError where it cannot be written or another run holds it;
+    leaves no empty folder."""
     new = not out.exists()
     try:
         with on_disk(out):
             out.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(out / ".lock", timeout=0): yield
-            except Timeout: raise MaetError(f"{out}: another run is at work here; wait for it, or give another folder") from None
+            except Timeout:
+                raise MaetError(f"{out}: another run is at work here; "
+                                "wait for it, or give another folder") from None
     finally:
-        if new and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}: shutil.rmtree(out)
+        if new and out.is_dir():
+            left = {path.name for path in out.iterdir()}
+            if left <= {".lock"}: shutil.rmtree(out)
 
 # %% ../../nbs/68_study.study.ipynb #92a91365
 def planned(study: Study, out: Path, seed: int) -> Store:
-    "A store with all stages of a study in its plan, none of them made. Raises MaetError for what can be known before the start."
+    """A store with all stages of a study in its plan, none of them made.
+    Raises MaetError for what can be known before the start."""
     store = Store(out, dry=True)
     for _, recipe in settings(study):
         Pipeline(recipe, store, seed).texts.check()
-        tasks, languages = [t for a in recipe.abilities.values() for t in a.tasks], [recipe.reference, *recipe.languages]
+        tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
         for task in tasks: template(task)  # is there such an exam?
-        for task, language in product(tasks if recipe.exam.data else (), languages): read_exam(recipe.exam.data, task, language, recipe.exam.limit)
+        if not recipe.exam.data: continue
+        for task, language in product(tasks, [recipe.reference, *recipe.languages]):
+            read_exam(recipe.exam.data, task, language, recipe.exam.limit)
     wanted(study, seed, store)
     return store
 
 # %% ../../nbs/68_study.study.ipynb #f6e1126c
-def report(study: Study, name: str, store: Store, seed: int, rows: list[dict]) -> str:
-    "Write `<out>/seed-<n>/`: a table for each exam; where one setting is compared with MAET, also sentences, a figure and each merged checkpoint."
-    here, folder = settings(study), store.root / f"seed-{seed}"
-    rows = [r for r in rows if "minus" not in r["setting"]]
-    r, methods = here[0][1], methods_of(study, here[0][1])
-    tasks = [task for ability in r.abilities.values() for task in ability.tasks]
-    parts = [table([row for row in rows if row["setting"]["ability"] == a], task, [r.reference, *r.languages, "average"], f"{task} after {a}" if tasks.count(task) > 1 else "")
-             for a, ability in r.abilities.items() for task in ability.tasks]
-    if study.order and len(here) == 1 and "maet" in methods: parts += main_results(Pipeline(r, store, seed), methods, folder / name, rows, tasks)
-    put(folder / f"{name}.md", ("\n\n".join(parts) + "\n").encode())
-    return "\n\n".join(parts)
-
-# %% ../../nbs/68_study.study.ipynb #ff068b98
-def main_results(run: Pipeline, methods: list[str], stem: Path, rows: list[dict], tasks: list[str]) -> list[str]:
+def main_results(run: Pipeline, methods: list[str], stem: Path,
+                 rows: list[dict], tasks: list[str]) -> list[str]:
     "A sentence for each ability, beside a figure and links to the merged models."
-    average = [r for r in rows if r["language"] == "average"]
-    save(scores(rows, methods, [run.recipe.reference, *run.recipe.languages, "average"], tasks) if len(methods) <= 6 else dots(average), stem, rows)
-    for ability in run.recipe.abilities:
+    recipe = run.recipe
+    if len(methods) <= 6:
+        figure = scores(rows, methods, [recipe.reference, *recipe.languages, "average"], tasks)
+    else:
+        figure = dots([row for row in rows if row["language"] == "average"])
+    save(figure, stem, rows)
+
+    for ability in recipe.abilities:
         link = stem.parent / ability
         link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(ROWS["maet"].make(run, ability), stem.parent), target_is_directory=True)
-    return [sentence(run, ability, methods) for ability in run.recipe.abilities]
+        model = ROWS["maet"].make(run, ability)
+        link.symlink_to(os.path.relpath(model, stem.parent), target_is_directory=True)
+    return [sentence(run, ability, methods) for ability in recipe.abilities]
+
+# %% ../../nbs/68_study.study.ipynb #ff068b98
+def report(study: Study, name: str, store: Store, seed: int, rows: list[dict]) -> str:
+    """Write `<out>/seed-<n>/`: a table for each exam; where one setting is compared with MAET,
+    also sentences, a figure and each merged checkpoint."""
+    points = settings(study)
+    _, recipe = points[0]
+    folder = store.root / f"seed-{seed}"
+    rows = [row for row in rows if "minus" not in row["setting"]]
+    columns = [recipe.reference, *recipe.languages, "average"]
+    tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
+
+    parts = []
+    for ability, of_ability in recipe.abilities.items():
+        after = [row for row in rows if row["setting"]["ability"] == ability]
+        for task in of_ability.tasks:
+            title = f"{task} after {ability}" if tasks.count(task) > 1 else ""
+            parts.append(table(after, task, columns, title))
+
+    methods = methods_of(study, recipe)
+    if study.order and len(points) == 1 and "maet" in methods:
+        run = Pipeline(recipe, store, seed)
+        parts += main_results(run, methods, folder / name, rows, tasks)
+    put(folder / f"{name}.md", ("\n\n".join(parts) + "\n").encode())
+    return "\n\n".join(parts)
 
 # %% ../../nbs/68_study.study.ipynb #887309d0
 def study_job(study: Study,
@@ -116,11 +179,12 @@ def study_job(study: Study,
               ledger: str | Path | None = None, # JSONL that gets a line for every score
               ) -> str:             # tables and sentences
     "Everything of a study for one seed. Called again after a kill, it goes on where it was."
-    plan = planned(study, out := Path(out), seed)
+    out = Path(out)
+    plan = planned(study, out, seed).plan
     workers = max(recipe.workers for _, recipe in settings(study))
     with at_work(out):
         store = Store(out)
-        store.progress = Progress(plan.plan, out)
+        store.progress = Progress(plan, out)
         if workers > 1: side_by_side(partial(wanted, study, seed), out, workers)
         rows = rows_of(study, name, seed, store)
         if ledger: append(ledger, rows)
