@@ -152,9 +152,10 @@ SECTIONS = set("""
 def _check_config(config, path):
     "MaetError for what DeepSpeed would pass over in silence, or stumble on in every rank."
     if not isinstance(config, dict): raise MaetError(f"{path}: a DeepSpeed config is a JSON object")
-    unknown = ", ".join(sorted(set(config) - SECTIONS))
+    unknown = sorted(set(config) - SECTIONS)
     if unknown:
-        raise MaetError(f"{path}: DeepSpeed has no section {unknown}; correct it, or take it out")
+        names = ", ".join(unknown)
+        raise MaetError(f"{path}: DeepSpeed has no section {names}; correct it, or take it out")
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in STAGES:
         stages = ", ".join(map(str, STAGES))
