@@ -239,6 +239,7 @@ def train(base: str | Path, # checkpoint folder
 
 # %% ../../nbs/27_training.train.ipynb #0f7df875
 def _run(base, corpus, out, training, keys, held_out, progress, work, deepspeed, score):
+    "From the newest checkpoint, or the base, to the expert and its report."
     run, last = _begun(base, training, corpus, held_out, keys, deepspeed, work)
     model = _model(base, training, keys, deepspeed)
     trainer = _trainer(model, corpus, held_out, training, work, not last, deepspeed)
