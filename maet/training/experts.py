@@ -6,10 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/26_training.experts.ipynb #9bed8345
-import copy, functools, json, math, os, shutil
+import copy, json, math, os, shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +31,13 @@ from .schedule import Training, batch_sequences, total_steps, total_tokens
 from .resuming import _on_disk, from_rank_0, meet, rank
 
 # %% ../../nbs/26_training.experts.ipynb #fe2ef495
+def _in_parts(parameter):
+    "Does DeepSpeed keep the whole of it, or its float32 master, in shards?"
+    return sharded(parameter) or hasattr(parameter, "_hp_mapping")
+
 def whole_of(parameter) -> Tensor: # all ranks come here together
     "All of a trained parameter: the float32 master where DeepSpeed keeps one."
-    if not sharded(parameter) and not hasattr(parameter, "_hp_mapping"): return parameter.detach()
+    if not _in_parts(parameter): return parameter.detach()
     from deepspeed.utils import safe_get_full_fp32_param
     return safe_get_full_fp32_param(parameter).detach()
 
@@ -47,14 +52,16 @@ def _collected(model):
     return found
 
 # %% ../../nbs/26_training.experts.ipynb #06a4423e
-def _parameters(model, base): # name -> parameter, of those that a checkpoint gives a model; it may store buffers, too
+def _parameters(model, base): # name -> parameter
+    "The parameters that a checkpoint gives a model; it may store buffers, too."
     found = {}
     for name in needed_layout(base).parameters:
         with suppress(AttributeError): found[name] = model.get_parameter(name)
     return found
 
 def _dtype(parameter, base): # name of a parameter -> the dtype in which the base stores it
-    return base.dtype(needed_layout(base).places(parameter, 0, 1)[0].name)
+    stored = needed_layout(base).places(parameter, 0, 1)[0]
+    return base.dtype(stored.name)
 
 # %% ../../nbs/26_training.experts.ipynb #1f117686
 def _gathered_checkpoint(place, parameters, base): # all ranks
@@ -66,30 +73,43 @@ def _gathered_checkpoint(place, parameters, base): # all ranks
     files = {name: f"{number}.safetensors" for number, name in enumerate(parameters)}
     for name, file in files.items():
         tensor = whole_of(parameters[name])
-        if rank() == 0: save_file({name: narrow(tensor.cpu(), _dtype(name, base), name, place).contiguous()}, place/file)
+        if rank(): continue
+        tensor = narrow(tensor.cpu(), _dtype(name, base), name, place)
+        save_file({name: tensor.contiguous()}, place/file)
     if rank(): return None
-    (place/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
+    index = json.dumps({"metadata": {}, "weight_map": files})
+    (place/"model.safetensors.index.json").write_text(index)
     return Checkpoint(place)
 
 # %% ../../nbs/26_training.experts.ipynb #827bfc45
+def _changed_by(path, layer): # the parameter's name without what peft nests it in
+    parameter = getattr(layer, "parameter_name", "weight")
+    return f"{path.replace('.base_layer', '')}.{parameter}"
+
 def lora_layers(model, # a PeftModel
                 base: Checkpoint) -> dict: # name of a parameter -> its layer
-    "Which parameters LoRA changes. MaetError for one that the base has not: a head tied to the embedding."
-    found, stored = {}, needed_layout(base).parameters
+    """Which parameters LoRA changes.
+    MaetError for one that the base has not: a head tied to the embedding."""
+    stored = needed_layout(base).parameters
+    found = {}
     for path, layer in model.get_base_model().named_modules():
         if not hasattr(layer, "lora_A"): continue
-        name = f"{path.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"  # peft nests what it wraps
+        name = _changed_by(path, layer)
         if name not in stored:
-            raise MaetError(f"training: lora_targets: {path} shares its weight with another layer; leave it out")
+            shares = f"{path} shares its weight with another layer"
+            raise MaetError(f"training: lora_targets: {shares}; leave it out")
         found[name] = layer
     return found
 
 # %% ../../nbs/26_training.experts.ipynb #ff8bcc03
-def _factors(layer, trained): # a layer of peft's, what is trained -> the two thin matrices of its change (adapters)
-    a, b = (trained[id(part["default"].weight)] for part in (layer.lora_A, layer.lora_B))
+def _factors(layer, trained): # a layer of peft's, what is trained
+    "The two thin matrices of a layer's change, as the room of adapters has them."
+    a = trained[id(layer.lora_A["default"].weight)]
+    b = trained[id(layer.lora_B["default"].weight)]
     experts = getattr(layer, "num_experts", 1)  # of a mixture, whose experts are one parameter
-    turned = layer.fan_in_fan_out or experts > 1 and not layer._did_swap_in_out_features
-    return factors_of(a, b, layer.scaling["default"], experts, turned)
+    transposed = layer.fan_in_fan_out
+    if experts > 1 and not layer._did_swap_in_out_features: transposed = True
+    return factors_of(a, b, layer.scaling["default"], experts, transposed)
 
 def _merged(base, layers, trained): # -> the pieces of a merged checkpoint
     changes = {name: _factors(layer, trained) for name, layer in layers.items()}
@@ -101,55 +121,78 @@ def _merged(base, layers, trained): # -> the pieces of a merged checkpoint
 # %% ../../nbs/26_training.experts.ipynb #17e7ce70
 def _write_adapter(out, model, trained):
     "An adapter that peft loads."
-    state = {name.replace(".default.", "."): trained[id(p)].contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad: continue
+        state[name.replace(".default.", ".")] = trained[id(parameter)].contiguous()
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     with whole(out) as place:
         place.mkdir()
-        save_file(state, place/"adapter_model.safetensors", metadata=dict(format="pt"))
+        save_file(state, place/"adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(place))
 
 # %% ../../nbs/26_training.experts.ipynb #6e2a0b41
 def pieces_from(base: Checkpoint,
-                of_run: Callable, # (a run of a parameter, a function that reads the base's scalars there) -> those in their place
+                of_run: Callable, # (run, function that reads the base's scalars there) -> scalars
                 ) -> Callable:    # (tensor name, start, stop) -> flat, for `write_checkpoint`
-    "The tensors of a checkpoint from the parameters of a model; what no model reads is the base's."
+    """The tensors of a checkpoint from the parameters of a model.
+    What no model reads is the base's."""
     found = needed_layout(base)
     def piece(name, start, stop):
         if name not in found.tensors or start == stop: return base.piece(name, start, stop)
-        parts, at = [], start
+        parts = []
         for run in found.parts(name, start, stop):
-            end = at + run.stop - run.start
-            parts.append(of_run(run, functools.partial(base.piece, name, at, end)))  # a dense expert needs none of the base
-            at = end
+            end = start + run.stop - run.start
+            parts.append(of_run(run, partial(base.piece, name, start, end)))
+            start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     return piece
 
 # %% ../../nbs/26_training.experts.ipynb #64e095fe
 def _write_dense(out, model, base, work, identity):
-    parameters, source = _parameters(model, base), None
-    if any(sharded(p) or hasattr(p, "_hp_mapping") for p in parameters.values()):
-        source = _gathered_checkpoint(work/"gathered", parameters, base)
+    parameters = _parameters(model, base)
+    gathered = None
+    if any(map(_in_parts, parameters.values())):
+        gathered = _gathered_checkpoint(work/"gathered", parameters, base)
+
     def of_run(run, own):
         if run.name not in parameters: return own()
-        return source.piece(*run) if source else parameters[run.name].detach().reshape(-1)[run.start:run.stop].cpu()
+        if gathered: return gathered.piece(*run)
+        return parameters[run.name].detach().reshape(-1)[run.start:run.stop].cpu()
+
     if rank() == 0:
         write_checkpoint(out, base, pieces_from(base, of_run), identity=identity)
         shutil.rmtree(work/"gathered", ignore_errors=True)
 
 # %% ../../nbs/26_training.experts.ipynb #f76c2177
-def write_expert(out, model, base, training, keys, work, identity, plain=False): # all ranks; plain: in any case a checkpoint
-    "What a run has come to, whole or not at all. `identity` says what run and step it is of."
-    if training.mode == "dense": return _write_dense(out, model, base, work, identity)
+def _write_lora(out, model, base, training, trained, identity, plain):
+    "A merged checkpoint, or the adapter."
+    if not (plain or training.lora_merge): return _write_adapter(out, model, trained)
+    layers = lora_layers(model, base)
+    write_checkpoint(out, base, _merged(base, layers, trained), identity=identity)
+
+def _write_key_neurons(out, model, base, training, keys, trained, plain):
+    "A pack; or the base with the pack added, as a checkpoint."
+    def all_of(parameter): return trained[id(parameter)]
+    delta = expert_delta(model, base, keys, all_of, needed_layout(base))
+    if plain: return apply_delta(out, base, delta)
+    tokens = total_tokens(training)
+    save_pack(out, delta, base, what="key-neuron expert", recipe=asdict(training), tokens=tokens)
+
+# %% ../../nbs/26_training.experts.ipynb #339ec1eb
+def write_expert(out, model, base, training, keys, work,
+                 identity,    # says what run and step it is of
+                 plain=False, # in any case a checkpoint
+                 ): # all ranks
+    "What a run has come to, whole or not at all."
+    if training.mode == "dense":
+        _write_dense(out, model, base, work, identity)
+        return
     trained = _collected(model)
-    if rank(): return None
-    if training.mode == "lora" and (plain or training.lora_merge):
-        write_checkpoint(out, base, _merged(base, lora_layers(model, base), trained), identity=identity)
-    elif training.mode == "lora": _write_adapter(out, model, trained)
-    else:
-        delta = expert_delta(model, base, keys, lambda p: trained[id(p)], needed_layout(base))
-        if plain: apply_delta(out, base, delta)
-        else: save_pack(out, delta, base, what="key-neuron expert", recipe=asdict(training), tokens=total_tokens(training))
+    if rank(): return
+    if training.mode == "lora": _write_lora(out, model, base, training, trained, identity, plain)
+    else: _write_key_neurons(out, model, base, training, keys, trained, plain)
 
 # %% ../../nbs/26_training.experts.ipynb #e1822db4
 class Candidates:
@@ -158,75 +201,99 @@ class Candidates:
                  training: Training,
                  write: Callable,     # (path, plain) -> None, on all ranks
                  score: Callable[[Path], float] | None): # of a checkpoint folder; None: the held-out loss
-        self.place, self.training, self.write, self.score = place, training, write, score
-        self.rows = from_rank_0(lambda: json.loads((place/"scores.json").read_text()) if (place/"scores.json").exists() else [])
+        self.place, self.training = place, training
+        self.write, self.score = write, score
+        self.rows = from_rank_0(partial(_recorded, place/"scores.json"))
 
-    def path(self, step): return self.place/f"{step}{'.safetensors' if self.training.mode == 'key-neuron' else ''}"
-
-    def due(self, step): # is there a multiple of save_samples among this step's sequences, or is it the last?
-        batch, every = batch_sequences(self.training), self.training.save_samples
-        return step*batch//every > (step - 1)*batch//every or step == total_steps(self.training)
+    def path(self, step):
+        suffix = ".safetensors" if self.training.mode == "key-neuron" else ""
+        return self.place/f"{step}{suffix}"
 
     def best(self): # rows, best first; of equals the earlier one
-        return sorted(self.rows, key=lambda row: (-row["score"], row["step"]))[:self.training.keep]
+        return _ranked(self.rows)[:self.training.keep]
 
     def offer(self, step: int, held_out_loss: Callable[[], float]):
         "Write, score and record the model as it is, if it is time."
-        if not self.due(step) or any(row["step"] == step for row in self.rows): return
-        self._written(self.path(step))
-        score = float(-held_out_loss() if self.score is None else self._scored(self.path(step)))
-        if not math.isfinite(score): raise MaetError(f"training: the score of step {step} is {score}")
-        self.rows.append(dict(step=step, samples=step*batch_sequences(self.training), score=score))
-        if rank() == 0: self._record()
+        known = {row["step"] for row in self.rows}
+        if step in known or not _due(step, self.training): return
+        _write_anew(self.path(step), self.write)
+        score = float(-held_out_loss() if self.score is None else _scored(self, self.path(step)))
+        if not math.isfinite(score):
+            raise MaetError(f"training: the score of step {step} is {score}")
+        samples = step*batch_sequences(self.training)
+        self.rows.append({"step": step, "samples": samples, "score": score})
+        if rank() == 0: _record(self)
+
+# %% ../../nbs/26_training.experts.ipynb #d28e5361
+def _recorded(path): # the rows of scores.json
+    return json.loads(path.read_text()) if path.exists() else []
+
+def _ranked(rows): # best first; of equals the earlier one
+    return sorted(rows, key=lambda row: (-row["score"], row["step"]))
+
+def _due(step, training):
+    "Is there a multiple of save_samples among this step's sequences, or is it the last?"
+    batch, every = batch_sequences(training), training.save_samples
+    before, after = (step - 1)*batch//every, step*batch//every
+    return after > before or step == total_steps(training)
 
 # %% ../../nbs/26_training.experts.ipynb #b7eb6c68
 def _remove(path):
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-def _written(self, path, plain=False):
+def _write_anew(path, write, plain=False): # all ranks
     "The candidate at `path`, in place of what a killed run may have left there."
-    if rank() == 0: _remove(path); path.parent.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        _remove(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
     meet()
-    self.write(path, plain)
+    write(path, plain)
     meet()
 
 # %% ../../nbs/26_training.experts.ipynb #7c6fe99e
-def _scored(self, path):
+def _scored(candidates, path): # all ranks
     "The caller's score of a candidate, by rank 0, on an ordinary checkpoint."
-    mode, merge = self.training.mode, self.training.lora_merge
-    if mode == "dense" or mode == "lora" and merge: return from_rank_0(lambda: self.score(path))
-    plain = self.place/"plain"
-    self._written(plain, True)
-    score = from_rank_0(lambda: self.score(plain))
+    training = candidates.training
+    is_checkpoint = training.mode == "dense" or (training.mode == "lora" and training.lora_merge)
+    if is_checkpoint: return from_rank_0(partial(candidates.score, path))
+    plain = candidates.place/"plain"
+    _write_anew(plain, candidates.write, True)
+    score = from_rank_0(partial(candidates.score, plain))
     if rank() == 0: _remove(plain)
     return score
 
 # %% ../../nbs/26_training.experts.ipynb #e731052f
-def _record(self):
+def _record(candidates):
     "Note the rows, and remove what is not among the best."
-    fresh = self.place/"scores.json.new"
-    fresh.write_text(json.dumps(self.rows))
+    place = candidates.place
+    fresh = place/"scores.json.new"
+    fresh.write_text(json.dumps(candidates.rows))
     _on_disk(fresh)
-    os.replace(fresh, self.place/"scores.json")
-    kept = {self.path(row["step"]) for row in self.best()} | {self.place/"scores.json"}
-    for path in set(self.place.iterdir()) - kept: _remove(path)
-
-Candidates._written, Candidates._scored, Candidates._record = _written, _scored, _record
+    os.replace(fresh, place/"scores.json")
+    kept = {candidates.path(row["step"]) for row in candidates.best()}
+    kept.add(place/"scores.json")
+    for path in set(place.iterdir()) - kept: _remove(path)
 
 # %% ../../nbs/26_training.experts.ipynb #a9334987
+def _link(source, target):
+    "A link where the file system can, a copy elsewhere."
+    try: os.link(source, target)
+    except OSError: shutil.copy2(source, target)
+
+def _link_all(source, target): # a file, or a folder with all that is in it
+    if source.is_dir(): shutil.copytree(source, target, copy_function=_link)
+    else: _link(source, target)
+
+# %% ../../nbs/26_training.experts.ipynb #f7870143
 def write_kept(out, candidates: Candidates): # rank 0
-    "The result of a run that keeps its best, whole or not at all. Links where the file system can, copies elsewhere."
-    def link(a, b):
-        try: os.link(a, b)
-        except OSError: shutil.copy2(a, b)
-    names = {row["step"]: f"{n}{candidates.path(0).suffix}" for n, row in enumerate(candidates.best(), 1)}
-    rows = [row | dict(kept_as=names.get(row["step"])) for row in sorted(candidates.rows, key=lambda row: -row["score"])]
+    "The result of a run that keeps its best, whole or not at all: a folder; returns all rows."
+    suffix = candidates.path(0).suffix
+    names = {row["step"]: f"{number}{suffix}" for number, row in enumerate(candidates.best(), 1)}
+    ranked = sorted(candidates.rows, key=lambda row: -row["score"])
+    rows = [row | {"kept_as": names.get(row["step"])} for row in ranked]
     with whole(out) as place:
         place.mkdir()
-        for step, name in names.items():
-            source = candidates.path(step)
-            if source.is_dir(): shutil.copytree(source, place/name, copy_function=link)
-            else: link(source, place/name)
+        for step, name in names.items(): _link_all(candidates.path(step), place/name)
         (place/"scores.json").write_text(json.dumps(rows, indent=1) + "\n")
     return rows

@@ -24,53 +24,73 @@ from .train import peak_memory
 
 # %% ../../nbs/28_training.jobs.ipynb #c1dfd96e
 STAGES = (0, 1, 2, 3)  # of ZeRO
+STAGES_TEXT = "a ZeRO stage is 0, 1, 2, 3"
 
-def _count(value, most=2**31): # a whole number from 1 to `most`? A bool is no number.
+def _count(value, most=2**31):
+    "Is this a whole number from 1 to `most`? A bool is no number."
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+# %% ../../nbs/28_training.jobs.ipynb #73f7a723
+def _check_values(launch):
+    "MaetError that names the key whose value cannot be."
+    devices, zero, port = launch.devices, launch.zero, launch.port
+    if not _count(devices):
+        raise MaetError(f"launch: devices is {devices!r}, it must be a whole number above 0")
+    if zero is not None and (zero not in STAGES or isinstance(zero, bool)):
+        raise MaetError(f"launch: zero is {zero!r}; {STAGES_TEXT}")
+    if port is not None and not _count(port, 65535):
+        raise MaetError(f"launch: port is {port!r}, it must be a whole number from 1 to 65535")
+    if launch.offload and (launch.config or not zero):
+        needs = "zero 1, 2 or 3, and no config (which says so itself)"
+        raise MaetError(f"launch: offload needs {needs}")
+    if not launch.apart and (devices > 1 or launch.hosts is not None):
+        missing = "zero is missing, and several ranks are started by DeepSpeed"
+        raise MaetError(f"launch: {missing}; {STAGES_TEXT}")
 
 # %% ../../nbs/28_training.jobs.ipynb #483f5539
 @dataclass
 class Launch:
     "Where a job runs. A value that cannot be is a MaetError that names the key."
     devices: int = 1                # ranks on each machine
-    hosts: list | str | None = None # names of machines, a hostfile, or "slurm" (in an allocation); none: this machine
+    hosts: list | str | None = None # machines' names, a hostfile, or "slurm"; none: this machine
     zero: int | None = None         # ZeRO stage; none: without DeepSpeed, in this process
-    offload: bool = False           # optimizer states (at stage 3 weights too) in the machine's own memory
+    offload: bool = False           # optimizer states, at stage 3 weights too, in CPU memory
     port: int | None = None         # where the ranks meet; none: one that is free
     config: str | None = None       # a DeepSpeed config of one's own, used as it is
 
-    def __post_init__(self):
-        stages = f"a ZeRO stage is {', '.join(map(str, STAGES))}"
-        if not _count(self.devices): raise MaetError(f"launch: devices is {self.devices!r}, it must be a whole number above 0")
-        if self.zero is not None and (self.zero not in STAGES or isinstance(self.zero, bool)):
-            raise MaetError(f"launch: zero is {self.zero!r}; {stages}")
-        if self.port is not None and not _count(self.port, 65535):
-            raise MaetError(f"launch: port is {self.port!r}, it must be a whole number from 1 to 65535")
-        if self.offload and (self.config or not self.zero):
-            raise MaetError("launch: offload needs zero 1, 2 or 3, and no config (which says so itself)")
-        if not self.apart and (self.devices > 1 or self.hosts is not None):
-            raise MaetError(f"launch: zero is missing, and several ranks are started by DeepSpeed; {stages}")
+    def __post_init__(self): _check_values(self)
 
     @property
-    def apart(self) -> bool: # are there ranks?
+    def apart(self) -> bool:
+        "Are there ranks?"
         return self.zero is not None or self.config is not None
 
 # %% ../../nbs/28_training.jobs.ipynb #0ade7c2c
 HERE = "localhost"
+A_LINE = "node-1 slots=8"
+
+def _hostfile_lines(path):
+    "The lines of a hostfile. MaetError: no such file."
+    try: return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        kind = type(error).__name__
+        raise MaetError(f"{path}: no hostfile that can be read ({kind})") from None
 
 # %% ../../nbs/28_training.jobs.ipynb #46fe4fa6
 def _hostfile(path):
     "name -> ranks. MaetError: no such file, a line that is none, nothing in it."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise MaetError(f"{path}: no hostfile that can be read ({e.__class__.__name__})") from None
     machines = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.strip().startswith("#"): continue
-        found = re.fullmatch(r"\s*(\S+)\s+slots=([1-9]\d{0,5})\s*(#.*)?", line)
+    for number, line in enumerate(_hostfile_lines(path), 1):
+        line = line.strip()
+        if not line or line.startswith("#"): continue
+        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d{0,5})\s*(#.*)?", line)
         if not found or found[1] in machines:
-            raise MaetError(f"{path}: line {number} is {line.strip()!r}; a line is a new name and its ranks: node-1 slots=8")
+            advice = f"a line is a new name and its ranks: {A_LINE}"
+            raise MaetError(f"{path}: line {number} is {line!r}; {advice}")
         machines[found[1]] = int(found[2])
-    if not machines: raise MaetError(f"{path}: this hostfile names no machine; a line is a name and its ranks: node-1 slots=8")
+    if not machines:
+        advice = f"a line is a name and its ranks: {A_LINE}"
+        raise MaetError(f"{path}: this hostfile names no machine; {advice}")
     return machines
 
 # %% ../../nbs/28_training.jobs.ipynb #17dc9979
@@ -78,8 +98,10 @@ def _allocation():
     "Names of the machines that SLURM has given."
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes or not shutil.which("scontrol"):
-        raise MaetError("launch: hosts is slurm, but this is no allocation; run it within salloc or sbatch")
-    return subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True).stdout.split()
+        advice = "run it within salloc or sbatch"
+        raise MaetError(f"launch: hosts is slurm, but this is no allocation; {advice}")
+    line = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
 
 # %% ../../nbs/28_training.jobs.ipynb #428af0ec
 def machines(launch: Launch) -> dict[str, int]: # name -> ranks on it
@@ -89,8 +111,9 @@ def machines(launch: Launch) -> dict[str, int]: # name -> ranks on it
     elif isinstance(launch.hosts, str): names = _hostfile(launch.hosts)
     else: names = dict.fromkeys(map(str, launch.hosts), launch.devices)
     if not names: raise MaetError("launch: hosts is an empty list; name a machine, or leave it out")
-    if bad := [name for name in names if not re.fullmatch(r"(\w[\w.-]*@)?\w[\w.:-]*", name)]:
-        raise MaetError(f"launch: hosts has {bad[0]!r}, which is no machine's name")
+    for name in names:
+        if not re.fullmatch(r"(\w[\w.-]*@)?\w[\w.:-]*", name):
+            raise MaetError(f"launch: hosts has {name!r}, which is no machine's name")
     return names
 
 # %% ../../nbs/28_training.jobs.ipynb #3a484f7f
@@ -101,37 +124,52 @@ def world_size(launch: Launch) -> int:
 # %% ../../nbs/28_training.jobs.ipynb #7b52009b
 def deepspeed_config(launch: Launch) -> dict:
     "The config of a ZeRO stage."
-    zero, memory = dict(stage=launch.zero), dict(device="cpu")
-    if launch.offload: zero["offload_optimizer"] = memory
-    if launch.offload and launch.zero == 3: zero["offload_param"] = memory
-    return DEEPSPEED | dict(zero_optimization=zero)
+    zero = {"stage": launch.zero}
+    if launch.offload: zero["offload_optimizer"] = {"device": "cpu"}
+    if launch.offload and launch.zero == 3: zero["offload_param"] = {"device": "cpu"}
+    return DEEPSPEED | {"zero_optimization": zero}
 
 def write_config(path: str | Path, launch: Launch) -> Path:
     "A config to begin with, for an editor."
-    with whole(path) as part: part.write_text(json.dumps(deepspeed_config(launch), indent=2) + "\n")
+    text = json.dumps(deepspeed_config(launch), indent=2)
+    with whole(path) as part: part.write_text(text + "\n")
     return Path(path)
 
 # %% ../../nbs/28_training.jobs.ipynb #fa35e192
-SECTIONS = set("""train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print
-    optimizer scheduler zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 bfloat16 torch_autocast
-    data_types communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
-    gradient_allreduce_op managed_gradient_accumulation disable_allgather activation_checkpointing aio comms_logger tensorboard wandb comet
-    csv_monitor flops_profiler wall_clock_breakdown memory_breakdown dump_state autotuning hybrid_engine pipeline data_efficiency
-    weight_quantization checkpoint dataloader_drop_last use_data_before_expert_parallelism compile timers tensor_parallel
-    expert_parallel disable_python_gc log_level""".split())
+SECTIONS = set("""
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
+    steps_per_print optimizer scheduler zero_optimization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer fp16 bf16 bfloat16 torch_autocast data_types
+    communication_data_type seq_parallel_communication_data_type prescale_gradients
+    gradient_predivide_factor gradient_allreduce_op managed_gradient_accumulation
+    disable_allgather activation_checkpointing aio comms_logger tensorboard wandb comet
+    csv_monitor flops_profiler wall_clock_breakdown memory_breakdown dump_state autotuning
+    hybrid_engine pipeline data_efficiency weight_quantization checkpoint dataloader_drop_last
+    use_data_before_expert_parallelism compile timers tensor_parallel expert_parallel
+    disable_python_gc log_level""".split())
 
 # %% ../../nbs/28_training.jobs.ipynb #a5645ef2
-def read_config(path: str | Path) -> dict:
-    "A DeepSpeed config. MaetError: no such file, no JSON, an unknown section, a ZeRO stage that does not exist."
-    try: config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e: raise MaetError(f"{path}: the DeepSpeed config cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e: raise MaetError(f"{path}: not JSON ({e})") from None
+def _check_config(config, path):
+    "MaetError for what DeepSpeed would pass over in silence, or stumble on in every rank."
     if not isinstance(config, dict): raise MaetError(f"{path}: a DeepSpeed config is a JSON object")
-    if unknown := sorted(set(config) - SECTIONS):
-        raise MaetError(f"{path}: DeepSpeed has no section {', '.join(unknown)}; correct it, or take it out")
+    unknown = sorted(set(config) - SECTIONS)
+    if unknown:
+        names = ", ".join(unknown)
+        raise MaetError(f"{path}: DeepSpeed has no section {names}; correct it, or take it out")
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in STAGES:
-        raise MaetError(f"{path}: zero_optimization is {json.dumps(zero)}; its stage is {', '.join(map(str, STAGES))}")
+        stages = ", ".join(map(str, STAGES))
+        raise MaetError(f"{path}: zero_optimization is {json.dumps(zero)}; its stage is {stages}")
+
+# %% ../../nbs/28_training.jobs.ipynb #33971e7f
+def read_config(path: str | Path) -> dict:
+    "A DeepSpeed config. MaetError: no such file, no JSON, an unknown section or ZeRO stage."
+    try: config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MaetError(f"{path}: the DeepSpeed config cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise MaetError(f"{path}: not JSON ({error})") from None
+    _check_config(config, path)
     return config
 
 # %% ../../nbs/28_training.jobs.ipynb #e6f73586
@@ -139,10 +177,15 @@ def _config(launch):
     "What the ranks will be given."
     config = read_config(launch.config) if launch.config else deepspeed_config(launch)
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if launch.zero not in (None, stage): raise MaetError(f"{launch.config}: its ZeRO stage is {stage}, but zero is {launch.zero}; leave zero out")
+    if launch.zero not in (None, stage):
+        differs = f"its ZeRO stage is {stage}, but zero is {launch.zero}"
+        raise MaetError(f"{launch.config}: {differs}; leave zero out")
     return config
 
 # %% ../../nbs/28_training.jobs.ipynb #b3f0c7f6
+def _absolute(path): return str(Path(path).absolute())
+
+# %% ../../nbs/28_training.jobs.ipynb #c53222af
 @dataclass
 class Job:
     "One training run. Paths become absolute."
@@ -151,14 +194,16 @@ class Job:
     out: str                  # what is made (train)
     work: str                 # folder of the run; on many machines one that all of them see
     training: Training
-    keys: list = field(default_factory=list)  # keys files; the union of their key neurons is trained
+    keys: list = field(default_factory=list)  # keys files; the union of their neurons is trained
     held_out: str | None = None               # another file of write_tokens
 
     def __post_init__(self):
-        absolute = lambda path: str(Path(path).absolute())
-        if os.path.exists(self.base): self.base = absolute(self.base)
-        self.tokens, self.out, self.work = map(absolute, (self.tokens, self.out, self.work))
-        self.keys, self.held_out = [absolute(k) for k in self.keys], self.held_out and absolute(self.held_out)
+        if os.path.exists(self.base): self.base = _absolute(self.base)
+        self.tokens = _absolute(self.tokens)
+        self.out = _absolute(self.out)
+        self.work = _absolute(self.work)
+        self.keys = [_absolute(path) for path in self.keys]
+        if self.held_out: self.held_out = _absolute(self.held_out)
 
 # %% ../../nbs/28_training.jobs.ipynb #b89be37d
 def _read(path):
@@ -170,12 +215,14 @@ def _read(path):
 NUMBER = int | float
 
 def _has(thing, **kinds): # key -> type
-    "Is this a mapping with these keys, each of its type? Of a file of ours that was damaged it is not."
-    return isinstance(thing, dict) and all(isinstance(thing.get(key), kind) for key, kind in kinds.items())
+    "Is this a mapping with these keys, each of its type?"
+    if not isinstance(thing, dict): return False
+    return all(isinstance(thing.get(key), kind) for key, kind in kinds.items())
 
 # %% ../../nbs/28_training.jobs.ipynb #7112389f
 def _write(path, content):
-    with whole(path) as part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2)
+    with whole(path) as part: part.write_text(text + "\n", encoding="utf-8")
 
 def read_job(path: str | Path) -> Job:
     "A job file. MaetError: it is none."
@@ -183,57 +230,79 @@ def read_job(path: str | Path) -> Job:
 
 # %% ../../nbs/28_training.jobs.ipynb #472b07b9
 class KeysUnion(Mapping):
-    "name -> bool mask: a scalar is in it if it is in one of the files. MaetError: keys of another base."
+    "name -> bool mask of the scalars that one of the files has. MaetError: keys of another base."
     def __init__(self, files: Iterable[str | Path], base: Checkpoint):
         self.files = [Keys(path, base) for path in files]
+        self.shapes = {} # name -> shape
+        for keys in self.files: self.shapes |= keys.shapes
 
     @property
     def identity(self) -> str: return " ".join(digest(keys.path) for keys in self.files)
 
-    @property
-    def shapes(self) -> dict[str, tuple]: return {name: shape for keys in self.files for name, shape in keys.shapes.items()}
-
     def __iter__(self): return iter(self.shapes)
-    def __len__(self): return sum(1 for _ in self)
-    def __contains__(self, name): return any(name in keys for keys in self.files)
+    def __len__(self): return len(self.shapes)
+    def __contains__(self, name): return name in self.shapes
 
     def __getitem__(self, name):
         masks = [keys[name] for keys in self.files if name in keys]
         if not masks: raise KeyError(name)
-        for mask in masks[1:]: masks[0] |= mask
-        return masks[0]
+        union = masks[0]
+        for mask in masks[1:]: union |= mask
+        return union
 
 # %% ../../nbs/28_training.jobs.ipynb #d435a6cd
+def _append_line(path, line: dict) -> None:
+    "Add a line to a file whose last one may have been cut by a kill."
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n": file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+
+# %% ../../nbs/28_training.jobs.ipynb #692e912b
 class Recorder:
     "The callback of a rank: a step becomes a line of progress.jsonl."
     def __init__(self, work: str | Path, training: Training):
-        self.path, self.training, self.latest = Path(work)/"progress.jsonl", training, deque(maxlen=21)
+        self.path = Path(work)/"progress.jsonl"
+        self.training = training
+        self.latest = deque(maxlen=21) # (when, step)
+
+    def speed(self, tokens_per_step):
+        "Tokens per second, over the last 20 steps."
+        first_time, first_step = self.latest[0]
+        last_time, last_step = self.latest[-1]
+        if last_time <= first_time: return None
+        return (last_step - first_step)*tokens_per_step/(last_time - first_time)
 
     def __call__(self, step: int, steps: int, loss: float) -> dict: # the line
         self.latest.append((time.monotonic(), step))
-        (then, first), (now, _), a_step = self.latest[0], self.latest[-1], total_tokens(self.training)//steps
-        speed = (step - first)*a_step/(now - then) if now > then else None  # of the last 20 steps
-        return self.write(dict(step=step, steps=steps, loss=loss, tokens_per_second=speed, tokens_left=(steps - step)*a_step,
-                               peak_bytes=peak_memory()))
-
-    def write(self, line: dict) -> dict:
-        with open(self.path, "a+b") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read() != b"\n": file.write(b"\n")  # cut by a kill
-            file.write(json.dumps(line).encode() + b"\n")
+        tokens_per_step = total_tokens(self.training)//steps
+        line = {
+            "step": step, "steps": steps, "loss": loss,
+            "tokens_per_second": self.speed(tokens_per_step),
+            "tokens_left": (steps - step)*tokens_per_step, "peak_bytes": peak_memory(),
+        }
+        _append_line(self.path, line)
         return line
 
 # %% ../../nbs/28_training.jobs.ipynb #cb9462aa
+LINE = {
+    "step": int, "steps": int, "loss": NUMBER,
+    "tokens_left": int, "peak_bytes": int, "tokens_per_second": NUMBER | None,
+}
+
 def _lines(data): # bytes of whole and perhaps broken lines -> dicts
-    out = []
-    for line in data.splitlines():
-        try: out.append(json.loads(line))
-        except (ValueError, RecursionError): pass
-    return [line for line in out if _has(line, step=int, steps=int, loss=NUMBER, tokens_left=int, peak_bytes=int,
-                                         tokens_per_second=NUMBER | None)]
+    found = []
+    for text in data.splitlines():
+        try: line = json.loads(text)
+        except (ValueError, RecursionError): continue
+        if _has(line, **LINE): found.append(line)
+    return found
 
 # %% ../../nbs/28_training.jobs.ipynb #0914cd8e
 def curve(work: str | Path) -> list[dict]: # a dict a step, in order
-    "What a run has said so far: step, steps, loss, tokens_per_second, tokens_left, peak_bytes."
+    "What a run has written so far: step, steps, loss, tokens_per_second, tokens_left, peak_bytes."
     path = Path(work)/"progress.jsonl"
-    said = {line["step"]: line for line in _lines(path.read_bytes() if path.is_file() else b"")}
-    return [said[step] for step in sorted(said)]
+    if not path.is_file(): return []
+    newest = {line["step"]: line for line in _lines(path.read_bytes())}
+    return [newest[step] for step in sorted(newest)]

@@ -6,10 +6,12 @@
 __all__ = ['running', 'RankError', 'follow', 'stop', 'run_job']
 
 # %% ../../nbs/29_training.launch.ipynb #4a635522
-import fcntl, importlib.util, json, os, re, shlex, shutil, signal, socket, subprocess, sys, threading, time, traceback
+import fcntl, importlib.util, json, os, re, shlex, shutil, signal, socket
+import subprocess, sys, threading, time, traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -26,69 +28,93 @@ from maet.training.jobs import (
 )
 
 # %% ../../nbs/29_training.launch.ipynb #887309d0
-def _first() -> bool: # is this process rank 0, or the only one?
+def _first() -> bool:
+    "Is this process rank 0, or the only one?"
     return os.environ.get("RANK", "0") == "0"
 
 def _callback(job, show):
+    "What `train` calls after a step: the first rank writes the step down, then shows it."
     record = Recorder(job.work, job.training)
-    def told(step, steps, loss):
+    def after_step(step, steps, loss):
         if _first(): show([record(step, steps, loss)])
-    return told
+    return after_step
 
 # %% ../../nbs/29_training.launch.ipynb #a28d4173
 def inputs(job: Job) -> dict: # corpus, held_out, keys
     "The opened files of a job. MaetError: one is not there, or is not what it should be."
     base = Checkpoint(job.base)
-    return dict(corpus=open_tokens(job.tokens), held_out=open_tokens(job.held_out) if job.held_out else None,
-                keys=KeysUnion(job.keys, base) if job.keys else None)
+    corpus = open_tokens(job.tokens)
+    held_out = open_tokens(job.held_out) if job.held_out else None
+    keys = KeysUnion(job.keys, base) if job.keys else None
+    return {"corpus": corpus, "held_out": held_out, "keys": keys}
 
 # %% ../../nbs/29_training.launch.ipynb #9e6aef12
+def _show_nothing(lines: list) -> None: pass
+
 def perform(job: Job,
             deepspeed: dict | None = None, # config, where this process is a rank
-            show: Callable[[list], None] = lambda lines: None, # is given each new line of progress.jsonl
+            show: Callable[[list], None] = _show_nothing, # is given each new line of progress.jsonl
             ) -> dict: # the report of `train`
     "Do a job, as one rank of it or alone. Called again after a kill it goes on."
-    Path(job.work).mkdir(parents=True, exist_ok=True)
-    report = train(job.base, out=job.out, training=job.training, **inputs(job), progress=_callback(job, show),
-                   work=Path(job.work)/"checkpoints", deepspeed=deepspeed)
-    if _first(): _write(Path(job.work)/"report.json", report)
+    work = Path(job.work)
+    work.mkdir(parents=True, exist_ok=True)
+    report = train(
+        job.base, out=job.out, training=job.training, **inputs(job),
+        progress=_callback(job, show), work=work/"checkpoints", deepspeed=deepspeed,
+    )
+    if _first(): _write(work/"report.json", report)
     return report
 
 # %% ../../nbs/29_training.launch.ipynb #0a57cb53
-LAUNCHER, RANKS = "launcher.lock", "ranks.lock"
+LAUNCHER = "launcher.lock"
+RANKS = "ranks.lock"
 
-def _lock(path, how): # fcntl.LOCK_EX or LOCK_SH -> file descriptor, or None if somebody else has it
+def _lock(path, how): # fcntl.LOCK_EX or LOCK_SH -> file descriptor
+    "Lock a file without waiting. None: somebody else has it."
     opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(opened, how | fcntl.LOCK_NB)
         return opened
-    except BlockingIOError: os.close(opened)
-    except OSError as e:
+    except BlockingIOError:
         os.close(opened)
-        raise MaetError(f"{path}: no lock can be had on this disk ({e.strerror}); put work on another") from None
+        return None
+    except OSError as error:
+        os.close(opened)
+        advice = f"no lock can be had on this disk ({error.strerror}); put work on another"
+        raise MaetError(f"{path}: {advice}") from None
 
 # %% ../../nbs/29_training.launch.ipynb #3df7b42a
 def _wait_for(path, seconds, busy):
     "Take a lock alone, or MaetError `busy`."
     end = time.monotonic() + seconds
-    while (opened := _lock(path, fcntl.LOCK_EX)) is None:
+    while True:
+        opened = _lock(path, fcntl.LOCK_EX)
+        if opened is not None: return opened
         if time.monotonic() > end: raise MaetError(busy)
         time.sleep(.05)
-    return opened
 
 # %% ../../nbs/29_training.launch.ipynb #97a894d0
+def _busy(work):
+    return f"{work}: another process runs a job there; wait for it, or use another folder"
+
 def take(work: Path) -> int: # file descriptor; to be closed
     "Become the launcher of a folder, when the ranks of an earlier one are gone."
     work.mkdir(parents=True, exist_ok=True)
-    mine = _wait_for(work/LAUNCHER, 2, f"{work}: another process runs a job there; wait for it, or use another folder")
-    try: os.close(_wait_for(work/RANKS, 60, f"{work}: ranks of an earlier launcher do not end; end them by hand"))
-    except MaetError: os.close(mine); raise
+    mine = _wait_for(work/LAUNCHER, 2, _busy(work))
+    remain = f"{work}: ranks of an earlier launcher do not end; end them by hand"
+    try: ranks = _wait_for(work/RANKS, 60, remain)
+    except MaetError:
+        os.close(mine)
+        raise
+    os.close(ranks)
     return mine
 
 # %% ../../nbs/29_training.launch.ipynb #7cada66a
-def _held(path, how=fcntl.LOCK_SH): # does somebody hold a lock? LOCK_EX sees a share too
+def _held(path, how=fcntl.LOCK_SH):
+    "Does somebody hold a lock? LOCK_EX sees a share too."
     if not path.exists(): return False
-    if (opened := _lock(path, how)) is None: return True
+    opened = _lock(path, how)
+    if opened is None: return True
     os.close(opened)
     return False
 
@@ -98,20 +124,25 @@ def running(work: str | Path) -> bool: # is a launcher alive?
 
 # %% ../../nbs/29_training.launch.ipynb #63266754
 def _here(count):
-    "The options for this machine: its first devices, or the first of those that CUDA_VISIBLE_DEVICES allows."
-    have = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    "The options for this machine: its first devices, or the first of CUDA_VISIBLE_DEVICES."
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    have = 0 if on_cpu else torch.cuda.device_count()
     if 0 < have < count: raise MaetError(f"launch: devices is {count}, but this machine has {have}")
-    visible = [d.strip() for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = [device.strip() for device in named if device.strip()]
     if not have or not visible: return ["--num_accelerators", str(count)]
     return ["--include", f"{HERE}:{','.join(visible[:count])}"]
 
 # %% ../../nbs/29_training.launch.ipynb #9e6f78cf
 def _there(launch, names, logs):
     "The options for other machines."
-    first, hosts = next(iter(names)), ["--hostfile", str(logs/"hostfile"), "--force_multi"]
+    hosts = ["--hostfile", str(logs/"hostfile"), "--force_multi"]
     if launch.hosts != "slurm": return hosts
-    srun = f"--ntasks-per-node={launch.devices} --output={shlex.quote(str(logs/'rank%t.log'))}"
-    return [*hosts, "--launcher", "slurm", "--no_ssh_check", "--master_addr", first, f"--launcher_args={srun}"]
+    output = shlex.quote(str(logs/"rank%t.log"))
+    srun = f"--ntasks-per-node={launch.devices} --output={output}"
+    first = next(iter(names))
+    slurm = ["--launcher", "slurm", "--no_ssh_check", "--master_addr", first]
+    return hosts + slurm + [f"--launcher_args={srun}"]
 
 # %% ../../nbs/29_training.launch.ipynb #3aa6cba3
 def command(launch: Launch,
@@ -120,36 +151,59 @@ def command(launch: Launch,
             port: int,
             arguments: Iterable) -> list[str]: # of the rank's program
     "The command that starts all ranks."
-    where = ["--hostfile", os.devnull, *_here(launch.devices)] if launch.hosts is None else _there(launch, names, logs)
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), "--no_local_rank",
-            "--enable_each_rank_log", str(logs), str(logs/"rank.py"), *map(str, arguments)]
+    if launch.hosts is None: where = ["--hostfile", os.devnull, *_here(launch.devices)]
+    else: where = _there(launch, names, logs)
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", *where,
+        "--master_port", str(port), "--no_local_rank", "--enable_each_rank_log", str(logs),
+        str(logs/"rank.py"), *map(str, arguments),
+    ]
 
 # %% ../../nbs/29_training.launch.ipynb #f1f836cb
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+def _python_path():
+    "PYTHONPATH with this library in front. Absolute, as ranks run in another folder."
+    library = Path(importlib.util.find_spec("maet").origin).resolve().parents[1]
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(library)] + [os.path.abspath(path) for path in before if path]
+    return os.pathsep.join(dict.fromkeys(paths))
+
+# %% ../../nbs/29_training.launch.ipynb #e764f684
 def _environment(launch, names, port):
     "Variables of the launcher and, on this machine, of its ranks."
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    library = Path(importlib.util.find_spec("maet").origin).resolve().parents[1]
-    paths = [str(library), *map(os.path.abspath, filter(None, env.get("PYTHONPATH", "").split(os.pathsep)))]
-    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    if launch.hosts == "slurm": env |= dict(MASTER_ADDR=next(iter(names)), MASTER_PORT=str(port))
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    environment["PYTHONPATH"] = _python_path()
+    if launch.hosts == "slurm":
+        environment["MASTER_ADDR"] = next(iter(names))
+        environment["MASTER_PORT"] = str(port)
     if launch.hosts is None:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)//launch.devices)))
-        env.pop("CUDA_VISIBLE_DEVICES", None)  # `_here` has said it
-    return env
+        cores = (os.cpu_count() or 1)//launch.devices
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # `_here` has said it
+    return environment
 
 # %% ../../nbs/29_training.launch.ipynb #c1b2e7ca
-PASSED = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+PASSED = (
+    "DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS",
+    "HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM",
+)
 
-def _prepare(logs, names, env):
+def _prepare(logs, names, environment):
     "The files that the launcher reads."
     logs.mkdir(parents=True)
     (logs/"rank.py").write_text("from maet.training.launch import main\nmain()\n")
-    (logs/"hostfile").write_text("".join(f"{name} slots={count}\n" for name, count in names.items()))
-    (logs/".deepspeed_env").write_text("".join(f"{k}={env[k]}\n" for k in PASSED if k in env))
+    hosts = [f"{name} slots={count}\n" for name, count in names.items()]
+    (logs/"hostfile").write_text("".join(hosts))
+    passed = [f"{name}={environment[name]}\n" for name in PASSED if name in environment]
+    (logs/".deepspeed_env").write_text("".join(passed))
 
 # %% ../../nbs/29_training.launch.ipynb #fc074d50
-def _alone(work, launcher): # True if a rank of this launcher has nobody left to work for
-    return not running(work) or (_read(work/"launcher.json") or {}).get("id") != launcher
+def _alone(work, launcher):
+    "Has a rank of this launcher nobody left to work for?"
+    if not running(work): return True
+    known = _read(work/"launcher.json") or {}
+    return known.get("id") != launcher
 
 class Orphan(RuntimeError):
     "What a rank says that ends for want of a launcher."
@@ -161,6 +215,7 @@ def guard(work: Path, launcher: str) -> None:
         while not _alone(work, launcher): time.sleep(.2)
         _last_words(Orphan("the launcher is gone, this rank ends"), work/"logs"/launcher)
         os._exit(1)
+
     for _ in range(20):
         if _lock(work/RANKS, fcntl.LOCK_SH) is not None: break
         time.sleep(.1)
@@ -171,15 +226,25 @@ def guard(work: Path, launcher: str) -> None:
 def _last_words(error, logs):
     "What a rank leaves behind when it fails."
     traceback.print_exception(error)
-    if logs: _write(logs/f"rank{os.environ.get('RANK', '0')}.error.json", dict(
-        rank=int(os.environ.get("RANK", 0)), kind=type(error).__name__, ours=isinstance(error, MaetError), said=str(error), at=time.time()))
+    if not logs: return
+    rank = os.environ.get("RANK", "0")
+    words = {
+        "rank": int(rank), "kind": type(error).__name__, "ours": isinstance(error, MaetError),
+        "said": str(error), "at": time.time(),
+    }
+    _write(logs/f"rank{rank}.error.json", words)
 
 # %% ../../nbs/29_training.launch.ipynb #5b384ce3
-SLURM = dict(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_NTASKS", LOCAL_RANK="SLURM_LOCALID", LOCAL_SIZE="SLURM_NTASKS_PER_NODE")
+SLURM = {
+    "RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID", "LOCAL_SIZE": "SLURM_NTASKS_PER_NODE",
+}
 
 def _numbered():
     "A rank's number under the name that DeepSpeed and the Trainer know."
-    if "RANK" not in os.environ: os.environ.update({ours: os.environ[its] for ours, its in SLURM.items() if its in os.environ})
+    if "RANK" in os.environ: return
+    for name, of_slurm in SLURM.items():
+        if of_slurm in os.environ: os.environ[name] = os.environ[of_slurm]
 
 # %% ../../nbs/29_training.launch.ipynb #00eb668e
 def _cpu_alone():
@@ -187,15 +252,18 @@ def _cpu_alone():
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
     if get_accelerator().device_name() != "cpu": return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the launcher has numbered CPU ranks as if they were GPUs
+    # the launcher has numbered CPU ranks as if they were GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
 
 # %% ../../nbs/29_training.launch.ipynb #b37c7711
 def main(arguments: list[str] | None = None) -> None:
-    "The rank's program: `rank.py CONFIG JOB.json ...`, in turn; with `--launcher ID` it ends with its launcher."
+    """The rank's program: `rank.py CONFIG JOB.json ...` does one job after the other.
+    With `--launcher ID` in front it ends with its launcher."""
     _numbered()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    launcher = [arguments.pop(0), arguments.pop(0)][1] if arguments[0] == "--launcher" else None
+    launcher = None
+    if arguments[0] == "--launcher": _, launcher, *arguments = arguments
     config, *jobs = arguments
     logs = Path(jobs[0]).parent/"logs"/launcher if launcher else None
     try:
@@ -205,48 +273,81 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         _last_words(error, logs)
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, MaetError) else 1)  # at once: other threads may wait for ranks that will not come
+        # at once: other threads may wait for ranks that will not come
+        os._exit(2 if isinstance(error, MaetError) else 1)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # all is written; what libraries do at exit could only spoil it
 
 # %% ../../nbs/29_training.launch.ipynb #af3e1334
 def _port(launch):
-    "A port of this machine that is free. On other machines that cannot be known: DeepSpeed's own, unless told."
+    "A free port of this machine. For other machines, of which we cannot know: DeepSpeed's own."
     if launch.hosts is not None: return launch.port or 29500
     try:
         with socket.create_server(("", launch.port or 0)) as server: return server.getsockname()[1]
-    except OSError as e: raise MaetError(f"launch: port {launch.port} is not free ({e.strerror}); name another, or none") from None
+    except OSError as error:
+        why = f"port {launch.port} is not free ({error.strerror})"
+        raise MaetError(f"launch: {why}; name another, or none") from None
 
 # %% ../../nbs/29_training.launch.ipynb #9f9170b8
+def _check_launch(launch, work):
+    "MaetError for what is missing to start ranks where `launch` says."
+    if importlib.util.find_spec("deepspeed") is None:
+        advice = "pip install deepspeed, or leave out zero and train in this process"
+        raise MaetError(f"deepspeed: not installed; {advice}")
+    _config(launch)
+    _port(launch)
+    if launch.hosts is None:
+        _here(launch.devices)
+        return
+    if launch.hosts != "slurm" and not shutil.which("pdsh"):
+        raise MaetError("pdsh: not installed; it is what starts ranks on other machines")
+    if re.search(r"\s", work):
+        why = "a folder that other machines are told of cannot have blanks in its name"
+        raise MaetError(f"{work!r}: {why}")
+
+# %% ../../nbs/29_training.launch.ipynb #7a7b7bc5
 def check(job: Job, launch: Launch) -> None:
     "MaetError for all that can be known to be wrong before a rank is started."
-    check_ranks(job.training, world_size(launch)), inputs(job)
-    if not launch.apart: return None
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MaetError("deepspeed: not installed; pip install deepspeed, or leave out zero and train in this process")
-    _config(launch), _port(launch)
-    if launch.hosts is None: return _here(launch.devices) and None
-    if launch.hosts != "slurm" and not shutil.which("pdsh"): raise MaetError("pdsh: not installed; it is what starts ranks on other machines")
-    if re.search(r"\s", job.work): raise MaetError(f"{job.work!r}: a folder that other machines are told of cannot have blanks in its name")
+    check_ranks(job.training, world_size(launch))
+    inputs(job)
+    if launch.apart: _check_launch(launch, job.work)
 
 # %% ../../nbs/29_training.launch.ipynb #761f22b2
+def _launcher(line, logs, environment, lock):
+    "The process that runs a command in a session of its own."
+    with open(logs/"launcher.log", "wb") as log:
+        process = subprocess.Popen(
+            line, cwd=logs, env=environment, start_new_session=True, pass_fds=[lock],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )
+    threading.Thread(target=process.wait, daemon=True).start()  # no zombie of it
+    return process
+
+def _size(path): return path.stat().st_size if path.exists() else 0 # bytes
+
+# %% ../../nbs/29_training.launch.ipynb #008119dc
 def _spawn(work, launch, lock):
     "Start the launcher and say in launcher.json who it is."
     import psutil
-    name, names, port = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}", machines(launch), _port(launch)
-    logs, env = work/"logs"/name, _environment(launch, names, port)
-    _prepare(logs, names, env)
-    config = Path(launch.config).absolute() if launch.config else write_config(work/"deepspeed.json", launch)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+    names = machines(launch)
+    port = _port(launch)
+    logs = work/"logs"/name
+    environment = _environment(launch, names, port)
+    _prepare(logs, names, environment)
+
+    if launch.config: config = Path(launch.config).absolute()
+    else: config = write_config(work/"deepspeed.json", launch)
     line = command(launch, names, logs, port, ["--launcher", name, config, work/"job.json"])
-    size = (work/"progress.jsonl").stat().st_size if (work/"progress.jsonl").exists() else 0
-    known = dict(id=name, host=socket.gethostname(), port=port, ranks=sum(names.values()), command=line, progress_from=size)
+
+    known = {"id": name, "host": socket.gethostname(), "port": port, "ranks": sum(names.values())}
+    known |= {"command": line, "progress_from": _size(work/"progress.jsonl")}
     _write(work/"launcher.json", known)
-    with open(logs/"launcher.log", "wb") as log:
-        process = subprocess.Popen(line, cwd=logs, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                                   pass_fds=[lock])
-    threading.Thread(target=process.wait, daemon=True).start()  # no zombie of it
-    _write(work/"launcher.json", known | dict(pid=process.pid, born=psutil.Process(process.pid).create_time()))
+    process = _launcher(line, logs, environment, lock)
+    born = psutil.Process(process.pid).create_time()
+    _write(work/"launcher.json", known | {"pid": process.pid, "born": born})
 
 # %% ../../nbs/29_training.launch.ipynb #e0028612
 def start(job: Job, launch: Launch) -> None:
@@ -265,60 +366,104 @@ class RankError(RuntimeError):
     "A rank ended by a fault that is no bad input; the text ends with its last lines."
 
 # %% ../../nbs/29_training.launch.ipynb #36652092
-SILENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|timed? ?out|process group|peer", re.I)
-
-def _tail(path, lines=12): # a log, or None
-    said = path.read_text(encoding="utf-8", errors="replace").splitlines() if path and path.is_file() else []
-    return "\n".join([line for line in said if line.strip() and not re.search(r"\] \[(INFO|WARNING)\] \[", line)][-lines:])
+# What a rank says when another one no longer answers
+SILENCE = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|timed? ?out"
+    r"|process group|peer", re.IGNORECASE)
 
 def _log(logs, rank): # the newest log of a rank, or None
     return max(logs.glob(f"*rank{rank}.log"), default=None)
 
+# %% ../../nbs/29_training.launch.ipynb #1e4bf207
+def _text(path): # of a log; "" where there is none
+    if not path or not path.is_file(): return ""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+def _tail(path, count=12):
+    "The last lines of a log that tell something."
+    chatter = re.compile(r"\] \[(INFO|WARNING)\] \[")
+    lines = [line for line in _text(path).splitlines() if line.strip() and not chatter.search(line)]
+    return "\n".join(lines[-count:])
+
 # %% ../../nbs/29_training.launch.ipynb #28d00109
+def _errors(logs):
+    "The last words of the ranks, the earliest first."
+    kinds = {"at": NUMBER, "ours": bool, "kind": str, "said": str, "rank": int}
+    found = map(_read, logs.glob("*.error.json"))
+    whole = [words for words in found if _has(words, **kinds)]
+    return sorted(whole, key=itemgetter("at"))
+
+def _quoted(rank, logs):
+    return RankError(f"rank {rank} failed; its last lines:\n{_tail(_log(logs, rank))}")
+
+# %% ../../nbs/29_training.launch.ipynb #4357fbb5
 def failure(work: Path) -> Exception:
     "Why the last launch of a folder left no report."
     known = _read(work/"launcher.json")
-    if not _has(known, id=str, ranks=int): known = dict(id="", ranks=0)
+    if not _has(known, id=str, ranks=int): known = {"id": "", "ranks": 0}
     logs = work/"logs"/known["id"]
-    found = map(_read, logs.glob("*.error.json"))
-    errors = [e for e in found if _has(e, at=NUMBER, ours=bool, kind=str, said=str, rank=int)]
-    errors.sort(key=lambda e: e["at"])
+    errors = _errors(logs)
     for error in errors:
         if error["ours"]: return MaetError(error["said"])
     for error in errors:
-        if error["kind"] != "Orphan" and not SILENCE.search(error["said"]):
-            return RankError(f"rank {error['rank']} failed; its last lines:\n{_tail(_log(logs, error['rank']))}")
-    return _killed(work, logs, known, errors)
+        is_echo = error["kind"] == "Orphan" or SILENCE.search(error["said"])
+        if not is_echo: return _quoted(error["rank"], logs)
+    return _killed(work, logs, known["ranks"], errors)
 
 # %% ../../nbs/29_training.launch.ipynb #e73a7be8
-def _killed(work, logs, known, errors):
+def _signals(log): # their numbers, from what the launcher wrote
+    return {int(code) for code in re.findall(r"return code = -(\d+)", _text(log))}
+
+# %% ../../nbs/29_training.launch.ipynb #ff09e0cd
+def _killed(work, logs, ranks, errors):
     "Nobody said why. Say what can be known: who fell silent, and the last lines of what it left."
-    again, launcher = "called again, it goes on from the newest whole checkpoint", logs/"launcher.log"
-    if any(error["kind"] == "Orphan" for error in errors): return RankError(f"{work}: the launcher was killed or crashed; {again}")
-    silent = sorted(set(range(known["ranks"])) - {error["rank"] for error in errors})
-    for log in (_log(logs, rank) for rank in silent):
-        if log and "Traceback" in _tail(log, 99): return RankError(f"{log}: this rank failed; its last lines:\n{_tail(log)}")
-    codes = {int(code) for code in re.findall(r"return code = -(\d+)", launcher.read_text(errors="replace") if launcher.is_file() else "")}
-    ended = f" ({', '.join(signal.Signals(code).name for code in codes)})" if codes else ""
-    if errors or codes: return RankError(f"{work}: rank {' or '.join(map(str, silent))} was killed or crashed{ended}; {again}")
-    return RankError(f"{work}: the launcher ended before its work, or was killed; {again}\n{_tail(launcher)}".rstrip())
+    again = "called again, it goes on from the newest whole checkpoint"
+    if any(error["kind"] == "Orphan" for error in errors):
+        return RankError(f"{work}: the launcher was killed or crashed; {again}")
+
+    silent = sorted(set(range(ranks)) - {error["rank"] for error in errors})
+    for rank in silent:
+        log = _log(logs, rank)
+        if "Traceback" in _tail(log, 99):
+            return RankError(f"{log}: this rank failed; its last lines:\n{_tail(log)}")
+
+    codes = _signals(logs/"launcher.log")
+    if errors or codes:
+        who = " or ".join(map(str, silent))
+        names = ", ".join(signal.Signals(code).name for code in codes)
+        ended = f" ({names})" if codes else ""
+        return RankError(f"{work}: rank {who} was killed or crashed{ended}; {again}")
+    ended = f"{work}: the launcher ended before its work, or was killed; {again}"
+    return RankError(f"{ended}\n{_tail(logs/'launcher.log')}".rstrip())
 
 # %% ../../nbs/29_training.launch.ipynb #fb644351
-def _said(line): # what the bar says of a step
-    speed = f", {line['tokens_per_second']:,.0f} tokens/s" if line["tokens_per_second"] else ""
-    return f"loss {line['loss']:.3f}{speed}, {line['tokens_left']:,} tokens left, peak {line['peak_bytes']/2**30:.2f} GiB"
+Progress = Callable[[int, int, float], None] # is told (step, steps, loss)
+
+def _step_text(line): # what the bar says of a step
+    text = f"loss {line['loss']:.3f}"
+    if line["tokens_per_second"]: text += f", {line['tokens_per_second']:,.0f} tokens/s"
+    return f"{text}, {line['tokens_left']:,} tokens left, peak {line['peak_bytes']/2**30:.2f} GiB"
 
 # %% ../../nbs/29_training.launch.ipynb #f960d837
+def _begin(bar, title, first, steps):
+    "A clock becomes a bar of steps."
+    bar.reset(steps)
+    bar.bar_format = None
+    bar.initial = first - 1
+    bar.n = first - 1
+    bar.set_description_str(title, refresh=False)
+
+# %% ../../nbs/29_training.launch.ipynb #63708807
 @contextmanager
 def _bar(title):
     "Gives a function that shows the newest lines. Before the first there is a clock."
     with tqdm(desc=f"{title}: starting", unit="step", bar_format="{desc} {elapsed}") as bar:
         def show(lines):
-            if lines and bar.total is None:
-                bar.reset(lines[-1]["steps"])
-                bar.bar_format, bar.initial, bar.n = None, lines[0]["step"] - 1, lines[0]["step"] - 1
-                bar.set_description_str(title, refresh=False)
-            if lines: bar.set_postfix_str(_said(lines[-1]), refresh=False); bar.n = lines[-1]["step"]
+            if lines:
+                newest = lines[-1]
+                if bar.total is None: _begin(bar, title, lines[0]["step"], newest["steps"])
+                bar.set_postfix_str(_step_text(newest), refresh=False)
+                bar.n = newest["step"]
             if lines or bar.total is None: bar.refresh()
         yield show
 
@@ -326,9 +471,14 @@ def _bar(title):
 @contextmanager
 def _shown(work, progress):
     "The bar, or a function that tells `progress` of each line."
-    if not progress:
-        with _bar(Path(_read(work/"job.json")["out"]).name) as show: yield show
-    else: yield lambda lines: [progress(line["step"], line["steps"], line["loss"]) for line in lines]
+    def tell(lines):
+        for line in lines: progress(line["step"], line["steps"], line["loss"])
+
+    if progress:
+        yield tell
+        return
+    title = Path(_read(work/"job.json")["out"]).name
+    with _bar(title) as show: yield show
 
 # %% ../../nbs/29_training.launch.ipynb #2da3e93f
 def _news(path, seen): # bytes read so far -> new whole lines, bytes read so far
@@ -341,31 +491,42 @@ def _news(path, seen): # bytes read so far -> new whole lines, bytes read so far
     return _lines(whole_lines), seen + len(whole_lines)
 
 # %% ../../nbs/29_training.launch.ipynb #fe2ef495
+def _by_step(value):
+    "A mapping from steps, whose numbers JSON has made text, with numbers again. Others stay."
+    if not isinstance(value, dict): return value
+    if not all(key.isdecimal() for key in value): return value
+    return {int(key): number for key, number in value.items()}
+
 def _outcome(work):
     "The report of a finished run; otherwise its failure is raised."
-    if (report := _read(work/"report.json")) is None: raise failure(work)
-    for key, value in report.items():  # JSON has made text of steps
-        if isinstance(value, dict) and value and all(k.isdecimal() for k in value): report[key] = {int(k): v for k, v in value.items()}
-    return report
+    report = _read(work/"report.json")
+    if report is None: raise failure(work)
+    return {key: _by_step(value) for key, value in report.items()}
 
 # %% ../../nbs/29_training.launch.ipynb #8b3bf6c9
+def _watch(work, seen, show):
+    "Show progress.jsonl from byte `seen` on, until the launcher and its ranks are gone."
+    alive = True
+    while alive:
+        # before the news, so that the last of it is seen
+        alive = running(work) or _held(work/RANKS, fcntl.LOCK_EX)
+        news, seen = _news(work/"progress.jsonl", seen)
+        show(news)
+        if alive: time.sleep(.2)
+
+# %% ../../nbs/29_training.launch.ipynb #305f2486
 def follow(work: str | Path, # folder of a job
-           progress: Callable[[int, int, float], None] | None = None, # (step, steps, loss); none: a bar
+           progress: Progress | None = None, # none: a bar
            ) -> dict: # the report
-    "Watch a launched job until it ends, from any notebook. Interrupting ends the watching, not the job."
+    """Watch a launched job until it ends, from any notebook.
+    Interrupting ends the watching, not the job."""
     work = Path(work)
     known = _read(work/"launcher.json")
     if not known: raise MaetError(f"{work}: nothing was launched there")
     if not _has(known, progress_from=int) or known["progress_from"] < 0:
         raise MaetError(f"{work}: its launcher.json is damaged; remove it")
-    seen, alive = known["progress_from"], True
     try:
-        with _shown(work, progress) as show:
-            while alive:
-                alive = running(work) or _held(work/RANKS, fcntl.LOCK_EX)  # before the news, so that the last of it is seen
-                news, seen = _news(work/"progress.jsonl", seen)
-                show(news)
-                if alive: time.sleep(.2)
+        with _shown(work, progress) as show: _watch(work, known["progress_from"], show)
     except KeyboardInterrupt:
         print(f"{work} goes on by itself: follow() attaches again, stop() ends it", file=sys.stderr)
         raise
@@ -375,25 +536,33 @@ def follow(work: str | Path, # folder of a job
 def stop(work: str | Path) -> None:
     "End a launched job; what its newest checkpoint holds is kept. MaetError: it runs elsewhere."
     import psutil
-    work, known = Path(work), _read(Path(work)/"launcher.json") or {}
+    work = Path(work)
+    known = _read(work/"launcher.json") or {}
     if not running(work): return
-    if known.get("host") != socket.gethostname(): raise MaetError(f"{work}: its launcher is on {known.get('host')}; stop it there")
+    host = known.get("host")
+    if host != socket.gethostname():
+        raise MaetError(f"{work}: its launcher is on {host}; stop it there")
+    pid = known["pid"]
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
-        if psutil.Process(known["pid"]).create_time() == known["born"]: os.killpg(known["pid"], signal.SIGTERM)
-    os.close(_wait_for(work/LAUNCHER, 60, f"{work}: the launcher does not end; end process {known['pid']} by hand"))
+        is_ours = psutil.Process(pid).create_time() == known["born"]  # ids are used again
+        if is_ours: os.killpg(pid, signal.SIGTERM)
+    remains = f"{work}: the launcher does not end; end process {pid} by hand"
+    os.close(_wait_for(work/LAUNCHER, 60, remains))
 
 # %% ../../nbs/29_training.launch.ipynb #64e095fe
+def _plain(job): return json.loads(json.dumps(asdict(job)))  # as it is in a file
+
 def _done(job):
     "The report of a job whose result is there; None if it is not. MaetError: something else is."
-    work, out = Path(job.work), Path(job.out)
-    if not out.exists(): return None
-    if _read(work/"job.json") != _plain(job): raise MaetError(f"{out}: already there; remove it or choose another name")
+    work = Path(job.work)
+    if not Path(job.out).exists(): return None
+    taken = MaetError(f"{job.out}: already there; remove it or choose another name")
+    if _read(work/"job.json") != _plain(job): raise taken
     if (work/"report.json").exists(): return _outcome(work)
     lines = curve(work)  # killed between the result and the report
-    if len(lines) < total_steps(job.training): raise MaetError(f"{out}: already there; remove it or choose another name")
-    return dict(losses=[line["loss"] for line in lines], steps=len(lines), tokens=total_tokens(job.training))
-
-def _plain(job): return json.loads(json.dumps(asdict(job)))  # as it is in a file
+    if len(lines) < total_steps(job.training): raise taken
+    losses = [line["loss"] for line in lines]
+    return {"losses": losses, "steps": len(lines), "tokens": total_tokens(job.training)}
 
 # %% ../../nbs/29_training.launch.ipynb #04c60820
 def _in_process(job, progress):
@@ -408,15 +577,17 @@ def _in_process(job, progress):
 # %% ../../nbs/29_training.launch.ipynb #6dd8d909
 def run_job(job: Job,
             launch: Launch = Launch(),
-            progress: Callable[[int, int, float], None] | None = None, # (step, steps, loss); none: a bar
+            progress: Progress | None = None, # none: a bar
             ) -> dict: # the report of `train`
-    "Do a job where `launch` says, and wait for it. Called again: joins what runs, goes on after a kill, returns what is done."
+    """Do a job where `launch` says, and wait for it.
+    Called again it joins what runs, goes on after a kill, or returns what is done."""
     work = Path(job.work)
     if running(work):
-        if _read(work/"job.json") != _plain(job) or not (work/"launcher.json").exists():
-            raise MaetError(f"{work}: another process runs a job there; wait for it, or use another folder")
+        is_same = _read(work/"job.json") == _plain(job)
+        if not is_same or not (work/"launcher.json").exists(): raise MaetError(_busy(work))
         return follow(work, progress)
-    if (report := _done(job)) is not None: return report
+    report = _done(job)
+    if report is not None: return report
     check(job, launch)
     if not launch.apart: return _in_process(job, progress)
     start(job, launch)

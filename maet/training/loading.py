@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/24_training.loading.ipynb #d0fcd130
-import functools, math, re
+import math, re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,22 +26,27 @@ from .schedule import Training
 from .resuming import _zero
 
 # %% ../../nbs/24_training.loading.ipynb #cb4e5208
-def base_dtype(base: Checkpoint) -> torch.dtype: # that most of its scalars have
-    sizes = {}
-    for name in base.names: sizes[base.dtype(name)] = sizes.get(base.dtype(name), 0) + math.prod(base.shape(name))
+def base_dtype(base: Checkpoint) -> torch.dtype:
+    "The dtype that most of its scalars have."
+    sizes = Counter()
+    for name in base.names: sizes[base.dtype(name)] += math.prod(base.shape(name))
     return max(sizes, key=sizes.get)
 
-def weight_dtype(training: Training, stored: torch.dtype, deepspeed: Mapping | None = None) -> torch.dtype:
-    "What the weights of the model are loaded in; `stored` is the base's own."
-    if training.mode == "dense":
-        return torch.bfloat16 if training.precision == "bfloat16" and _zero(deepspeed or {}) else torch.float32
-    return torch.float32 if training.precision == "float32" else stored
+def weight_dtype(training: Training,
+                 stored: torch.dtype, # the base's own
+                 deepspeed: Mapping | None = None) -> torch.dtype:
+    "What the weights of the model are loaded in."
+    if training.mode != "dense":
+        return torch.float32 if training.precision == "float32" else stored
+    has_masters = _zero(deepspeed or {}) > 0
+    return torch.bfloat16 if training.precision == "bfloat16" and has_masters else torch.float32
 
 # %% ../../nbs/24_training.loading.ipynb #b052d8be
 def _autocast(training, stored, deepspeed, device):
     "The context of a forward: bfloat16 where the weights are wider than it."
-    if training.precision != "bfloat16" or weight_dtype(training, stored, deepspeed) == torch.bfloat16: return nullcontext
-    return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    if training.precision != "bfloat16": return nullcontext
+    if weight_dtype(training, stored, deepspeed) == torch.bfloat16: return nullcontext
+    return partial(torch.autocast, device.type, torch.bfloat16)
 
 # %% ../../nbs/24_training.loading.ipynb #b6692ea5
 @contextmanager
@@ -55,65 +62,104 @@ def _no_bars():
 # %% ../../nbs/24_training.loading.ipynb #752d4c91
 @contextmanager
 def _in_shards(deepspeed, dtype):
-    "Inside, transformers loads models in shards if the stage is 3. It asks the config that was made last, if that still lives."
+    "Inside, transformers loads models in shards if the stage is 3."
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
     unset_hf_deepspeed_config()
-    if _zero(deepspeed or {}) != 3: yield; return
-    known = HfDeepSpeedConfig(dict(train_micro_batch_size_per_gpu=1, bf16=dict(enabled=dtype == torch.bfloat16),
-                                   zero_optimization=deepspeed["zero_optimization"]))
+    if _zero(deepspeed or {}) != 3:
+        yield
+        return
+    # transformers asks the config that was made last, if that still lives
+    known = HfDeepSpeedConfig({
+        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": deepspeed["zero_optimization"],
+    })
     try: yield
-    finally: unset_hf_deepspeed_config(); del known
+    finally:
+        unset_hf_deepspeed_config()
+        del known
 
 # %% ../../nbs/24_training.loading.ipynb #f1f836cb
+AGAIN = "fetch the checkpoint again"
+
+def _read_config(path):
+    from transformers import AutoConfig
+    with reading(path, AGAIN):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        not_too_deep(config, Path(path)/"config.json")
+    return config
+
+# %% ../../nbs/24_training.loading.ipynb #c34ec326
+def _from_files(path, dtype, attention, deepspeed): # -> model, what was missing
+    from transformers import AutoModelForCausalLM
+    options = {
+        "config": _read_config(path), "dtype": dtype, "attn_implementation": attention,
+        "local_files_only": True, "output_loading_info": True,
+    }
+    try:
+        with reading(path, AGAIN), _no_bars(), _in_shards(deepspeed, dtype):
+            model, found = AutoModelForCausalLM.from_pretrained(path, **options, **NO_ADAPTER)
+    except (ImportError, MaetError) as error:
+        if not attention: raise
+        why = " ".join(str(error).split())
+        raise MaetError(f"{path}: cannot use attention {attention}: {why}") from None
+    return model, sorted(found["missing_keys"])
+
+# %% ../../nbs/24_training.loading.ipynb #8d8b264b
 def load_base(path, # checkpoint folder
               dtype: torch.dtype,
               attention: str | None = None,
-              deepspeed: Mapping | None = None): # under ZeRO-3 each rank holds its shard, from the start
-    "The model with the checkpoint's weights. MaetError if one is missing (it would be random) or not finite."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    with reading(path, "fetch the checkpoint again"):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        not_too_deep(config, Path(path)/"config.json")
-
-    how = dict(dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True)
-    try:
-        with reading(path, "fetch the checkpoint again"), _no_bars(), _in_shards(deepspeed, dtype):
-            model, found = AutoModelForCausalLM.from_pretrained(path, config=config, **how, **NO_ADAPTER)
-    except (ImportError, MaetError) as e:
-        if not attention: raise
-        raise MaetError(f"{path}: cannot use attention {attention}: {' '.join(str(e).split())}") from None
-    if missing := sorted(found["missing_keys"]):
-        raise MaetError(f"{path}: lacks {', '.join(missing[:5])}; it is not a whole checkpoint of its config.json")
+              deepspeed: Mapping | None = None): # under ZeRO-3 each rank holds its shard
+    """The model with the checkpoint's weights.
+    MaetError if one is missing (it would be random) or not finite."""
+    model, missing = _from_files(path, dtype, attention, deepspeed)
+    if missing:
+        names = ", ".join(missing[:5])
+        raise MaetError(f"{path}: lacks {names}; it is not a whole checkpoint of its config.json")
     for name, p in model.named_parameters():
         with gathered(p): finite(p.data, name, path)
-    # transformers knows no loss for GPT-2's head, and its Trainer then counts one token a sequence too many
+    # transformers knows no loss for GPT-2's head: its Trainer counts a token a sequence too many
     if model.loss_type is None: model.loss_type = "ForCausalLM"
     return model
 
 # %% ../../nbs/24_training.loading.ipynb #fc074d50
+def _lora_config(training):
+    from peft import LoraConfig
+    targets = training.lora_targets
+    if targets != "all-linear": targets = targets.split(",")
+    return LoraConfig(
+        r=training.lora_rank, lora_alpha=training.lora_alpha, lora_dropout=training.lora_dropout,
+        target_modules=targets, task_type="CAUSAL_LM",
+    )
+
+# %% ../../nbs/24_training.loading.ipynb #ac618f06
 def _with_lora(model, training):
     "The model with peft's adapters. MaetError if the targets are not linear layers of it."
-    from peft import LoraConfig, get_peft_model
-    targets = training.lora_targets if training.lora_targets == "all-linear" else training.lora_targets.split(",")
-    config = LoraConfig(r=training.lora_rank, lora_alpha=training.lora_alpha, lora_dropout=training.lora_dropout,
-                        target_modules=targets, task_type="CAUSAL_LM")
+    from peft import get_peft_model
+    key = f"training: lora_targets {training.lora_targets}"
+    config = _lora_config(training)
     torch.manual_seed(training.seed)
     try: model = get_peft_model(model, config)
-    except ValueError as e: raise MaetError(f"training: lora_targets {training.lora_targets}: {' '.join(str(e).split())}") from None
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        raise MaetError(f"{key}: {why}") from None
     for name, p in model.named_parameters():
         if p.requires_grad and not re.search(r"\.lora_[AB]\.", name):
-            raise MaetError(f"training: lora_targets {training.lora_targets}: {name} is no linear layer's; choose others")
+            raise MaetError(f"{key}: {name} is no linear layer's; choose others")
     return model
 
 # %% ../../nbs/24_training.loading.ipynb #d5e20c6d
+def _checkpoint_activations(model): # on, by whatever name
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if not enable: enable = model.gradient_checkpointing_enable  # the old name
+    enable({"use_reentrant": False})
+
 def prepare(model, # as `load_base` returns it
             training: Training,
             keys: Mapping[str, Tensor] | None = None,  # key-neuron: tensor name -> bool mask
             layout: Layout | None = None): # of the base, whose names the keys speak
     "The model that is trained: what the mode freezes is frozen, and what it adds is there."
     model.config.use_cache = False
-    if training.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
-        enable(dict(use_reentrant=False))
+    if training.activation_checkpointing: _checkpoint_activations(model)
     if training.mode == "key-neuron": return freeze(model, keys, layout)
-    return _with_lora(model, training) if training.mode == "lora" else model
+    if training.mode == "lora": return _with_lora(model, training)
+    return model

@@ -19,10 +19,12 @@ from ..weights.tensors import MaetError
 from ..text.tokens import Tokens
 
 # %% ../../nbs/23_training.resuming.ipynb #91032ad7
-def ranks() -> int: # processes in this group; 1 outside of one
+def ranks() -> int:
+    "Processes in this group; 1 outside of one."
     return int(os.environ.get("WORLD_SIZE", 1))
 
-def rank() -> int: # of this process
+def rank() -> int:
+    "The number of this process, from 0."
     return int(os.environ.get("RANK", 0))
 
 # %% ../../nbs/23_training.resuming.ipynb #d00ed8d2
@@ -32,12 +34,16 @@ def _join():
     from accelerate.state import AcceleratorState, PartialState
     from deepspeed.accelerator import get_accelerator
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu: deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and not be used
-    deepspeed.init_distributed("gloo" if on_cpu else None, timeout=timedelta(hours=6), verbose=False)  # a score may take its time
+    backend = None if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":  # DeepSpeed's own would be compiled, and not be used
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patience = timedelta(hours=6)  # a score may take its time
+    deepspeed.init_distributed(backend, timeout=patience, verbose=False)
+
+    # left alone, accelerate takes each CPU rank for a world of its own
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    try: PartialState(backend="gloo" if on_cpu else None)  # left alone, accelerate takes each CPU rank for a world of its own
+    try: PartialState(backend=backend)
     finally: del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 # %% ../../nbs/23_training.resuming.ipynb #a084e88f
@@ -49,30 +55,39 @@ def meet():
 def from_rank_0(find: Callable):
     "What `find()` returns on rank 0, on every rank; a MaetError too."
     if ranks() == 1: return find()
-    said = [None, None]
+    message = [None, None]  # what was found, what is wrong
     if rank() == 0:
-        try: said[0] = find()
-        except MaetError as e: said[1] = str(e)
-    torch.distributed.broadcast_object_list(said)
-    if said[1]: raise MaetError(said[1])
-    return said[0]
+        try: message[0] = find()
+        except MaetError as error: message[1] = str(error)
+    torch.distributed.broadcast_object_list(message)
+    found, wrong = message
+    if wrong: raise MaetError(wrong)
+    return found
 
 # %% ../../nbs/23_training.resuming.ipynb #12c6fc06
-DEEPSPEED = dict(train_batch_size="auto", train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto",
-                 gradient_clipping="auto", bf16=dict(enabled="auto"), zero_allow_untested_optimizer=True,
-                 zero_force_ds_cpu_optimizer=False, steps_per_print=2**31 - 1) # what the Trainer needs in a config
+DEEPSPEED = {  # what the Trainer needs in a config
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31 - 1,
+}
 
 def _zero(config) -> int: # the stage, 0 to 3
     return (config.get("zero_optimization") or {}).get("stage", 0)
 
 # %% ../../nbs/23_training.resuming.ipynb #70b7fe86
 def _filled(config):
-    "A copy of a DeepSpeed config with what the Trainer needs in it. MaetError if this process cannot use it."
-    if config is None:
-        if ranks() > 1: raise MaetError(f"training: {ranks()} ranks need a DeepSpeed config; start them by maet.training.launch")
-        return None
-    if "LOCAL_RANK" not in os.environ: raise MaetError("training: a DeepSpeed config, but no ranks; start them by maet.training.launch")
-    if _zero(config) not in range(4): raise MaetError(f"training: zero_optimization.stage is {_zero(config)}, it must be 0 to 3")
+    """A copy of a DeepSpeed config with what the Trainer needs in it.
+    MaetError if this process cannot use it."""
+    advice = "start them by maet.training.launch"
+    if config is None and ranks() > 1:
+        raise MaetError(f"training: {ranks()} ranks need a DeepSpeed config; {advice}")
+    if config is None: return None
+    if "LOCAL_RANK" not in os.environ:
+        raise MaetError(f"training: a DeepSpeed config, but no ranks; {advice}")
+    stage = _zero(config)
+    if stage not in range(4):
+        raise MaetError(f"training: zero_optimization.stage is {stage}, it must be 0 to 3")
     return copy.deepcopy(DEEPSPEED | dict(config))
 
 # %% ../../nbs/23_training.resuming.ipynb #f6e1126c
@@ -95,7 +110,8 @@ def seal(checkpoint: Path, # a folder with everything in it
          seconds: float):  # spent on it so far
     "Declare a checkpoint whole, once it is on the disk."
     _on_disk(*checkpoint.rglob("*"), checkpoint)
-    (checkpoint/MARK).write_text(json.dumps(dict(run=run, seconds=seconds, sizes=_sizes(checkpoint))))
+    mark = {"run": run, "seconds": seconds, "sizes": _sizes(checkpoint)}
+    (checkpoint/MARK).write_text(json.dumps(mark))
     _on_disk(checkpoint/MARK, checkpoint, checkpoint.parent)
 
 # %% ../../nbs/23_training.resuming.ipynb #8afd78de
@@ -103,8 +119,10 @@ def _mark(checkpoint):
     "What a checkpoint's mark says, or None if it is not whole."
     try: found = json.loads((checkpoint/MARK).read_text())
     except (OSError, ValueError, RecursionError): return None
-    known = isinstance(found, dict) and {"run", "seconds", "sizes"} <= found.keys()
-    return found if known and found["sizes"] == _sizes(checkpoint) else None  # a file may have been cut off, or lost, since
+    if not isinstance(found, dict): return None
+    if not {"run", "seconds", "sizes"} <= found.keys(): return None
+    if found["sizes"] != _sizes(checkpoint): return None  # a file was cut off, or lost, since
+    return found
 
 # %% ../../nbs/23_training.resuming.ipynb #bc33ea4e
 def _discard(checkpoint):
@@ -119,33 +137,40 @@ def _clear(work):
     if work.is_dir() and not any(work.iterdir()): work.rmdir()
 
 # %% ../../nbs/23_training.resuming.ipynb #bc214919
+def _step_of(checkpoint):
+    digits = re.sub(r"\D", "", checkpoint.name)
+    return int(digits or 0)
+
 def newest_whole(work: Path, # folder of checkpoints; may be absent
                  run: str): # what run they must belong to
-    "The newest whole checkpoint, or None; all others are removed. MaetError if it is of another run."
-    found = sorted(work.glob("checkpoint-*"), key=lambda c: int(re.sub(r"\D", "", c.name) or 0), reverse=True)
-    last = next((c for c in found if _mark(c)), None)
-    if last and _mark(last)["run"] != run:
-        raise MaetError(f"{work}: holds checkpoints of a run with another base, corpus, keys, settings or ranks; "
-                        "remove it or use another folder")
+    """The newest whole checkpoint, or None; all others are removed.
+    MaetError if it is of another run."""
+    found = sorted(work.glob("checkpoint-*"), key=_step_of, reverse=True)
+    newest = next(filter(_mark, found), None)
+    if newest and _mark(newest)["run"] != run:
+        others = "checkpoints of a run with another base, corpus, keys, settings or ranks"
+        raise MaetError(f"{work}: holds {others}; remove it or use another folder")
     for checkpoint in found:
-        if checkpoint != last: _discard(checkpoint)
-    return last
+        if checkpoint != newest: _discard(checkpoint)
+    return newest
 
 # %% ../../nbs/23_training.resuming.ipynb #22d200f8
 def _identity(thing): # Tokens, or a mapping of masks
     "A hash of the content."
     if getattr(thing, "identity", None): return thing.identity
-    name, parts = hashlib.sha256(), thing._asdict().items() if isinstance(thing, Tokens) else thing.items()
-    for label, tensor in parts:
+    parts = thing._asdict() if isinstance(thing, Tokens) else thing
+    content = hashlib.sha256()
+    for name, tensor in parts.items():
         if not torch.is_tensor(tensor): continue
-        name.update(json.dumps([label, str(tensor.dtype), *tensor.shape]).encode())
-        name.update(np.ascontiguousarray(tensor.cpu().numpy()))
-    return name.hexdigest()
+        content.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())
+        content.update(np.ascontiguousarray(tensor.cpu().numpy()))
+    return content.hexdigest()
 
 # %% ../../nbs/23_training.resuming.ipynb #2585a2c2
 def _run_name(base, training, texts, keys, deepspeed):
     "A hash of all that decides the result."
-    settings = {key: value for key, value in asdict(training).items() if key != "save_every"}  # changes no number
+    settings = asdict(training)
+    del settings["save_every"]  # changes no number
     group = [ranks(), _zero(deepspeed)] if deepspeed else None
-    told = [settings, base.fingerprint, *map(_identity, texts), keys and _identity(keys), group]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    decisive = [settings, base.fingerprint, *map(_identity, texts), keys and _identity(keys), group]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()

@@ -20,8 +20,10 @@ from ..text.tokens import Tokens
 MODES = ("dense", "lora", "key-neuron")
 
 # %% ../../nbs/22_training.schedule.ipynb #a21ff010
-SCHEDULES = dict(linear="linear", cosine="cosine", wsd="warmup_stable_decay",  # ours -> transformers.get_scheduler's
-                 constant="constant_with_warmup")  # its plain "constant" would ignore warmup_steps
+SCHEDULES = {  # ours -> transformers.get_scheduler's
+    "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay",
+    "constant": "constant_with_warmup",  # its plain "constant" would ignore warmup_steps
+}
 PRECISIONS = ("float32", "bfloat16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # transformers' names
 
@@ -30,72 +32,109 @@ def _setting(default, # the value when a recipe is silent
              ok,      # function: can this value be used?
              must):   # what `ok` asks for, in words
     "A dataclass field that knows what it must be."
-    return field(default=default, metadata=dict(kind=kind, ok=ok, must=must))
+    return field(default=default, metadata={"kind": kind, "ok": ok, "must": must})
 
 # %% ../../nbs/22_training.schedule.ipynb #d5ff829b
+def _converted(value, kind):
+    "`value` as `kind`. ValueError, TypeError or OverflowError where it would be another value."
+    if isinstance(value, bool) != (kind is bool): raise ValueError
+    if kind in (str, bool): return value
+    number = kind(float(value))
+    if number != float(value): raise ValueError
+    return number
+
+# %% ../../nbs/22_training.schedule.ipynb #32d35b0f
 def _checked(setting, value):
-    "`value` as the kind that `setting` wants; MaetError if it is not one. YAML reads 5e-5 as text: text is welcome."
-    kind, ok = setting.metadata["kind"], setting.metadata["ok"]
+    """`value` as the kind that `setting` wants; MaetError if it is not one.
+    YAML reads 5e-5 as text: text is welcome."""
+    kind, ok, must = (setting.metadata[key] for key in ("kind", "ok", "must"))
     if value is None and setting.default is None: return None
     if kind is str and isinstance(value, (list, tuple)): value = ",".join(map(str, value))
     try:
-        number = value if kind in (str, bool) else kind(float(value))
-        good = isinstance(value, bool) == (kind is bool) and (kind in (str, bool) or number == float(value)) and ok(number)
-    except (TypeError, ValueError, OverflowError): good = False
-    if not good: raise MaetError(f"training: {setting.name} is {value!r}, it must be {setting.metadata['must']}")
-    return number
+        converted = _converted(value, kind)
+        if ok(converted): return converted
+    except (TypeError, ValueError, OverflowError): pass
+    raise MaetError(f"training: {setting.name} is {value!r}, it must be {must}")
 
 # %% ../../nbs/22_training.schedule.ipynb #127e2f5e
-def _whole(least, default): # a whole number, `least` or more; with a default of None it may also be none
-    must = ("a whole number, 0 or more" if not least else f"a whole number above {least - 1}") + (
-        ", or none" if default is None else "")
-    return _setting(default, int, lambda v: v >= least, must)
+def _is_rate(value): return 0 < value < 1
+def _is_share(value): return 0 <= value < 1
+def _is_positive(value): return 0 < value < math.inf
+def _is_not_negative(value): return 0 <= value < math.inf
+def _is_seed(value): return 0 <= value < 2**32
+def _is_any(value): return True
 
-def _flag(default, must="true or false"): return _setting(default, bool, lambda v: True, must)
+def _or_none(must, default): return must if default is not None else f"{must}, or none"
 
-def _check_names(settings, known):
-    if unknown := sorted(map(str, set(settings) - set(known))):
-        raise MaetError(f"training: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
+# %% ../../nbs/22_training.schedule.ipynb #db01b7b0
+def _whole(least, default):
+    "A whole number, `least` or more; with a default of None it may also be none."
+    def ok(value): return value >= least
+    must = f"a whole number above {least - 1}" if least else "a whole number, 0 or more"
+    return _setting(default, int, ok, _or_none(must, default))
+
+def _share(default):
+    return _setting(default, float, _is_share, "0 or more and below 1")
+
+def _not_negative(default, must="0 or more"):
+    return _setting(default, float, _is_not_negative, must)
+
+def _flag(default, must="true or false"):
+    return _setting(default, bool, _is_any, must)
 
 # %% ../../nbs/22_training.schedule.ipynb #7867d277
 def _one_of(choices, default):
-    must = f"{', '.join(choices[:-1])} or {choices[-1]}" + (", or none" if default is None else "")
-    return _setting(default, str, choices.__contains__, must)
+    *most, last = choices
+    must = f"{', '.join(most)} or {last}"
+    return _setting(default, str, choices.__contains__, _or_none(must, default))
+
+def _check_names(settings, known):
+    unknown = sorted(map(str, set(settings) - set(known)))
+    if not unknown: return
+    names = ", ".join(unknown)
+    raise MaetError(f"training: unknown key {names}; known keys: {', '.join(known)}")
 
 # %% ../../nbs/22_training.schedule.ipynb #902ba3cd
 @dataclass
-class Training:
-    "Every hyper-parameter of one run. A bad value is a MaetError that names the key."
+class Steps:
+    "What the optimizer's steps read, and how they change the model."
     mode: str = _one_of(MODES, "dense")
-    tokens: int = _whole(1, 2_000_000_000)        # paper: 2B
-    batch_tokens: int = _whole(1, 1_000_000)      # a step, over all ranks; paper: 1M
-    sequence_length: int = _whole(2, 2048)        # tokens
-    whole_documents: bool = _flag(False)          # none is cut by a sequence's end; the rest is padded (documents)
-    device_batch: int = _whole(1, None)           # sequences at once on a rank; none: all that a step has for it
-    learning_rate: float = _setting(5e-5, float, lambda v: 0 < v < 1, "above 0 and below 1")      # paper: 5e-5
+    tokens: int = _whole(1, 2_000_000_000)   # paper: 2B
+    batch_tokens: int = _whole(1, 1_000_000) # a step, over all ranks; paper: 1M
+    sequence_length: int = _whole(2, 2048)   # tokens
+    whole_documents: bool = _flag(False)     # none is cut by a sequence's end; the rest is padded
+    device_batch: int = _whole(1, None)      # sequences at once on a rank; none: all of a step's
+    learning_rate: float = _setting(5e-5, float, _is_rate, "above 0 and below 1") # paper: 5e-5
     schedule: str = _one_of(tuple(SCHEDULES), "cosine")
     warmup_steps: int = _whole(0, 0)
-    decay_steps: int = _whole(0, 0)               # of wsd, linear to 0
-    weight_decay: float = _setting(0.1, float, lambda v: 0 <= v < math.inf, "0 or more")          # not on norms, biases
-    beta1: float = _setting(0.9, float, lambda v: 0 <= v < 1, "0 or more and below 1")
-    beta2: float = _setting(0.95, float, lambda v: 0 <= v < 1, "0 or more and below 1")
-    max_grad_norm: float = _setting(1.0, float, lambda v: 0 <= v < math.inf, "0 (no clipping) or more")
-    seed: int = _setting(0, int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
-    save_every: int = _whole(1, 100)              # steps between two checkpoints to resume from
-    eval_every: int = _whole(1, None)             # steps
-    precision: str = _one_of(PRECISIONS, None)    # what the forward computes in; none: see "Loading the base"
-    attention: str = _one_of(ATTENTIONS, None)    # none: transformers' choice for the model
+    decay_steps: int = _whole(0, 0)          # of wsd, linear to 0
+    weight_decay: float = _not_negative(0.1) # not on norms, biases
+    beta1: float = _share(0.9)
+    beta2: float = _share(0.95)
+    max_grad_norm: float = _not_negative(1.0, "0 (no clipping) or more")
+    seed: int = _setting(0, int, _is_seed, "a whole number from 0 to 2**32 - 1")
+
+# %% ../../nbs/22_training.schedule.ipynb #735fc5e5
+@dataclass
+class Training(Steps):
+    """Every hyper-parameter of one run: those of `Steps`, and these.
+    A bad value is a MaetError that names the key."""
+    save_every: int = _whole(1, 100)           # steps between two checkpoints to resume from
+    eval_every: int = _whole(1, None)          # steps
+    precision: str = _one_of(PRECISIONS, None) # of the forward; none: see "Loading the base"
+    attention: str = _one_of(ATTENTIONS, None) # none: transformers' choice for the model
     activation_checkpointing: bool = _flag(False)
     lora_rank: int = _whole(1, 16)
-    lora_alpha: float = _setting(32., float, lambda v: 0 < v < math.inf, "above 0")               # scale: alpha / rank
-    lora_dropout: float = _setting(0., float, lambda v: 0 <= v < 1, "0 or more and below 1")
+    lora_alpha: float = _setting(32., float, _is_positive, "above 0") # scale: alpha / rank
+    lora_dropout: float = _share(0.)
     lora_targets: str = _setting("all-linear", str, bool, "all-linear, or a list of module names")
     lora_merge: bool = _flag(True, "true (a checkpoint) or false (an adapter)")
-    save_samples: int = _whole(1, None)           # sequences between two candidates for `keep`
-    keep: int = _whole(1, None)                   # how many candidates, the best by score
+    save_samples: int = _whole(1, None)        # sequences between two candidates for `keep`
+    keep: int = _whole(1, None)                # how many candidates, the best by score
 
     def __post_init__(self):
-        for setting in fields(self): setattr(self, setting.name, _checked(setting, getattr(self, setting.name)))
+        for setting in fields(self):
+            setattr(self, setting.name, _checked(setting, getattr(self, setting.name)))
         _check_together(self)
 
     @classmethod
@@ -105,47 +144,67 @@ class Training:
         return cls(**settings)
 
 # %% ../../nbs/22_training.schedule.ipynb #0ade7c2c
-def batch_sequences(training: Training) -> int: # sequences in one optimizer step
+def batch_sequences(training: Training) -> int:
+    "Sequences in one optimizer step."
     return training.batch_tokens // training.sequence_length
 
-def total_steps(training: Training) -> int: # optimizer steps; the last one is a whole one
-    return -(-training.tokens // (batch_sequences(training) * training.sequence_length))
+def total_steps(training: Training) -> int:
+    "Optimizer steps; the last one is a whole one."
+    step = batch_sequences(training)*training.sequence_length
+    return -(-training.tokens//step)  # rounded up
 
-def total_tokens(training: Training) -> int: # that the run reads
-    return total_steps(training) * batch_sequences(training) * training.sequence_length
+def total_tokens(training: Training) -> int:
+    "Tokens that the run reads."
+    return total_steps(training)*batch_sequences(training)*training.sequence_length
 
-def at_once(training: Training, ranks: int = 1) -> int: # sequences that go through the model at once on each rank
+def at_once(training: Training, ranks: int = 1) -> int:
+    "Sequences that go through the model at once on each rank."
     return training.device_batch or max(1, batch_sequences(training)//ranks)
 
 # %% ../../nbs/22_training.schedule.ipynb #a5eb0d02
 def check_ranks(training: Training, ranks: int): # processes that share a step
     "MaetError unless the ranks share a step evenly, in whole forwards."
     batch, each = batch_sequences(training), at_once(training, ranks)
-    if batch % (ranks*each):
-        raise MaetError(f"training: {ranks} ranks with {each} sequences at once cannot share the {batch} sequences of one "
-                        "batch evenly; change the number of ranks, device_batch or batch_tokens")
+    if batch % (ranks*each) == 0: return
+    uneven = f"{ranks} ranks with {each} sequences at once cannot share"
+    advice = "change the number of ranks, device_batch or batch_tokens"
+    raise MaetError(f"training: {uneven} the {batch} sequences of one batch evenly; {advice}")
 
 # %% ../../nbs/22_training.schedule.ipynb #b1d57811
+def _check_schedule(training):
+    "Does a run have steps enough for its schedule?"
+    if training.schedule != "wsd": return
+    changing = training.warmup_steps + training.decay_steps
+    steps = total_steps(training)
+    if changing > steps:
+        more = f"more than the run's {steps} steps"
+        raise MaetError(f"training: warmup_steps + decay_steps is {changing}, {more}")
+
+# %% ../../nbs/22_training.schedule.ipynb #fd23a17c
 def _check_together(training):
     "The rules that take more than one key."
     batch, each = batch_sequences(training), training.device_batch
     if not batch:
-        raise MaetError(f"training: batch_tokens is {training.batch_tokens}, "
-                        f"less than one sequence_length of {training.sequence_length}")
+        less = f"less than one sequence_length of {training.sequence_length}"
+        raise MaetError(f"training: batch_tokens is {training.batch_tokens}, {less}")
     if each and batch % each:
-        raise MaetError(f"training: device_batch is {each}, it must divide the {batch} sequences of one batch")
-    if training.schedule == "wsd" and training.warmup_steps + training.decay_steps > total_steps(training):
-        raise MaetError(f"training: warmup_steps + decay_steps is {training.warmup_steps + training.decay_steps}, "
-                        f"more than the run's {total_steps(training)} steps")
+        must = f"it must divide the {batch} sequences of one batch"
+        raise MaetError(f"training: device_batch is {each}, {must}")
+    _check_schedule(training)
     if (training.keep is None) != (training.save_samples is None):
-        raise MaetError("training: keep and save_samples go together: every save_samples sequences a candidate, keep the best")
+        what = "every save_samples sequences a candidate, keep the best"
+        raise MaetError(f"training: keep and save_samples go together: {what}")
 
 # %% ../../nbs/22_training.schedule.ipynb #fa35e192
 def _schedule(training):
-    "The Trainer's two arguments about the learning rate after warm-up."
-    wsd = dict(num_decay_steps=training.decay_steps, decay_type="linear")
-    return dict(lr_scheduler_type=SCHEDULES[training.schedule], warmup_steps=training.warmup_steps,
-                lr_scheduler_kwargs=wsd if training.schedule == "wsd" else {})
+    "The Trainer's arguments about the learning rate and its warm-up."
+    more = {}
+    if training.schedule == "wsd":
+        more = {"num_decay_steps": training.decay_steps, "decay_type": "linear"}
+    return {
+        "lr_scheduler_type": SCHEDULES[training.schedule],
+        "warmup_steps": training.warmup_steps, "lr_scheduler_kwargs": more,
+    }
 
 # %% ../../nbs/22_training.schedule.ipynb #0716d970
 def reading_order(sequences: int, # how many the corpus has
@@ -153,16 +212,23 @@ def reading_order(sequences: int, # how many the corpus has
                   seed: int) -> Tensor: # (needed,) int64, numbers of sequences
     "One shuffled pass after another, cut to length."
     generator = torch.Generator().manual_seed(seed)
-    passes = [torch.randperm(sequences, generator=generator) for _ in range(-(-needed // sequences))]
+    starts = range(0, needed, sequences)
+    passes = [torch.randperm(sequences, generator=generator) for _ in starts]
     return torch.cat(passes)[:needed]
 
 # %% ../../nbs/22_training.schedule.ipynb #8a4958a9
 class Sequences(torch.utils.data.Dataset):
-    "Item i is sequence order[i], as the Trainer wants it. Labels are the ids: the model shifts them itself."
-    def __init__(self, tokens: Tokens, order): self.tokens, self.order = tokens, order
+    """Item i is sequence order[i], as the Trainer wants it.
+    Labels are the ids: the model shifts them itself."""
+    def __init__(self, tokens: Tokens, order):
+        self.tokens = tokens
+        self.order = order
+
     def __len__(self): return len(self.order)
+
     def __getitem__(self, i):
         row = int(self.order[i])
         ids = self.tokens.ids[row].long()  # of a mapped file, only this row is read
-        if self.tokens.trained is None: return dict(input_ids=ids, labels=ids)
-        return dict(input_ids=ids, labels=ids.masked_fill(~self.tokens.trained[row], -100))
+        trained = self.tokens.trained
+        labels = ids if trained is None else ids.masked_fill(~trained[row], -100)
+        return {"input_ids": ids, "labels": labels}

@@ -19,28 +19,33 @@ from ..weights.tensors import MaetError, one_line, reading
 
 # %% ../../nbs/20_training.settings.ipynb #ac3478d6
 def _is_number(value, kind) -> bool:
-    "An int will do for a float; a bool is no number, and neither is NaN, nor what float64 cannot hold."
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int): return False
+    """An int will do for a float; a bool is no number.
+    Neither is NaN, nor what float64 cannot hold."""
+    kinds = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, kinds): return False
     try: return math.isfinite(value)
     except OverflowError: return False
 
 def _fits(value, kind) -> bool:
     "Is a YAML value of this plain type?"
-    return _is_number(value, kind) if kind in (int, float) else isinstance(value, get_origin(kind) or kind)
+    if kind in (int, float): return _is_number(value, kind)
+    return isinstance(value, get_origin(kind) or kind)
 
 # %% ../../nbs/20_training.settings.ipynb #6dcbe9fa
 def _inside(kind, value, where: str):
     "What a list or a dictionary holds, each value as it should be."
-    of = get_args(kind)
-    if of and isinstance(value, list): return [_convert(of[0], v, f"{where}[{n}]") for n, v in enumerate(value)]
-    if not of or not isinstance(value, dict): return value
-    for name in value: _convert(of[0], name, f"{where}: the key")
-    return {name: _convert(of[1], v, f"{where}.{name}") for name, v in value.items()}
+    kinds = get_args(kind)
+    if kinds and isinstance(value, list):
+        return [_convert(kinds[0], part, f"{where}[{n}]") for n, part in enumerate(value)]
+    if not kinds or not isinstance(value, dict): return value
+    for name in value: _convert(kinds[0], name, f"{where}: the key")
+    return {name: _convert(kinds[1], part, f"{where}.{name}") for name, part in value.items()}
 
 # %% ../../nbs/20_training.settings.ipynb #ece2a755
 def _convert(kind, value, where: str):
-    "A YAML value as `kind`: a dataclass, a list or a dictionary of some kind, a union of such, or plain."
-    for option in get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+    "A YAML value as `kind`: a dataclass, a list or a dictionary, a union of such, or plain."
+    options = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
         if is_dataclass(option) and isinstance(value, Mapping): return strict(option, value, where)
         if _fits(value, option): return _inside(option, value, where)
     wanted = kind if get_args(kind) else getattr(kind, "__name__", kind)
@@ -48,55 +53,83 @@ def _convert(kind, value, where: str):
 
 # %% ../../nbs/20_training.settings.ipynb #56b333aa
 def strict(cls, values, where: str = "recipe"):
-    "Fill a dataclass from a mapping, and nested ones too. Raises MaetError: an unknown key, one that lacks, a wrong type."
+    """Fill a dataclass from a mapping, and nested ones too.
+    MaetError: an unknown key, one that lacks, a wrong type."""
     if not isinstance(values, Mapping): raise MaetError(f"{where}: {values!r} is not a mapping")
     if hasattr(cls, "of"): return cls.of(values)  # it reads a mapping by itself
     kinds = get_type_hints(cls)
-    if unknown := [k for k in values if k not in kinds]:
-        raise MaetError(f"{where}: unknown key {', '.join(map(str, unknown))}; known are {', '.join(kinds)}")
-    try: return cls(**{k: _convert(kinds[k], v, f"{where}.{k}") for k, v in values.items()})
-    except TypeError as e: raise MaetError(f"{where}: {str(e).split('() ')[-1]}") from None
-    except MaetError as e: raise MaetError(str(e) if str(e).startswith(where) else f"{where}.{e}") from None
+    unknown = [str(key) for key in values if key not in kinds]
+    if unknown:
+        known = ", ".join(kinds)
+        raise MaetError(f"{where}: unknown key {', '.join(unknown)}; known are {known}")
+    try:
+        parts = {}
+        for key, value in values.items(): parts[key] = _convert(kinds[key], value, f"{where}.{key}")
+        return cls(**parts)
+    except TypeError as error:
+        said = str(error).split("() ")[-1]
+        raise MaetError(f"{where}: {said}") from None
+    except MaetError as error:
+        said = str(error)
+        raise MaetError(said if said.startswith(where) else f"{where}.{said}") from None
 
 # %% ../../nbs/20_training.settings.ipynb #fe5dbbce
 MOST_VALUES = 100_000  # of a file, each alias written out
+SHIPPED = files("maet")/"recipes"
 
 # %% ../../nbs/20_training.settings.ipynb #609c155f
-def _plain(thing, seen: dict[int, int | None]) -> int: # values in it; seen: the same of lists and mappings by id, None while one is looked at
-    "Raises ValueError for what JSON could not say, and for what lies inside itself."
-    if isinstance(thing, int) and abs(thing) >= 2**64: raise ValueError("a number of more than 64 bits")
+def _check_keys(mapping):
+    for key in mapping:
+        if isinstance(key, str): continue
+        raise ValueError(f"the key {key!r} is no text; quotes make it one")
+
+def _count_values(thing,
+                  seen: dict[int, int | None]) -> int: # by id; None while it is looked at
+    """Values in it; `seen` has those of lists and mappings.
+    ValueError for what JSON could not say, and for what lies inside itself."""
+    if isinstance(thing, int) and abs(thing) >= 2**64:
+        raise ValueError("a number of more than 64 bits")
     if thing is None or isinstance(thing, (str, int, float)): return 1
-    if not isinstance(thing, (list, dict)): raise ValueError(f"a {type(thing).__name__} {str(thing)!r}; quotes make it a text")
-    if odd := [key for key in thing if isinstance(thing, dict) and not isinstance(key, str)]:
-        raise ValueError(f"the key {odd[0]!r} is no text; quotes make it one")
-    if id(thing) not in seen:
-        seen[id(thing)] = None
-        seen[id(thing)] = 1 + sum(_plain(part, seen) for part in (thing.values() if isinstance(thing, dict) else thing))
-    if seen[id(thing)] is None: raise ValueError("an alias lies inside of what it stands for")
-    return seen[id(thing)]
+    if not isinstance(thing, (list, dict)):
+        raise ValueError(f"a {type(thing).__name__} {str(thing)!r}; quotes make it a text")
+    if isinstance(thing, dict): _check_keys(thing)
+    number = id(thing)
+    if number not in seen:
+        seen[number] = None
+        parts = thing.values() if isinstance(thing, dict) else thing
+        seen[number] = 1 + sum(_count_values(part, seen) for part in parts)
+    if seen[number] is None: raise ValueError("an alias lies inside of what it stands for")
+    return seen[number]
 
 # %% ../../nbs/20_training.settings.ipynb #97c9eb9a
 def parse_yaml(text: str, source: str | Path) -> dict: # source: named in errors
     "A mapping from YAML. Raises MaetError for everything else."
     try:
         content = yaml.safe_load(text)
-        many = _plain(content, {})
-    except Exception as e:  # beside its own, YAML raises whatever Python says of a number or a date
-        raise MaetError(f"{source}: not YAML as it is read here ({one_line(e, 300) or type(e).__name__})") from None
-    if many > MOST_VALUES: raise MaetError(f"{source}: {many} values are more than {MOST_VALUES}; write it without so many aliases")
+        count = _count_values(content, {})
+    except Exception as error:  # beside its own, what Python says of a number or a date
+        why = one_line(error, 300) or type(error).__name__
+        raise MaetError(f"{source}: not YAML as it is read here ({why})") from None
+    if count > MOST_VALUES:
+        advice = "write it without so many aliases"
+        raise MaetError(f"{source}: {count} values are more than {MOST_VALUES}; {advice}")
     if not isinstance(content, dict): raise MaetError(f"{source}: it has no keys and values")
     return content
 
 # %% ../../nbs/20_training.settings.ipynb #e9a31e89
 def recipes() -> list[str]:
     "Names of the recipes that ship with the package."
-    return sorted(p.name for p in (files("maet") / "recipes").iterdir() if p.name.endswith(".yml"))
+    return sorted(path.name for path in SHIPPED.iterdir() if path.name.endswith(".yml"))
 
-def read_yaml(source: str | Path) -> dict: # a YAML file, or the name of a shipped recipe, with or without .yml
-    "The content of a recipe. Raises MaetError: no such file, not YAML."
+def read_yaml(source: str | Path) -> dict:
+    """The content of a recipe: a YAML file, or the name of a shipped one, with or without .yml.
+    MaetError: no such file, not YAML."""
     path = Path(source)
-    if not os.path.isfile(path) and f"{path.stem}.yml" in recipes() and path.parent == Path("."): path = files("maet") / "recipes" / f"{path.stem}.yml"
-    with reading(source, f"shipped recipes are {', '.join(recipes())}"): text = path.read_text(encoding="utf-8")
+    name = f"{path.stem}.yml"
+    is_shipped = path.parent == Path(".") and name in recipes()
+    if is_shipped and not os.path.isfile(path): path = SHIPPED/name
+    with reading(source, f"shipped recipes are {', '.join(recipes())}"):
+        text = path.read_text(encoding="utf-8")
     return parse_yaml(text, source)
 
 # %% ../../nbs/20_training.settings.ipynb #5c8a71d5
@@ -108,15 +141,19 @@ def load(cls, source: str | Path):
 def at_least(least: float, **values) -> None:
     "Raises a MaetError for a value below `least`; None is not given."
     for name, value in values.items():
-        if value is not None and value < least: raise MaetError(f"{name}: {value} is below {least}")
+        if value is not None and value < least:
+            raise MaetError(f"{name}: {value} is below {least}")
 
 # %% ../../nbs/20_training.settings.ipynb #3c81f6ef
 def plain_names(what: str, names: Iterable[str], many: str = "[^/]+") -> list[str]:
-    "Names that become parts of file names. Raises MaetError for one that cannot, for one that is there twice, and where there is none."
+    """Names that become parts of file names.
+    MaetError: one that cannot, one that is there twice, none at all."""
     names = list(names)
-    for n, name in enumerate(names):
-        if name in names[:n]: raise MaetError(f"{what}: {name} is there twice")
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name) or len(name) > 60 or not re.fullmatch(many, name):
-            raise MaetError(f"{what}: {name!r} is no plain name; a few letters, digits, . - and _ are wanted")
     if not names: raise MaetError(f"{what}: none is given")
+    for number, name in enumerate(names):
+        if name in names[:number]: raise MaetError(f"{what}: {name} is there twice")
+        is_path = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name)
+        if is_path and len(name) <= 60 and re.fullmatch(many, name): continue
+        wanted = "a few letters, digits, . - and _ are wanted"
+        raise MaetError(f"{what}: {name!r} is no plain name; {wanted}")
     return names

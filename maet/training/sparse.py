@@ -28,42 +28,55 @@ class Block(NamedTuple):
     inside: Tensor | None   # (n,) int32 or int64, places in the flattened r x c block, ascending
 
 # %% ../../nbs/21_training.sparse.ipynb #8eca6558
-def _matrix(tensor): # any shape -> (rows, columns); a vector is one column
+def _matrix(tensor):
+    "Any shape as (rows, columns); a vector is one column."
     return tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
 
 def _cut(matrix, block):
     "The block's r x c part: a copy, or the matrix itself when the block is all of it."
     if block.rows is not None: matrix = matrix.index_select(0, block.rows)
-    return matrix if block.columns is None else matrix.index_select(1, block.columns)
+    if block.columns is not None: matrix = matrix.index_select(1, block.columns)
+    return matrix
 
 # %% ../../nbs/21_training.sparse.ipynb #cc5bf1d4
+def _worth_cutting(used: Tensor) -> Tensor | None: # bool for each row (or column) -> their numbers
+    "The rows that are used. None: to leave out the others would save under a tenth."
+    if used.float().mean() > .9: return None
+    return used.nonzero().squeeze(1)
+
 def find_block(mask: Tensor, # bool, any shape
                wide: int = 2**31, # blocks of so many scalars need 64-bit places
                ) -> Block:
-    "The smallest block around the key neurons of `mask`. A cut that saves under a tenth is not made."
-    grid = _matrix(mask)
-    used = grid.any(1), grid.any(0)
-    rows, columns = (None if lines.float().mean() > .9 else lines.nonzero().squeeze(1) for lines in used)
-    part = _cut(grid, Block(rows, columns, None)).flatten()
-    inside = None if part.all() else part.nonzero().squeeze(1)
-    return Block(rows, columns, inside.int() if inside is not None and len(part) < wide else inside)
+    "The smallest block around the key neurons. A cut that saves under a tenth is not made."
+    matrix = _matrix(mask)
+    rows = _worth_cutting(matrix.any(1))
+    columns = _worth_cutting(matrix.any(0))
+    part = _cut(matrix, Block(rows, columns, None)).flatten()
+    if part.all(): return Block(rows, columns, None)
+    inside = part.nonzero().squeeze(1)
+    if len(part) < wide: inside = inside.int()
+    return Block(rows, columns, inside)
 
 # %% ../../nbs/21_training.sparse.ipynb #fe5dbbce
-def take(tensor: Tensor, # any shape
-         block: Block) -> Tensor: # (n,) the key neurons in C order
+def read_keys(tensor: Tensor, # any shape
+              block: Block) -> Tensor: # (n,) the key neurons in C order
     "Read the key neurons."
     part = _cut(_matrix(tensor), block).reshape(-1)
-    return part if block.inside is None else part.index_select(0, block.inside)  # twice as fast as part[inside]
+    if block.inside is None: return part
+    return part.index_select(0, block.inside)  # twice as fast as part[inside]
 
 # %% ../../nbs/21_training.sparse.ipynb #effcb71d
-def put(tensor: Tensor, # contiguous; changed in place
-        block: Block,
-        values: Tensor): # (n,) of any float dtype: rounded to the tensor's
+def write_keys(tensor: Tensor, # contiguous; changed in place
+               block: Block,
+               values: Tensor): # (n,) of any float dtype: rounded to the tensor's
     "Write the key neurons; every other scalar keeps its bits."
-    matrix, (rows, columns, inside) = tensor.view(_matrix(tensor).shape), block
+    rows, columns, inside = block
+    matrix = tensor.view(_matrix(tensor).shape)
     part = _cut(matrix, block)
-    if inside is None: part = values.to(part.dtype).view(part.shape)
-    else: part.view(-1).index_copy_(0, inside.long(), values.to(part.dtype))
+    values = values.to(part.dtype)
+    if inside is None: part = values.view(part.shape)
+    else: part.view(-1).index_copy_(0, inside.long(), values)
+
     if rows is not None and columns is not None: matrix[rows[:, None], columns] = part
     elif rows is not None: matrix[rows] = part
     elif columns is not None: matrix[:, columns] = part
@@ -76,40 +89,59 @@ def _rows_in(rows, part, block, total):
         number = torch.full((total,), -1, device=rows.device)
         number[block.rows] = torch.arange(len(block.rows), device=rows.device)
         rows = number[rows]
-        rows, part = rows[rows >= 0], part[rows >= 0]
-    return rows, part if block.columns is None else part.index_select(1, block.columns)
+        part = part[rows >= 0]
+        rows = rows[rows >= 0]
+    if block.columns is not None: part = part.index_select(1, block.columns)
+    return rows, part
+
+# %% ../../nbs/21_training.sparse.ipynb #2a51bbf9
+def _at_places(rows: Tensor, # (u,) ascending numbers of the used rows, within the block
+               part: Tensor, # (u, c) their gradients
+               inside: Tensor, # (n,) places in the flattened block, ascending
+               ) -> Tensor: # (n,)
+    "The gradients at some places of a block."
+    width = part.shape[1]
+    bounds = torch.stack([rows, rows + 1])*width
+    first, last = torch.searchsorted(inside, bounds.to(inside.dtype))  # a row's key neurons
+    counts = last - first
+    numbers = torch.arange(len(rows), device=rows.device)
+    owner = numbers.repeat_interleave(counts)  # their row in `part`
+    shift = last - counts.cumsum(0)
+    key = torch.arange(len(owner), device=rows.device) + shift[owner]  # their numbers in `inside`
+    place = inside[key] + (owner - rows[owner])*width  # and their places in `part`
+    return part.new_zeros(len(inside)).index_copy_(0, key, part.view(-1)[place])
 
 # %% ../../nbs/21_training.sparse.ipynb #dfa0a952
 def take_sparse(grad: Tensor, # sparse, (rows, columns): torch's gradient of an embedding
                 block: Block, dtype) -> Tensor: # (n,) in C order
-    "`take` of a gradient that only some rows have; nothing of the size of the matrix is made."
+    "`read_keys` of a gradient that only some rows have; nothing of the size of the matrix is made."
     grad = torch.sparse_coo_tensor(
         grad._indices(), grad._values().to(dtype), grad.shape, check_invariants=False).coalesce()
-    rows, part = _rows_in(grad.indices()[0], grad.values(), block, grad.shape[0])
-    wide, inside = part.shape[1], block.inside
-    if inside is None:
-        out = part.new_zeros(grad.shape[0] if block.rows is None else len(block.rows), wide)
-        return out.index_copy_(0, rows, part).view(-1)
-    first, last = torch.searchsorted(inside, (torch.stack([rows, rows + 1])*wide).to(inside.dtype))  # a row's key neurons
-    owner = torch.arange(len(rows), device=rows.device).repeat_interleave(last - first) # used row of each key neuron in one
-    key = torch.arange(len(owner), device=rows.device) + (last - (last - first).cumsum(0))[owner]
-    return part.new_zeros(len(inside)).index_copy_(0, key, part.view(-1)[inside[key] + (owner - rows[owner])*wide])
+    total = grad.shape[0]
+    rows, part = _rows_in(grad.indices()[0], grad.values(), block, total)
+    if block.inside is not None: return _at_places(rows, part, block.inside)
+    height = total if block.rows is None else len(block.rows)
+    return part.new_zeros(height, part.shape[1]).index_copy_(0, rows, part).view(-1)
 
 # %% ../../nbs/21_training.sparse.ipynb #bd307a3e
 class KeyWeight(torch.autograd.Function):
-    "(values, weight, block) -> the weight, without a copy; the gradient goes to `values` and only there."
+    """(values, weight, block) -> the weight, without a copy.
+    The gradient goes to `values` and only there."""
     @staticmethod
     def forward(ctx, values, weight, block):
-        ctx.block, ctx.dtype = block, values.dtype
+        ctx.block = block
+        ctx.dtype = values.dtype
         return weight.data
 
     @staticmethod
     def backward(ctx, grad):
-        part = take_sparse(grad, ctx.block, ctx.dtype) if grad.is_sparse else take(grad, ctx.block)
+        if grad.is_sparse: part = take_sparse(grad, ctx.block, ctx.dtype)
+        else: part = read_keys(grad, ctx.block)
         return part.to(ctx.dtype), None, None
 
 # %% ../../nbs/21_training.sparse.ipynb #f1abd670
-def sharded(parameter): # does this rank hold only a shard of it between uses? `ds_id` is DeepSpeed's mark
+def sharded(parameter):
+    "Does this rank hold only a shard of it between uses? `ds_id` is DeepSpeed's mark."
     return hasattr(parameter, "ds_id")
 
 class Keep(torch.autograd.Function):
@@ -122,32 +154,46 @@ class Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return grad, None, None
 
+# %% ../../nbs/21_training.sparse.ipynb #a7ea1c8a
+def _flat(x): return x.reshape(-1, x.shape[-1])  # (..., size) -> (tokens, size)
+
+def _product_keys(rows: Tensor,    # (tokens, W's rows)
+                  columns: Tensor, # (tokens, W's columns)
+                  block: Block) -> Tensor: # (n,)
+    "The key neurons of rows^T columns. Only the block of the product is computed."
+    if block.rows is not None: rows = rows.index_select(1, block.rows)
+    if block.columns is not None: columns = columns.index_select(1, block.columns)
+    return read_keys(rows.t() @ columns, Block(None, None, block.inside))
+
 # %% ../../nbs/21_training.sparse.ipynb #3f148b5d
 class KeyProduct(torch.autograd.Function):
-    "x W^T + b, or x W + b when `turned` (GPT-2's Conv1D). Only the block of the weight gradient is computed."
+    """x W^T + b, or x W + b when `transposed` (GPT-2's Conv1D).
+    Only the block of the weight gradient is computed."""
     @staticmethod
-    def forward(ctx, x, values, weight, bias, block, turned, kept):
-        ctx.block, ctx.turned, ctx.kept, ctx.again = block, turned, kept, sharded(weight)
-        return F.linear(x, weight.t() if turned else weight, bias)
+    def forward(ctx, x, values, weight, bias, block, transposed, kept):
+        ctx.block, ctx.transposed, ctx.kept = block, transposed, kept
+        ctx.gathered_anew = sharded(weight)
+        return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx, grad): # grad: (..., out)
         x, weight, values = ctx.kept.saved_tensors
-        if ctx.again: put(weight.data, ctx.block, values.data)  # gathered anew since forward
-        x, weight = x.to(grad.dtype), weight.to(grad.dtype)  # under autocast they are wider than the gradient
-        sides = (x, grad) if ctx.turned else (grad, x)  # (..., W's rows), (..., W's columns)
-        sides = [t.reshape(-1, t.shape[-1]) for t in sides]  # (tokens, same)
-        rows, columns = (t if some is None else t.index_select(1, some) for t, some in zip(sides, ctx.block))
-        part = take(rows.t() @ columns, Block(None, None, ctx.block.inside)).to(values.dtype)
-        into = grad @ (weight.t() if ctx.turned else weight) if ctx.kept.needs_input_grad[0] else None
-        bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-        return into, part, None, bias, None, None, None
+        if ctx.gathered_anew: write_keys(weight.data, ctx.block, values.data)
+        x = x.to(grad.dtype)  # under autocast they are wider than the gradient
+        weight = weight.to(grad.dtype)
+        if ctx.transposed: weight = weight.t()
+        rows, columns = (x, grad) if ctx.transposed else (grad, x)
+        to_values = _product_keys(_flat(rows), _flat(columns), ctx.block).to(values.dtype)
+        to_x = grad @ weight if ctx.kept.needs_input_grad[0] else None
+        to_bias = _flat(grad).sum(0) if ctx.needs_input_grad[3] else None
+        return to_x, to_values, None, to_bias, None, None, None
 
 # %% ../../nbs/21_training.sparse.ipynb #0467bf7c
-def key_product(x, values, weight, bias, block, turned):
-    "The product of x and a weight that holds the values, with a gradient for x, the values and the bias."
+def key_product(x, values, weight, bias, block, transposed):
+    """The product of x and a weight that holds the values.
+    Gradients go to x, the values and the bias."""
     x = Keep.apply(x, weight, values)
-    return KeyProduct.apply(x, values, weight, bias, block, turned, x.grad_fn)
+    return KeyProduct.apply(x, values, weight, bias, block, transposed, x.grad_fn)
 
 # %% ../../nbs/21_training.sparse.ipynb #91032ad7
 VALUES = "_key_values"
@@ -156,14 +202,17 @@ def _block(module, name):
     return Block(*(getattr(module, f"{name}_key_{part}") for part in Block._fields))
 
 def _write(module, name):
-    "Put the values into the frozen tensor's storage. By `.data`: they stay as they are until backward is through."
-    put(module._parameters[name].data, _block(module, name), getattr(module, name + VALUES).data)
+    """Put the values into the frozen tensor's storage.
+    By `.data`: they stay as they are until backward is through."""
+    values = getattr(module, name + VALUES)
+    write_keys(module._parameters[name].data, _block(module, name), values.data)
 
 # %% ../../nbs/21_training.sparse.ipynb #1bae0bcd
 def _carry(module, name):
     "The up-to-date tensor, as one that leads gradients to the values."
     _write(module, name)
-    return KeyWeight.apply(getattr(module, name + VALUES), module._parameters[name], _block(module, name))
+    values = getattr(module, name + VALUES)
+    return KeyWeight.apply(values, module._parameters[name], _block(module, name))
 
 # %% ../../nbs/21_training.sparse.ipynb #987c2447
 def _any_forward(module, names):
@@ -177,23 +226,25 @@ def _any_forward(module, names):
     return forward
 
 # %% ../../nbs/21_training.sparse.ipynb #fdcc1635
-def _product_forward(module, names, turned):
+def _product_forward(module, names, transposed):
     "Forward of a Linear or Conv1D whose weight has key neurons."
     def forward(x):
         _write(module, "weight")
         bias = _carry(module, "bias") if "bias" in names else module.bias
         values = getattr(module, "weight" + VALUES)
-        return key_product(x, values, module.weight, bias, _block(module, "weight"), turned)
+        return key_product(x, values, module.weight, bias, _block(module, "weight"), transposed)
     return forward
 
 # %% ../../nbs/21_training.sparse.ipynb #472b07b9
-def _turned(module):
-    "False for a plain Linear, True for GPT-2's Conv1D, None for anything else: a subclass may have a forward of its own."
+def _is_transposed(module) -> bool | None:
+    """Of a plain Linear False, of GPT-2's Conv1D True.
+    None for anything else: a subclass may have a forward of its own."""
     from transformers.pytorch_utils import Conv1D
     return {nn.Linear.forward: False, Conv1D.forward: True}.get(type(module).forward)
 
 def _own(module, name, values, block):
-    "Give the module the values, and where they belong. The places are buffers, so that they move with the module."
+    """Give the module the values, and where they belong.
+    The places are buffers, so that they move with the module."""
     module.register_parameter(name + VALUES, values)
     for part, places in block._asdict().items():
         module.register_buffer(f"{name}_key_{part}", places, persistent=False)
@@ -201,29 +252,36 @@ def _own(module, name, values, block):
 # %% ../../nbs/21_training.sparse.ipynb #e4b760bb
 def _reroute(module, names):
     "Give the module a forward that uses its values."
-    turned = _turned(module)
-    module.forward = (_any_forward(module, names) if turned is None or "weight" not in names
-                      else _product_forward(module, names, turned))
+    transposed = _is_transposed(module)
+    is_product = transposed is not None and "weight" in names
+    if is_product: module.forward = _product_forward(module, names, transposed)
+    else: module.forward = _any_forward(module, names)
 
 # %% ../../nbs/21_training.sparse.ipynb #12c6fc06
-def full_shape(parameter) -> torch.Size: # under ZeRO-3 `.shape` is that of the shard
+def full_shape(parameter) -> torch.Size:
+    "The shape of all of it; under ZeRO-3 `.shape` is that of the shard."
     return getattr(parameter, "ds_shape", parameter.shape)
 
 @contextmanager
 def gathered(*parameters): # all ranks must come here together
     "Inside, ZeRO-3's parameters are whole; changes are lost. Others are as they are."
-    if not any(map(sharded, parameters)): yield; return
+    apart = [parameter for parameter in parameters if sharded(parameter)]
+    if not apart:
+        yield
+        return
     import deepspeed
-    with deepspeed.zero.GatheredParameters([p for p in parameters if sharded(p)]): yield
+    with deepspeed.zero.GatheredParameters(apart): yield
 
 # %% ../../nbs/21_training.sparse.ipynb #3bd88c45
 def parameter_of(model, # a PreTrainedModel
                  name: str) -> nn.Parameter: # a tensor's name in a checkpoint
-    "The parameter that a checkpoint's tensor is loaded into. Some checkpoints leave out the base model's prefix."
+    """The parameter that a checkpoint's tensor is loaded into.
+    Some checkpoints leave out the base model's prefix."""
     for full in (name, f"{model.base_model_prefix}.{name}"):
         try: return model.get_parameter(full)
         except AttributeError: pass
-    raise MaetError(f"{name}: {type(model).__name__} has no such parameter; use names of the base checkpoint's tensors")
+    advice = "use names of the base checkpoint's tensors"
+    raise MaetError(f"{name}: {type(model).__name__} has no such parameter; {advice}")
 
 # %% ../../nbs/21_training.sparse.ipynb #5d1f0a32
 class Span(NamedTuple):
@@ -236,34 +294,47 @@ class Span(NamedTuple):
 # %% ../../nbs/21_training.sparse.ipynb #1e204a51
 def spans(model, name: str, # a tensor's name in the checkpoint
           layout: Layout | None = None) -> list[Span]: # in the tensor's order
-    "Where the scalars of a tensor are in a model. Raises MaetError for a tensor that the model does not have."
+    "Where the scalars of a tensor are in a model. MaetError: the model has no such tensor."
     if layout is None or name not in layout.tensors:
         parameter = parameter_of(model, name)
         return [Span(parameter, 0, 0, full_shape(parameter).numel())]
-    found, start = [], 0
+    found = []
+    start = 0
     for run in layout.parts(name, 0, prod(layout.tensors[name])):
-        found.append(Span(parameter_of(model, run.name), run.start, start, run.stop - run.start))
-        start += run.stop - run.start
+        size = run.stop - run.start
+        found.append(Span(parameter_of(model, run.name), run.start, start, size))
+        start += size
     return found
 
 # %% ../../nbs/21_training.sparse.ipynb #5d1f0a33
-def in_parameters(model, keys, layout) -> dict[int, dict[str, list[Span]]]: # id of a parameter -> tensor -> its spans there
-    "Which tensors of the keys lie in which parameter: several experts in one, a tied tensor under two names."
+def _check_shape(name, shape, parts, layout):
+    "MaetError: keys whose mask is not as the tensor is."
+    if layout and name in layout.tensors: stored = layout.tensors[name]
+    else: stored = tuple(full_shape(parts[0].parameter))
+    if shape == stored: return
+    differs = f"the keys' mask is {shape}, the tensor {stored}"
+    raise MaetError(f"{name}: {differs}; they are of another model")
+
+# %% ../../nbs/21_training.sparse.ipynb #e3f78cda
+def in_parameters(model, keys, layout) -> dict[int, dict[str, list[Span]]]:
+    """id of a parameter -> name of a tensor of the keys -> its spans there.
+    Several experts may be in one parameter, and a tied tensor goes by two names."""
     found = {}
     for name, shape in shapes_of([keys]).items():
         parts = spans(model, name, layout)
-        stored = layout.tensors[name] if layout and name in layout.tensors else tuple(full_shape(parts[0].parameter))
-        if shape != stored: raise MaetError(f"{name}: the keys' mask is {shape}, the tensor {stored}; they are of another model")
-        for span in parts: found.setdefault(id(span.parameter), {}).setdefault(name, []).append(span)
+        _check_shape(name, shape, parts, layout)
+        for span in parts:
+            tensors = found.setdefault(id(span.parameter), {})
+            tensors.setdefault(name, []).append(span)
     return found
 
 # %% ../../nbs/21_training.sparse.ipynb #ac05ad6a
 def _mask(parameter, tensors, keys):
-    "The key neurons of one parameter, all its tensors joined. One tensor's mask at a time: the keys may be a file."
+    "The key neurons of one parameter, all its tensors joined."
     shape = full_shape(parameter)
     mask = torch.zeros(shape.numel(), dtype=torch.bool)
     for name, parts in tensors.items():
-        key = keys[name].flatten()  # read once: it may come from a file
+        key = keys[name].flatten()  # read once, and one at a time: it may come from a file
         for _, first, start, size in parts: mask[first:first + size] |= key[start:start + size]
     return mask.view(shape)
 
@@ -272,7 +343,7 @@ def _values(parameter, block):
     "The trainable values of one tensor: float32, or wider if the tensor is."
     with gathered(parameter):
         if not sharded(parameter): parameter.data = parameter.data.contiguous()
-        values = take(parameter.data, block)
+        values = read_keys(parameter.data, block)
     return nn.Parameter(values.to(torch.promote_types(parameter.dtype, torch.float32), copy=True))
 
 # %% ../../nbs/21_training.sparse.ipynb #20be6203
@@ -281,21 +352,25 @@ def freeze_at(model, # a PreTrainedModel; changed in place
               ): # the same model
     "`freeze`, when it is known where the key neurons lie."
     for p in model.parameters(): p.requires_grad_(False)
-    compact = {id(p): (_values(p, blocks[id(p)]), blocks[id(p)]) for p in model.parameters() if id(p) in blocks}
+    values = {id(p): _values(p, blocks[id(p)]) for p in model.parameters() if id(p) in blocks}
     for module in list(model.modules()):
-        owned = {name: compact[id(p)] for name, p in module._parameters.items() if id(p) in compact}
-        for name, (values, block) in owned.items(): _own(module, name, values, block)
-        if owned and isinstance(module, nn.Embedding): module.sparse = True  # a gradient of the rows that were read
-        if owned: _reroute(module, set(owned))
+        owned = {name: id(p) for name, p in module._parameters.items() if id(p) in values}
+        if not owned: continue
+        for name, key in owned.items(): _own(module, name, values[key], blocks[key])
+        is_table = isinstance(module, nn.Embedding)
+        if is_table: module.sparse = True  # a gradient of the rows that were read
+        _reroute(module, set(owned))
     return model
 
 # %% ../../nbs/21_training.sparse.ipynb #4d134bc0
 def freeze(model, # a PreTrainedModel; changed in place
-           keys: Mapping[str, Tensor], # tensor name -> bool mask of its shape; an absent tensor has no key neuron
-           layout: Layout | None = None, # of the base, whose names the keys speak; None: they are the parameters' own
+           keys: Mapping[str, Tensor], # tensor name -> bool mask; an absent one has no key neuron
+           layout: Layout | None = None, # of the base, if the keys speak its names
            ): # the same model: only the key neurons' values want gradients
-    "Freeze everything but the key neurons, which get a parameter of their own. MaetError: keys of another model, or none."
-    tensors, blocks = in_parameters(model, keys, layout), {}
+    """Freeze everything but the key neurons, which get a parameter of their own.
+    MaetError: keys of another model, or none."""
+    tensors = in_parameters(model, keys, layout)
+    blocks = {}
     for p in model.parameters():
         if id(p) not in tensors: continue
         mask = _mask(p, tensors[id(p)], keys)
@@ -304,41 +379,62 @@ def freeze(model, # a PreTrainedModel; changed in place
     return freeze_at(model, blocks)
 
 # %% ../../nbs/21_training.sparse.ipynb #5d1f0a34
-class Taken:
-    "Cuts spans out of trained parameters. Holds one parameter: the tensors of a layer come one after another."
+class TrainedSpans:
+    """Cuts spans out of trained parameters.
+    Holds one parameter: the tensors of a layer come one after another."""
     def __init__(self, find): # a parameter -> its mask, and its values in the mask's order
-        self.find, self.parameter = find, None
+        self.find = find
+        self.parameter = None
 
-    def of(self, span: Span) -> tuple[Tensor, Tensor]: # bool (span.size,); float32, as many as it has ones
-        "The mask and the values of a span."
-        if span.parameter is not self.parameter:
-            (mask, self.values), self.parameter = self.find(span.parameter), span.parameter
-            self.mask, self.counted, self.count = mask.flatten(), 0, 0
-        if span.first < self.counted: self.counted = self.count = 0
-        self.count += int(self.mask[self.counted:span.first].count_nonzero())  # values before the span
+    def _hold(self, parameter):
+        mask, self.values = self.find(parameter)
+        self.mask = mask.flatten()
+        self.parameter = parameter
+        self.counted, self.count = 0, 0  # before scalar `counted` there are `count` values
+
+    def cut(self, span: Span) -> tuple[Tensor, Tensor]:
+        "The mask of a span, bool (span.size,), and its values, float32, as many as the mask has ones."
+        if span.parameter is not self.parameter: self._hold(span.parameter)
+        if span.first < self.counted: self.counted, self.count = 0, 0
+        self.count += int(self.mask[self.counted:span.first].count_nonzero())
         self.counted = span.first
-        part = self.mask[span.first:span.first + span.size]
-        return part, self.values[self.count:self.count + int(part.count_nonzero())]
+        mask = self.mask[span.first:span.first + span.size]
+        return mask, self.values[self.count:self.count + int(mask.count_nonzero())]
+
+# %% ../../nbs/21_training.sparse.ipynb #7228b21d
+def _values_of(model) -> dict[int, nn.Parameter]: # id of a frozen parameter -> its trained values
+    found = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            values = getattr(module, name + VALUES, None)
+            if values is not None: found[id(parameter)] = values
+    return found
+
+def _detached(parameter): return parameter.detach()
 
 # %% ../../nbs/21_training.sparse.ipynb #f1f836cb
 def expert_delta(model, # after `freeze` and training
                  base: Checkpoint, # what it started from
                  keys: Mapping[str, Tensor], # as given to `freeze`
-                 whole=lambda p: p.detach(), # a parameter -> all of it; all ranks come here together
+                 whole=_detached, # a parameter -> all of it; all ranks come here together
                  layout: Layout | None = None, # as given to `freeze`
                  ) -> dict: # tensor name -> Packed: trained minus base at the mask, float32
     "What training changed."
-    pairs = [(p, getattr(m, n + VALUES, None)) for m in model.modules() for n, p in m._parameters.items()]
-    trained = {id(p): values for p, values in pairs if values is not None}
-    tensors, delta = in_parameters(model, keys, layout), {}
+    trained = _values_of(model)
+    tensors = in_parameters(model, keys, layout)
     def find(parameter):
-        values = whole(trained[id(parameter)]).cpu().float() if id(parameter) in trained else torch.empty(0)
-        return _mask(parameter, tensors[id(parameter)], keys), values
-    taken = Taken(find)
-    for name in {base.aliases.get(name, name): None for name in keys}:  # a tied head goes by its embedding's name
-        parts = [taken.of(span) for span in spans(model, name, layout)]
-        mask, values = (torch.cat(pieces) for pieces in zip(*parts))
+        number = id(parameter)
+        values = whole(trained[number]).cpu().float() if number in trained else torch.empty(0)
+        return _mask(parameter, tensors[number], keys), values
+
+    parameters = TrainedSpans(find)
+    delta = {}
+    names = [base.aliases.get(name, name) for name in keys]  # a tied head goes by its embedding's name
+    for name in dict.fromkeys(names):
+        parts = [parameters.cut(span) for span in spans(model, name, layout)]
+        mask = torch.cat([mask for mask, _ in parts])
+        values = torch.cat([values for _, values in parts])
         if not len(values): continue  # a mask without a key neuron
-        values = values - base.read(name).flatten()[mask].float()
-        delta[name] = Packed(pack_bits(mask), values, base.shape(name))
+        change = values - base.read(name).flatten()[mask].float()
+        delta[name] = Packed(pack_bits(mask), change, base.shape(name))
     return delta

@@ -8,6 +8,7 @@ __all__ = ['train']
 # %% ../../nbs/27_training.train.ipynb #b1523a48
 import math, os, re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,86 +28,151 @@ from .trainer import _trainer
 from .experts import Candidates, lora_layers, write_expert, write_kept
 
 # %% ../../nbs/27_training.train.ipynb #8effee40
-def _check_tokens(tokens, name, length, vocabulary):
-    "MaetError unless this is a table of ids that the model knows. Of a file some rows are looked at."
+def _check_shapes(tokens, name, length):
+    "MaetError unless these are sequences of the wanted length."
     shape = tuple(tokens.ids.shape)
     if len(shape) != 2 or not shape[0]:
-        raise MaetError(f"{name}: its shape is {shape}, it must be (sequences, length) with at least one sequence")
+        must = "it must be (sequences, length) with at least one sequence"
+        raise MaetError(f"{name}: its shape is {shape}, {must}")
     if shape[1] != length:
-        raise MaetError(f"{name}: sequences of {shape[1]} tokens, but sequence_length is {length}; cut it again")
-    if tokens.trained is not None and tuple(tokens.trained.shape) != shape:
-        raise MaetError(f"{name}: {tuple(tokens.trained.shape)} tells what is trained, but the ids are {shape}")
-    ids = tokens.ids[::max(1, shape[0]//1000)] if tokens.identity else tokens.ids
+        differs = f"sequences of {shape[1]} tokens, but sequence_length is {length}"
+        raise MaetError(f"{name}: {differs}; cut it again")
+    if tokens.trained is None: return
+    marked = tuple(tokens.trained.shape)
+    if marked == shape: return
+    raise MaetError(f"{name}: {marked} tells what is trained, but the ids are {shape}")
+
+# %% ../../nbs/27_training.train.ipynb #e46ed27d
+def _check_tokens(tokens, name, length, vocabulary):
+    "MaetError unless the model knows all ids of this table. Of a file some rows are looked at."
+    _check_shapes(tokens, name, length)
+    ids = tokens.ids
+    if tokens.identity: ids = ids[::max(1, len(ids)//1000)]
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
-        raise MaetError(f"{name}: ids from {low} to {high}, but the base knows 0 to {vocabulary - 1}; "
-                        "use the base's tokenizer")
+        differs = f"ids from {low} to {high}, but the base knows 0 to {vocabulary - 1}"
+        raise MaetError(f"{name}: {differs}; use the base's tokenizer")
 
 # %% ../../nbs/27_training.train.ipynb #e09d04a9
+def _check_keys(training, keys):
+    "MaetError unless there are keys where key neurons are trained, and only there."
+    missing = keys is None
+    if (training.mode == "key-neuron") != missing: return
+    fault = "missing; locate them first" if missing else "given; use mode: key-neuron"
+    raise MaetError(f"training: mode is {training.mode}, but keys are {fault}")
+
+# %% ../../nbs/27_training.train.ipynb #382214ca
 def _check_inputs(base, corpus, training, keys, held_out, score):
     "Everything that can be known to be wrong before training starts."
     complete(unquantised(base))
-    vocabulary = needed_layout(base).settle().model.config.get_text_config(decoder=True).vocab_size
+    config = needed_layout(base).settle().model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
     for name, tokens in (("corpus", corpus), ("held_out", held_out)):
         if tokens is not None: _check_tokens(tokens, name, training.sequence_length, vocabulary)
-    if (training.mode == "key-neuron") != (keys is not None):
-        raise MaetError(f"training: mode is {training.mode}, but keys are {'missing' if keys is None else 'given'}; "
-                        f"{'locate them first' if keys is None else 'use mode: key-neuron'}")
+    _check_keys(training, keys)
     if training.keep and held_out is None and score is None:
         raise MaetError("training: keep needs held_out text or a score, to know which are the best")
 
 # %% ../../nbs/27_training.train.ipynb #7830699b
+def _check_writable(path):
+    "MaetError unless a file or folder can be made there."
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if there.is_dir() and os.access(there, os.W_OK): return
+    advice = "choose another place or change its permissions"
+    raise MaetError(f"{there}: nothing can be written there; {advice}")
+
+# %% ../../nbs/27_training.train.ipynb #cdbadd69
 def _check_place(out, work, training):
     "MaetError unless the result can be written when training is over."
-    folder = training.keep or training.mode != "key-neuron"
-    if out.is_file() and folder or out.is_dir() and (not folder or any(out.iterdir())):
-        raise MaetError(f"{out}: already there; remove it or choose another name")
-    for path in (out.absolute().parent, work.absolute()):
-        there = next(p for p in (path, *path.parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise MaetError(f"{there}: nothing can be written there; choose another place or change its permissions")
+    makes_folder = training.keep or training.mode != "key-neuron"
+    if out.is_dir(): taken = not makes_folder or any(out.iterdir())
+    else: taken = out.is_file() and makes_folder
+    if taken: raise MaetError(f"{out}: already there; remove it or choose another name")
+    _check_writable(out.absolute().parent)
+    _check_writable(work.absolute())
 
 # %% ../../nbs/27_training.train.ipynb #9109c85a
 def _size(tensors): # bytes; each tensor once
-    return sum(t.numel()*t.element_size() for t in {id(t): t for t in tensors}.values())
+    unique = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel()*tensor.element_size() for tensor in unique.values())
+
+# %% ../../nbs/27_training.train.ipynb #7ec32c8d
+def _trained_here(model): # name -> parameter, under ZeRO-3 its shard
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad: continue
+        trained[name] = parameter.ds_tensor if sharded(parameter) else parameter
+    return trained
+
+def _unwrapped(optimizer): # -> torch's optimizer; DeepSpeed's around it, or None
+    zero = None
+    while hasattr(optimizer, "optimizer"):
+        zero = optimizer
+        optimizer = optimizer.optimizer
+    return optimizer, zero
+
+# %% ../../nbs/27_training.train.ipynb #f9b8b29d
+def _stepped(zero, trained): # what the optimizer changes: under ZeRO flat shards of its own
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        if hasattr(zero, name): return getattr(zero, name)
+    return trained
+
+def _places(model):
+    "The buffers of `freeze` that say where key neurons lie."
+    ending = re.compile(f"_key_({'|'.join(Block._fields)})$")
+    return [buffer for name, buffer in model.named_buffers() if ending.search(name)]
 
 # %% ../../nbs/27_training.train.ipynb #9a9408d7
 def state_bytes(model, optimizer) -> dict: # bytes of each, after at least one step
-    "Gradients, moments, masters (float32 numbers beside those that the forward reads) and the key neurons' places."
-    held = {n: p.ds_tensor if sharded(p) else p for n, p in model.named_parameters() if p.requires_grad}
-    zero, share = None, list(held.values())
-    while hasattr(optimizer, "optimizer"): zero, optimizer = optimizer, optimizer.optimizer  # DeepSpeed's around torch's
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"): share = getattr(zero, name, share)
+    """Gradients, moments, the key neurons' places, and masters:
+    float32 numbers beside those that the forward reads."""
+    trained = _trained_here(model)
+    optimizer, zero = _unwrapped(optimizer)
+    stepped = _stepped(zero, list(trained.values()))
     reduced = sharded(next(model.parameters())) or getattr(zero, "partition_gradients", False)
-    masters = [t for t in share if all(t is not p for p in held.values())] + [p for n, p in held.items() if n.endswith(VALUES)]
-    moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    places = [b for name, b in model.named_buffers() if re.search(f"_key_({'|'.join(Block._fields)})$", name)]
-    return dict(gradients=_size(share if reduced else held.values()), moments=_size(moments), places=_size(places),
-                masters=_size(masters))
+    gradients = stepped if reduced else trained.values()
+    moments = [moment for state in optimizer.state.values() for moment in state.values()]
+
+    read = {id(parameter) for parameter in trained.values()}
+    masters = [tensor for tensor in stepped if id(tensor) not in read]
+    masters += [values for name, values in trained.items() if name.endswith(VALUES)]
+    return {
+        "gradients": _size(gradients), "moments": _size(filter(torch.is_tensor, moments)),
+        "places": _size(_places(model)), "masters": _size(masters),
+    }
 
 # %% ../../nbs/27_training.train.ipynb #336209e7
 def peak_memory() -> int: # bytes
     "The most that this process has held so far: on the GPU if it uses one, otherwise resident."
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     import resource, sys
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
 
 # %% ../../nbs/27_training.train.ipynb #667be543
 def _largest(number): # over all ranks
     if ranks() == 1: return number
-    said = [None]*ranks()
-    torch.distributed.all_gather_object(said, number)
-    return max(said)
+    numbers = [None]*ranks()
+    torch.distributed.all_gather_object(numbers, number)
+    return max(numbers)
 
 # %% ../../nbs/27_training.train.ipynb #963d8ac0
 def _report(trainer, training):
     "What a caller wants to know about a finished run."
-    logs, steps, seconds = trainer.state.log_history, total_steps(training), trainer.spent()
-    return dict(losses=[log["loss"] for log in logs if "loss" in log], steps=steps, seconds=seconds,
-                held_out={log["step"]: log["eval_loss"] for log in logs if "eval_loss" in log},
-                tokens=total_tokens(training), tokens_per_second=total_tokens(training)/seconds,
-                bytes=state_bytes(trainer.model, trainer.optimizer), peak_bytes=_largest(peak_memory()),
-                trained=sum(math.prod(full_shape(p)) for p in trainer.model.parameters() if p.requires_grad))
+    model = trainer.model
+    logs = trainer.state.log_history
+    tokens = total_tokens(training)
+    seconds = trainer.spent()
+    trained = [math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad]
+    return {
+        "losses": [log["loss"] for log in logs if "loss" in log],
+        "steps": total_steps(training), "seconds": seconds,
+        "held_out": {log["step"]: log["eval_loss"] for log in logs if "eval_loss" in log},
+        "tokens": tokens, "tokens_per_second": tokens/seconds,
+        "bytes": state_bytes(model, trainer.optimizer), "peak_bytes": _largest(peak_memory()),
+        "trained": sum(trained),
+    }
 
 # %% ../../nbs/27_training.train.ipynb #e6c3dd63
 def _as_tokens(corpus): # a bare table of ids, or Tokens, or None
@@ -115,7 +181,8 @@ def _as_tokens(corpus): # a bare table of ids, or Tokens, or None
 def _model(base, training, keys, deepspeed):
     "What is trained, from the base."
     dtype = weight_dtype(training, base_dtype(base), deepspeed)
-    model = prepare(load_base(base.path, dtype, training.attention, deepspeed), training, keys, needed_layout(base))
+    model = load_base(base.path, dtype, training.attention, deepspeed)
+    model = prepare(model, training, keys, needed_layout(base))
     if training.mode == "lora": lora_layers(model, base)  # before a step is made for nothing
     return model
 
@@ -124,8 +191,9 @@ def _go_through(trainer, last, work):
     "All steps from the last checkpoint on."
     try: trainer.train(resume_from_checkpoint=str(last) if last else None)
     except MaetError as error:
-        full = isinstance(error.__cause__, OSError)  # a disk, say: where there is room again, the run goes on
-        if rank() == 0 and not full: _clear(work)  # going on would end there again
+        # after a full disk, say, the run goes on where there is room; else it would end there again
+        goes_on = isinstance(error.__cause__, OSError)
+        if rank() == 0 and not goes_on: _clear(work)
         raise
 
 # %% ../../nbs/27_training.train.ipynb #68278e6c
@@ -139,35 +207,53 @@ def _finish(out, write, candidates, work): # all ranks
     return rows
 
 # %% ../../nbs/27_training.train.ipynb #6c1e671f
-def train(base: str | Path,            # checkpoint folder
-          corpus: Tensor | Tokens,     # (sequences, length) int token ids, and which of them are trained
-          out: str | Path,             # a checkpoint or adapter folder, a pack file, or with `keep` a folder of these
+def _begun(base, training, corpus, held_out, keys, deepspeed, work): # all ranks
+    "The name of a run, and its newest whole checkpoint or None."
+    texts = [corpus] if held_out is None else [corpus, held_out]
+    run = from_rank_0(partial(_run_name, base, training, texts, keys, deepspeed))
+    return run, from_rank_0(partial(newest_whole, work, run))
+
+# %% ../../nbs/27_training.train.ipynb #b641828c
+def train(base: str | Path, # checkpoint folder
+          corpus: Tensor | Tokens,
+          out: str | Path,
           training: Training,
           keys: Mapping[str, Tensor] | None = None, # key-neuron: tensor name -> bool mask
-          held_out: Tensor | Tokens | None = None,  # evaluated before, every `eval_every` steps, and after
-          progress: Callable[[int, int, float], None] | None = None, # called each step with (step, steps, loss); on rank 0
-          work: str | Path | None = None, # folder of checkpoints, by default beside `out`; all ranks see it; removed at the end
-          deepspeed: Mapping | None = None, # DeepSpeed's config, in the ranks of a group
-          score: Callable[[Path], float] | None = None, # with `keep`: of a checkpoint folder, higher is better
-          ) -> dict: # losses (a step each), held_out {step: loss}, steps, tokens, trained (scalars), bytes, seconds, ...
-    "One run. Called again after a kill, with the same arguments, it goes on and ends with the same bits."
-    base, out, corpus, held_out = Checkpoint(base), Path(out), _as_tokens(corpus), _as_tokens(held_out)
+          held_out: Tensor | Tokens | None = None,
+          progress: Callable[[int, int, float], None] | None = None,
+          work: str | Path | None = None,
+          deepspeed: Mapping | None = None,
+          score: Callable[[Path], float] | None = None,
+          ) -> dict: # losses (a step each), held_out {step: loss}, steps, tokens, ...
+    """One run. Called again after a kill, with the same arguments,
+    it goes on and ends with the same bits."""
+    base, out = Checkpoint(base), Path(out)
     work = Path(work or out.parent/f"{out.name}.work")
+    corpus, held_out = _as_tokens(corpus), _as_tokens(held_out)
     _check_inputs(base, corpus, training, keys, held_out, score)
     check_ranks(training, ranks())
     _check_place(out, work, training)
     deepspeed = _filled(deepspeed)
     if deepspeed: _join()
-    texts = [corpus, *([] if held_out is None else [held_out])]
-    run = from_rank_0(lambda: _run_name(base, training, texts, keys, deepspeed))
-    last = from_rank_0(lambda: newest_whole(work, run))
+    return _run(base, corpus, out, training, keys, held_out, progress, work, deepspeed, score)
+
+# %% ../../nbs/27_training.train.ipynb #0f7df875
+def _run(base, corpus, out, training, keys, held_out, progress, work, deepspeed, score):
+    "From the newest checkpoint, or the base, to the expert and its report."
+    run, last = _begun(base, training, corpus, held_out, keys, deepspeed, work)
     model = _model(base, training, keys, deepspeed)
     trainer = _trainer(model, corpus, held_out, training, work, not last, deepspeed)
+
     def write(path, plain):
-        write_expert(path, model, base, training, keys, work, f"{run} {trainer.state.global_step} {path.name}", plain)
+        identity = f"{run} {trainer.state.global_step} {path.name}"
+        write_expert(path, model, base, training, keys, work, identity, plain)
+
     candidates = Candidates(work/"candidates", training, write, score) if training.keep else None
     autocast = _autocast(training, base_dtype(base), deepspeed, trainer.args.device)
-    trainer.follow(run, progress, _mark(last)["seconds"] if last else 0., autocast, candidates)
+    spent = _mark(last)["seconds"] if last else 0.
+    trainer.follow(run, progress, spent, autocast, candidates)
     _go_through(trainer, last, work)
-    rows, report = _finish(out, write, candidates, work), _report(trainer, training)
-    return report | dict(kept=rows) if rows else report
+    rows = _finish(out, write, candidates, work)
+    report = _report(trainer, training)
+    if rows: report["kept"] = rows
+    return report

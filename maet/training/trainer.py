@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/25_training.trainer.ipynb #87fccfa2
-import functools, math, time
+import math, time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,28 +24,36 @@ from .loading import weight_dtype
 
 # %% ../../nbs/25_training.trainer.ipynb #5b384ce3
 class Watch:
-    "Which values has no gradient reached yet? Then the model uses their tensor outside its module's forward."
+    """Which values has no gradient reached yet?
+    Then the model uses their tensor outside its module's forward."""
     def __init__(self, model):
-        self.model, self.waiting = type(model).__name__, set()
+        self.model = type(model).__name__
+        self.waiting = set()
         for name, p in model.named_parameters():
-            if name.endswith(VALUES):
-                self.waiting.add(name)
-                p.register_hook(functools.partial(self._reached, name))
+            if not name.endswith(VALUES): continue
+            self.waiting.add(name)
+            p.register_hook(partial(self._reached, name))
 
     def _reached(self, name, gradient): self.waiting.discard(name)
 
     def check(self):
         "After a step: MaetError if a tensor was not reached."
-        if self.waiting:
-            tensor = min(self.waiting).removesuffix(VALUES)
-            raise MaetError(f"{tensor}: no gradient reaches it in {self.model}; leave it out of the keys")
+        if not self.waiting: return
+        tensor = min(self.waiting).removesuffix(VALUES)
+        unreached = f"no gradient reaches it in {self.model}"
+        raise MaetError(f"{tensor}: {unreached}; leave it out of the keys")
 
 # %% ../../nbs/25_training.trainer.ipynb #af3e1334
 class MaetTrainer:
     "Mixin for transformers.Trainer; `follow` gives it what it needs to know."
     def follow(self, run, progress, seconds, autocast, candidates=None):
-        self.run, self.progress, self.seconds, self.began = run, progress, seconds, time.monotonic()
-        self.autocast, self.candidates, self.watch = autocast, candidates, Watch(self.model)
+        self.run = run           # its name
+        self.progress = progress # (step, steps, loss) -> None, or None
+        self.seconds = seconds   # spent by earlier processes
+        self.autocast = autocast # -> the context of a forward
+        self.candidates = candidates
+        self.began = time.monotonic()
+        self.watch = Watch(self.model)
         return self
 
     def spent(self): # seconds on this run, earlier processes included
@@ -54,20 +63,35 @@ class MaetTrainer:
 
     def get_decay_parameter_names(self, model):
         decayed = set(super().get_decay_parameter_names(model))
-        return [name for name, _ in model.named_parameters() if name.removesuffix(VALUES) in decayed]
+        names = [name for name, _ in model.named_parameters()]
+        return [name for name in names if name.removesuffix(VALUES) in decayed]
 
     def log(self, logs, start_time=None):
         super().log(logs, start_time)
-        if "loss" not in logs: return
-        skipped = self.deepspeed and self.deepspeed.skipped_steps  # DeepSpeed takes no step where a gradient is not finite
-        if skipped or not math.isfinite(logs["loss"]):
-            what = "a gradient is not finite" if skipped else f"the loss is {logs['loss']}"
-            raise MaetError(f"training: {what} at step {self.state.global_step}; lower learning_rate or max_grad_norm")
-        self.watch.check()
-        if self.candidates: self.candidates.offer(self.state.global_step, self.held_out_loss)
-        if self.progress and rank() == 0: self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
+        if "loss" in logs: _after_step(self, logs["loss"])
+
+# %% ../../nbs/25_training.trainer.ipynb #5a17499f
+def _check_finite(trainer, loss):
+    "MaetError where a number has run away. DeepSpeed takes no step where a gradient is not finite."
+    skipped = trainer.deepspeed and trainer.deepspeed.skipped_steps
+    if not skipped and math.isfinite(loss): return
+    what = "a gradient is not finite" if skipped else f"the loss is {loss}"
+    where = f"at step {trainer.state.global_step}"
+    raise MaetError(f"training: {what} {where}; lower learning_rate or max_grad_norm")
+
+def _after_step(trainer, loss):
+    "Look whether all is well, keep the model if it is good, and tell."
+    _check_finite(trainer, loss)
+    trainer.watch.check()
+    step = trainer.state.global_step
+    if trainer.candidates: trainer.candidates.offer(step, trainer.held_out_loss)
+    if trainer.progress and rank() == 0: trainer.progress(step, trainer.state.max_steps, loss)
 
 # %% ../../nbs/25_training.trainer.ipynb #92cfceb3
+def _trained(model): # name -> parameter
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+# %% ../../nbs/25_training.trainer.ipynb #d0194c43
 class Saving:
     "Mixin for transformers.Trainer: a checkpoint of what is trained, whole or not at all."
     def save_model(self, output_dir=None, _internal_call=False):
@@ -75,93 +99,136 @@ class Saving:
 
     def _save(self, output_dir=None, state_dict=None):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        trained = {name: p.data.contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: p.data.contiguous() for name, p in _trained(self.model).items()}
         save_file(trained, Path(output_dir)/"trained.safetensors")
 
     def _load_from_checkpoint(self, checkpoint, model=None):
-        trained = load_file(Path(checkpoint)/"trained.safetensors")
-        for name, p in self.model.named_parameters():
-            if p.requires_grad: p.data.copy_(trained[name])
+        saved = load_file(Path(checkpoint)/"trained.safetensors")
+        for name, p in _trained(self.model).items(): p.data.copy_(saved[name])
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        if engine := self.deepspeed:
-            engine.save_checkpoint = functools.partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        engine = self.deepspeed
+        if engine:
+            save = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+            engine.save_checkpoint = save
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         meet()
-        if rank() == 0:
-            work = Path(self.args.output_dir)
-            seal(work/f"checkpoint-{self.state.global_step}", self.run, self.spent())
-            newest_whole(work, self.run)
+        if rank(): return
+        work = Path(self.args.output_dir)
+        seal(work/f"checkpoint-{self.state.global_step}", self.run, self.spent())
+        newest_whole(work, self.run)
 
 # %% ../../nbs/25_training.trainer.ipynb #2fc237bc
 def _frozen_may_lack(model, missing):
     "A hook of load_state_dict: a checkpoint need not hold what is frozen."
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in named if not p.requires_grad}
     missing.missing_keys[:] = [name for name in missing.missing_keys if name not in frozen]
 
 # %% ../../nbs/25_training.trainer.ipynb #0286dd55
 class HeldOut:
-    "Mixin for transformers.Trainer: the loss is the mean over all trained tokens, on any number of ranks."
+    "Mixin for transformers.Trainer: the mean loss over all trained tokens, on any number of ranks."
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = {"eval_loss": self.held_out_loss()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        on_evaluate = self.callback_handler.on_evaluate
+        self.control = on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def held_out_loss(self) -> float: # nats a token
-        was, model, sums = self.model.training, self.model_wrapped, torch.zeros(2, dtype=torch.float64)
-        rows, size = len(self.eval_dataset), self.args.per_device_eval_batch_size
+        model = self.model_wrapped
+        was_training = self.model.training
         model.eval()
-        with torch.no_grad(), self.autocast():
-            for start in range(rank()*size, -(-rows//(size*ranks()))*size*ranks(), size*ranks()): # as many on each rank
-                sums += self._loss_and_tokens(model, range(start, min(start + size, rows)))
-        model.train(was)
+        with torch.no_grad(), self.autocast(): sums = self._sums(model)
+        model.train(was_training)
         if ranks() > 1: sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
         return (sums[0]/sums[1]).item()
 
-    def _loss_and_tokens(self, model, rows):
-        items = [self.eval_dataset[i] for i in rows] or [self.eval_dataset[0]]  # a rank with nothing to do keeps step
-        ids, labels = (torch.stack([item[name] for item in items]).to(self.args.device) for name in ("input_ids", "labels"))
-        scores, labels = model(input_ids=ids).logits[:, :-1].float(), labels[:, 1:]
-        loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        return torch.tensor([loss.item(), (labels != -100).sum().item()], dtype=torch.float64)*bool(len(rows))
+    def _sums(self, model): # (loss, tokens) of this rank's rows
+        rows, size = len(self.eval_dataset), self.args.per_device_eval_batch_size
+        together = size*ranks()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, rows, together):
+            start = first + rank()*size
+            batch = range(start, min(start + size, rows))
+            sums += _loss_and_tokens(model, self.eval_dataset, batch, self.args.device)
+        return sums
+
+# %% ../../nbs/25_training.trainer.ipynb #9016790c
+def _loss_and_tokens(model, sequences, rows, device): # -> (2,) float64
+    "The summed loss of some rows, and how many tokens it is of."
+    items = [sequences[row] for row in rows or [0]]
+    ids = torch.stack([item["input_ids"] for item in items]).to(device)
+    labels = torch.stack([item["labels"] for item in items]).to(device)[:, 1:]
+    scores = model(input_ids=ids).logits[:, :-1].float()
+    if not rows: return torch.zeros(2, dtype=torch.float64)
+    sums = {"ignore_index": -100, "reduction": "sum"}
+    loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), **sums)
+    tokens = (labels != -100).sum()
+    return torch.tensor([loss.item(), tokens.item()], dtype=torch.float64)
 
 # %% ../../nbs/25_training.trainer.ipynb #98fbc42f
 def _evaluation(training, anew):
-    "The Trainer's arguments about evaluation: before, every `eval_every` steps, and (its own habit) after the last one."
-    return dict(eval_strategy="steps", eval_steps=training.eval_every or total_steps(training), eval_on_start=anew)
+    """The Trainer's arguments about evaluation:
+    before, every `eval_every` steps, and (its own habit) after the last one."""
+    every = training.eval_every or total_steps(training)
+    return {"eval_strategy": "steps", "eval_steps": every, "eval_on_start": anew}
+
+# %% ../../nbs/25_training.trainer.ipynb #f6d98123
+QUIET = {"disable_tqdm": True, "report_to": "none", "logging_nan_inf_filter": False}
+
+def _optimizer(training):
+    "The Trainer's arguments about a step."
+    return {
+        "optim": "adamw_torch_fused", "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay, "max_grad_norm": training.max_grad_norm,
+        "adam_beta1": training.beta1, "adam_beta2": training.beta2, **_schedule(training),
+    }
+
+def _batches(training):
+    "The Trainer's arguments about how a step's sequences are shared by the ranks."
+    each = at_once(training, ranks())
+    accumulated = batch_sequences(training)//(each*ranks())
+    return {
+        "per_device_train_batch_size": each, "per_device_eval_batch_size": each,
+        "gradient_accumulation_steps": accumulated,
+    }
 
 # %% ../../nbs/25_training.trainer.ipynb #a7ebb1b2
 def _arguments(training, work, evaluation, deepspeed=None):
     "The Trainer's own settings."
     from transformers import TrainingArguments
-    each = at_once(training, ranks())
+    on_gpu = torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=str(work), num_train_epochs=1, train_sampling_strategy="sequential", seed=training.seed,
-        per_device_train_batch_size=each, per_device_eval_batch_size=each,
-        gradient_accumulation_steps=batch_sequences(training)//(each*ranks()),
-        optim="adamw_torch_fused", learning_rate=training.learning_rate, weight_decay=training.weight_decay,
-        adam_beta1=training.beta1, adam_beta2=training.beta2, max_grad_norm=training.max_grad_norm,
-        **_schedule(training), **evaluation,
-        deepspeed=deepspeed, accelerator_config=dict(use_configured_state=bool(deepspeed)),
+        output_dir=str(work), num_train_epochs=1, train_sampling_strategy="sequential",
+        seed=training.seed, **_batches(training), **_optimizer(training), **evaluation,
+        deepspeed=deepspeed, accelerator_config={"use_configured_state": bool(deepspeed)},
         bf16=weight_dtype(training, None, deepspeed) == torch.bfloat16,
-        use_cpu=bool(deepspeed) and not torch.cuda.is_available(),
-        save_strategy="steps", save_steps=training.save_every, logging_strategy="steps", logging_steps=1,
-        logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available())
+        use_cpu=bool(deepspeed) and not on_gpu, dataloader_pin_memory=on_gpu,
+        save_strategy="steps", save_steps=training.save_every,
+        logging_strategy="steps", logging_steps=1, remove_unused_columns=False, **QUIET,
+    )
 
 # %% ../../nbs/25_training.trainer.ipynb #d2bd205e
+def _in_order(held_out): # all sequences, one after the other
+    return None if held_out is None else Sequences(held_out, torch.arange(len(held_out.ids)))
+
 def _trainer(model, corpus, held_out, training, work, anew, deepspeed=None):
     "A Trainer of ours over `model`. The whole run is one epoch in our own order."
     from transformers import PrinterCallback, Trainer
-    order = reading_order(len(corpus.ids), batch_sequences(training)*total_steps(training), training.seed)
-    asked = None if held_out is None else Sequences(held_out, torch.arange(len(held_out.ids)))
-    arguments = _arguments(training, work, _evaluation(training, anew) if asked else {}, deepspeed)
+    class OurTrainer(MaetTrainer, Saving, HeldOut, Trainer): pass
+
+    needed = batch_sequences(training)*total_steps(training)
+    order = reading_order(len(corpus.ids), needed, training.seed)
+    evaluation = {} if held_out is None else _evaluation(training, anew)
+    arguments = _arguments(training, work, evaluation, deepspeed)
     if deepspeed: model.register_load_state_dict_post_hook(_frozen_may_lack)
-    trainer = type("Trainer", (MaetTrainer, Saving, HeldOut, Trainer), {})(
-        model=model, args=arguments, train_dataset=Sequences(corpus, order), eval_dataset=asked)
+    trainer = OurTrainer(
+        model=model, args=arguments, train_dataset=Sequences(corpus, order),
+        eval_dataset=_in_order(held_out),
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
