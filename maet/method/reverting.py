@@ -29,7 +29,7 @@ from maet.method.layer_swapping import (
 
 # %% ../../nbs/39b_method.reverting.ipynb #8effee40
 class Kept:
-    "The rows of a delta that changed by more than a threshold, found tensor by tensor when somebody asks."
+    "The rows of a delta that changed by more than a threshold, found tensor by tensor when asked."
     def __init__(self, delta: Mapping[str, Part], threshold: float, rows: str = "input"):
         self.delta, self.threshold, self.rows = delta, threshold, rows
         self.shapes = shapes_of([delta])
@@ -66,7 +66,7 @@ class Reverted(Lazy):
         shapes = shapes_of([delta])
         self.delta = delta
         self.kept = Kept(delta, threshold, rows) if threshold else None
-        self.shapes = {name: shape for name, shape in shapes.items() if place(name).layer not in gone}
+        self.shapes = {name: shapes[name] for name in shapes if place(name).layer not in gone}
         self.identity = identity("reverted", delta, gone, threshold, rows)
 
     def piece(self, name, start, stop):
@@ -106,7 +106,7 @@ def threshold_for(keep: float,                # share of the scalars that may st
 # %% ../../nbs/39b_method.reverting.ipynb #a17554a0
 @dataclass(frozen=True)
 class Revert:
-    "The parameters of revert. `threshold` and `keep` both say which rows go back; one may be given."
+    "The parameters of revert. `threshold` and `keep` both say which rows go back; give one."
     bottom: int | None = None # layers that go back; None: 5 of 32
     top: int | None = None    # None: 2 of 32
     threshold: float | str = 0. # weight: rows go back whose mean absolute change is not above it
