@@ -526,8 +526,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'maet/method/transfer.py'),
                                       'maet.method.transfer._Inputs.language': ( 'method.transfer.html#_inputs.language',
                                                                                  'maet/method/transfer.py'),
-                                      'maet.method.transfer._Inputs.sparse': ( 'method.transfer.html#_inputs.sparse',
-                                                                               'maet/method/transfer.py'),
                                       'maet.method.transfer.addends': ('method.transfer.html#addends', 'maet/method/transfer.py'),
                                       'maet.method.transfer.addends_to_scan': ( 'method.transfer.html#addends_to_scan',
                                                                                 'maet/method/transfer.py'),

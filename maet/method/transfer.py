@@ -18,7 +18,7 @@ from torch import Tensor
 from ..weights.tensors import MaetError, of_kinds
 from ..weights.checkpoints import identity
 from maet.weights.deltas import (
-    Lazy, Part, Sum, combine, cosine, dot, packed_in, shapes_of, terms_of,
+    Lazy, Part, Sum, combine, cosine, dot, shapes_of, terms_of,
 )
 from ..weights.packs import Pack
 from ..weights.differences import added, cosines, scan
@@ -107,7 +107,7 @@ def transfer(base: Tensor,          # tau, any float dtype
 @dataclass(eq=False)
 class _Inputs:
     "What Eq. 3-5 need for a whole model. Raises MaetError for what they cannot use."
-    names: Sequence[str]                      # every tensor of the base: the selection is a share of them
+    names: Sequence[str]                      # every tensor of the base, to be selected from
     ability: Mapping[str, Part]               # R(A)
     languages: Sequence[Mapping[str, Part]]   # R(L_i)
     mu: Sequence[float]                       # one weight a language
@@ -124,18 +124,14 @@ class _Inputs:
         select_count(len(self.names), self.select_ratio, self.rounding)
         of_kinds("", self.kinds)
         unknown = set().union(self.ability, *self.languages) - set(self.names)
-        if not unknown: return
-        raise MaetError(f"transfer: the base has no tensor {min(unknown)}; give deltas to this base")
+        if unknown:
+            raise MaetError(f"transfer: the base has no tensor {min(unknown)}; "
+                            "give deltas to this base")
 
     @cached_property
     def language(self) -> Sum: # R_Lang
         "Eq. 3 for a whole model."
         return Sum(zip(self.mu, self.languages))
-
-    @cached_property
-    def sparse(self) -> set[str]:
-        "The tensors that neither side has dense."
-        return {name for name in self.names if packed_in(name, (self.ability, self.language))}
 
 # %% ../../nbs/35_method.transfer.ipynb #cb4e5208
 Addend = tuple[float, Mapping[str, Part]]  # a delta of a sum, with its factor
