@@ -305,11 +305,10 @@ def locate(base: Checkpoint,  # before training
            share: str = "neurons", # what k1 is a share of: neurons or scalars
            kinds: str | list[str] = "all", # of tensors that are ranked; others have no key neuron
            allow_mismatch: bool = False,   # of configurations that give numbers another meaning
-           ) -> dict:
+           ) -> dict: # the settings, threshold, neurons (all and key), counts (key scalars by tensor)
     """Write the masks of the top k1 % of neurons by Eq. 1.
 
-    Returns ratio, granularity, kinds, threshold, neurons (all and key) and counts (key scalars by
-    tensor). Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there.
+    Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there.
     """
     if share not in ("neurons", "scalars"):
         raise MaetError(f"share: {share!r} is neither neurons nor scalars")
