@@ -15,7 +15,7 @@ from ..weights.packs import save_pack
 from ..weights.differences import open_delta
 
 # %% ../../nbs/34_method.ability.ipynb #902ba3cd
-def weighted(terms: Iterable[tuple[float, Part | None]], # (factor, part of one tensor); None is zero
+def weighted(terms: Iterable[tuple[float, Part | None]], # factor, part of one tensor; None is zero
              ) -> Part | None: # float32; packed if all parts are; None if there are none
     "The weighted sum of the parts that are there."
     there = [(factor, part) for factor, part in terms if part is not None]
@@ -46,8 +46,8 @@ class AbilityWeights(Sum):
 # %% ../../nbs/34_method.ability.ipynb #b3f0c7f6
 def extract(out: str | Path,      # the pack to be
             base: str | Path,     # the checkpoint that both experts started from
-            ability: str | Path,  # expert of ability and language: a checkpoint, an adapter or a pack
-            language: str | Path, # expert of the language: a checkpoint, an adapter or a pack
+            ability: str | Path,  # expert of ability and language: checkpoint, adapter or pack
+            language: str | Path, # expert of the language: checkpoint, adapter or pack
             alpha: float = 0.8,   # Table 5
             beta: float = 0.2,    # Table 5
             allow_mismatch: bool = False, # of configurations that give numbers another meaning
