@@ -15,7 +15,7 @@ from ..weights.packs import save_pack
 from ..weights.differences import open_delta
 
 # %% ../../nbs/34_method.ability.ipynb #902ba3cd
-def weighted(terms: Iterable[tuple[float, Part | None]], # (factor, part of one tensor); None is zero
+def weighted(terms: Iterable[tuple[float, Part | None]], # factor, part of one tensor; None is zero
              ) -> Part | None: # float32; packed if all parts are; None if there are none
     "The weighted sum of the parts that are there."
     there = [(factor, part) for factor, part in terms if part is not None]
@@ -26,26 +26,32 @@ def ability_weights(ability: Part | None,  # Theta_{A,L0} - Theta_o of one tenso
                     language: Part | None, # Theta_{L0} - Theta_o of the same tensor
                     alpha: float = 0.8,    # Table 5
                     beta: float = 0.2,     # Table 5
-                    ) -> Part | None:      # R(A), float32; packed at the union of the masks if both are packed
+                    ) -> Part | None:      # R(A), float32; of two packed parts packed at both masks
     "Eq. 2 for one tensor: alpha * ability - beta * language. None is a tensor that did not change."
     return weighted([(alpha, ability), (-beta, language)])
 
 # %% ../../nbs/34_method.ability.ipynb #fa35e192
 class AbilityWeights(Sum):
-    "R(A) of a whole model, name -> Part, from two deltas to one base. A tensor that neither delta has is absent."
-    def __init__(self, ability: Mapping[str, Part],  # delta of the model trained on ability and language
-                 language: Mapping[str, Part],       # delta of the model trained on language
-                 alpha: float = 0.8, beta: float = 0.2):
+    """R(A) of a whole model, name -> Part, from two deltas to one base.
+
+    A tensor that neither delta has is absent.
+    """
+    def __init__(self,
+                 ability: Mapping[str, Part],  # delta of the model trained on ability and language
+                 language: Mapping[str, Part], # delta of the model trained on language
+                 alpha: float = 0.8,           # Table 5
+                 beta: float = 0.2):           # Table 5
         super().__init__([(alpha, ability), (-beta, language)])
 
 # %% ../../nbs/34_method.ability.ipynb #b3f0c7f6
 def extract(out: str | Path,      # the pack to be
-                 base: str | Path,     # the checkpoint that both experts started from
-                 ability: str | Path,  # expert of ability and language: a checkpoint, an adapter or a pack
-                 language: str | Path, # expert of the language: a checkpoint, an adapter or a pack
-                 alpha: float = 0.8, beta: float = 0.2,
-                 allow_mismatch: bool = False, # of configurations that give numbers another meaning (meaning)
-                 ) -> None:
+            base: str | Path,     # the checkpoint that both experts started from
+            ability: str | Path,  # expert of ability and language: checkpoint, adapter or pack
+            language: str | Path, # expert of the language: checkpoint, adapter or pack
+            alpha: float = 0.8,   # Table 5
+            beta: float = 0.2,    # Table 5
+            allow_mismatch: bool = False, # of configurations that give numbers another meaning
+            ) -> None:
     "Write R(A) as a pack, a tensor at a time. Raises MaetError for experts of another base."
     base = Checkpoint(base)
     deltas = [open_delta(expert, base, allow_mismatch) for expert in (ability, language)]

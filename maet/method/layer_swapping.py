@@ -6,6 +6,7 @@
 __all__ = ['scaled', 'Swap', 'fitted', 'shares_of', 'row_changes', 'share_map']
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #09062e80
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import floor, prod
@@ -31,26 +32,32 @@ def in_ends(layer: int | None, layers: int, bottom: int, top: int) -> bool:
     return layer is not None and (layer < bottom or layer > layers - 1 - top)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #68d2b2a7
-def shares(layer: int | None,                  # l, from 0; None: N/A
-           layers: int,                        # L
-           bottom: int, top: int,              # b, u
-           bottom_transition: int = 0, top_transition: int = 0, # t_b, t_u
-           weights: tuple = (1., 1.),          # w_task, w_lang
-           line5: str = "and",                 # or "or", as printed
-           ) -> tuple[float, float]:           # share of the task expert, of the language expert; they add up to 1
+def shares(layer: int | None,           # l, from 0; None: N/A
+           layers: int,                 # L
+           bottom: int,                 # b
+           top: int,                    # u
+           bottom_transition: int = 0,  # t_b
+           top_transition: int = 0,     # t_u
+           weights: tuple = (1., 1.),   # w_task, w_lang
+           line5: str = "and",          # or "or", as printed
+           ) -> tuple[float, float]:    # of the task and of the language expert, in all 1
     "What a parameter is made of (Algorithm 1)."
     if in_ends(layer, layers, bottom, top): return 0., 1.
     if layer is not None:
-        above, below = layer > bottom - 1 + bottom_transition, layer < layers - top - top_transition
-        if above and below or line5 == "or" and (above or below): return 1., 0.
-    return weights[0] / total_weight(weights), weights[1] / total_weight(weights)
+        above = layer > bottom - 1 + bottom_transition
+        below = layer < layers - top - top_transition
+        in_middle = above and below if line5 == "and" else above or below
+        if in_middle: return 1., 0.
+    task, language = weights
+    return task / total_weight(weights), language / total_weight(weights)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #bd307a3e
 def scaled(of_32: int,  # layers of 32
            layers: int, # L
            ) -> int:
     "The same share of another depth: rounded, halves upwards, at least 1 unless it is 0."
-    return max(1, floor(of_32 * layers / 32 + .5)) if of_32 else 0
+    if not of_32: return 0
+    return max(1, floor(of_32 * layers / 32 + .5))
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #1574bddb
 def one_word(key: str, value: str, allowed: tuple) -> None:
@@ -60,7 +67,9 @@ def one_word(key: str, value: str, allowed: tuple) -> None:
 
 def has_mean(what: str, weights: list[float]) -> None:
     "Raise a MaetError if weights add up to nothing."
-    if abs(sum(weights)) <= 1e-8: raise MaetError(f"{what}: {', '.join(map(str, weights))} add up to 0, which leaves no mean; give other numbers")
+    if abs(sum(weights)) > 1e-8: return
+    raise MaetError(f"{what}: {', '.join(map(str, weights))} add up to 0, "
+                    "which leaves no mean; give other numbers")
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #560cee42
 @dataclass(frozen=True)
@@ -78,27 +87,38 @@ class Swap:
     bottom_transition: int = 0     # t_b, layers
     top_transition: int = 0        # t_u, layers
     outside: str = "average"       # embeddings, last norm, head: average, task or language
-    weights: str | Weights = "uniform" # of an average: uniform, magnitude (needs base_model), or {task: .., language: ..}
-    norms: str = "outside"         # norms inside a layer: outside (N/A in line 2) or layer (swapped with it)
+    weights: str | Weights = "uniform" # of an average: uniform, magnitude (needs a base), or numbers
+    norms: str = "outside"         # in a layer: outside (N/A in line 2) or layer (swapped with it)
     line5: str = "and"             # or "or", as printed
     rows: str = "input"            # what a row is for `magnitude`: input or output
 
     def __post_init__(self):
-        words = {"outside": ("average", "task", "language"), "norms": ("outside", "layer"), "line5": ("and", "or"), "rows": ("input", "output")}
-        words |= {"weights": ("uniform", "magnitude")} if isinstance(self.weights, str) else {}
-        for key, allowed in words.items(): one_word(key, getattr(self, key), allowed)
-        if isinstance(self.weights, Weights): has_mean("weights", [self.weights.task, self.weights.language])
+        one_word("outside", self.outside, ("average", "task", "language"))
+        one_word("norms", self.norms, ("outside", "layer"))
+        one_word("line5", self.line5, ("and", "or"))
+        one_word("rows", self.rows, ("input", "output"))
+        weights = self.weights
+        if isinstance(weights, str): one_word("weights", weights, ("uniform", "magnitude"))
+        elif isinstance(weights, Weights): has_mean("weights", [weights.task, weights.language])
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #b3f0c7f6
 def fitted(swap, layers: int, where: str): # -> a Swap (or Revert) whose numbers are all there
     "Scale what is not given, and raise a MaetError if the zones do not fit into so many layers."
-    given = {key: 5 if key == "bottom" else 2 for key in ("bottom", "top") if getattr(swap, key) is None}
-    swap = replace(swap, **{key: scaled(number, layers) for key, number in given.items()})
-    zones = {key: getattr(swap, key, 0) for key in ("bottom", "bottom_transition", "top_transition", "top")}
-    told = " + ".join(f"{key} {number}" for key, number in zones.items() if number)
-    if min(zones.values()) < 0: raise MaetError(f"{where}: {min(zones, key=zones.get)} is {min(zones.values())}; layers are counted from 0")
-    if swap.bottom + swap.top >= layers: raise MaetError(f"{where}: {told} leaves nothing of {layers} layers to the middle; give smaller numbers")
-    if sum(zones.values()) > layers: raise MaetError(f"{where}: {told} is more than {layers} layers, so zones overlap; give smaller numbers")
+    if swap.bottom is None: swap = replace(swap, bottom=scaled(5, layers))
+    if swap.top is None: swap = replace(swap, top=scaled(2, layers))
+    names = ("bottom", "bottom_transition", "top_transition", "top")
+    zones = {name: getattr(swap, name, 0) for name in names}
+    told = " + ".join(f"{name} {number}" for name, number in zones.items() if number)
+
+    least = min(zones, key=zones.get)
+    if zones[least] < 0:
+        raise MaetError(f"{where}: {least} is {zones[least]}; layers are counted from 0")
+    if swap.bottom + swap.top >= layers:
+        raise MaetError(f"{where}: {told} leaves nothing of {layers} layers to the middle; "
+                        "give smaller numbers")
+    if sum(zones.values()) > layers:
+        raise MaetError(f"{where}: {told} is more than {layers} layers, so zones overlap; "
+                        "give smaller numbers")
     return swap
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #12c6fc06
@@ -110,8 +130,10 @@ def shares_of(name: str,     # of a tensor
     "What a tensor is made of: share of the task expert, of the language expert."
     layer, kind = place(name)
     if kind == "norm" and swap.norms == "outside": layer = None
-    if layer is None and swap.outside != "average": return (1., 0.) if swap.outside == "task" else (0., 1.)
-    return shares(layer, layers, swap.bottom, swap.top, swap.bottom_transition, swap.top_transition, weights, swap.line5)
+    if layer is None and swap.outside == "task": return 1., 0.
+    if layer is None and swap.outside == "language": return 0., 1.
+    zones = swap.bottom, swap.top, swap.bottom_transition, swap.top_transition
+    return shares(layer, layers, *zones, weights, swap.line5)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #887309d0
 @dataclass(eq=False)
@@ -122,19 +144,26 @@ class Soup(Model):
 
     def read(self, name: str, start: int, stop: int) -> Tensor: # flat, wide
         "A run of the mean. Packs are added to their base first."
-        def tensor(model):
+        tensors = []
+        for model in self.members:
             values = model.read(name, start, stop)
-            return values if model.checkpoint else self.checkpoint.piece(name, start, stop) + values
-        return linear([tensor(model) for model in self.members], self.weights)
+            if not model.checkpoint: values = self.checkpoint.piece(name, start, stop) + values
+            tensors.append(values)
+        return linear(tensors, self.weights)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #cf3d375b
-def as_one(models: list[Model], weights: list[float], like: Checkpoint) -> Model: # like: the packs' base, if there are packs
+def as_one(models: list[Model],
+           weights: list[float],
+           like: Checkpoint, # the packs' base, if there are packs
+           ) -> Model:
     "A single model as it is, several as a soup."
     if len(models) == 1: return models[0]
     has_mean("weight", weights)
     return Soup(" + ".join(model.where for model in models), like.path, like, None, models, weights)
 
-def members_of(model: Model) -> list[Model]: return model.members if isinstance(model, Soup) else [model]
+def members_of(model: Model) -> list[Model]:
+    "The models of a soup; a model itself."
+    return model.members if isinstance(model, Soup) else [model]
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #0a57cb53
 @dataclass(frozen=True)
@@ -155,49 +184,63 @@ class SwapFile:
     parameters: Swap = Swap()
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None # `base` or `union`: a promise that all vocabularies are equal, which is checked
+    tokenizer_source: str | None = None # base or union: vocabularies must be equal, as is checked
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #7719a1c7
 def read_swap(content: Mapping, where: str) -> SwapFile:
-    "The file, checked as far as that is possible without opening a model. Raises MaetError in one line."
+    "The file, checked as far as that is possible without opening a model. Raises MaetError."
     name_unsupported(content, where)
     file = strict(SwapFile, content, where)
+    roles = [expert.role for expert in file.models]
     for role in ("task", "language"):
-        if not any(expert.role == role for expert in file.models): raise MaetError(f"{where}: models: none has role: {role}; give one")
+        if role not in roles: raise MaetError(f"{where}: models: none has role: {role}; give one")
     names = [expert.model for expert in file.models]
-    if twice := [name for name in names if names.count(name) > 1]: raise MaetError(f"{where}: {twice[0]} is there twice; give it once")
+    for name in names:
+        if names.count(name) > 1: raise MaetError(f"{where}: {name} is there twice; give it once")
     if file.parameters.weights == "magnitude" and not file.base_model:
-        raise MaetError(f"{where}: weights: magnitude needs base_model: it measures how far each expert moved from it")
+        raise MaetError(f"{where}: weights: magnitude needs base_model: "
+                        "it measures how far each expert moved from it")
     one_word(f"{where}: tokenizer_source", file.tokenizer_source, (None, "base", "union"))
     return file
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #22d200f8
-def open_experts(names: Iterable[str], base_model: str | None, where: str,
-                 allow_mismatch: bool = False, one_vocabulary: bool = False, # as in `open_model`
+def open_experts(names: Iterable[str],
+                 base_model: str | None,
+                 where: str,
+                 allow_mismatch: bool = False, # as in `open_model`
+                 one_vocabulary: bool = False, # as in `open_model`
                  ) -> tuple[Checkpoint, dict[str, Model]]:
-    "The pattern of the result, and the models. Raises MaetError: not there, tensors that differ, a pack without its base."
+    """The pattern of the result, and the models.
+
+    Without a base the pattern is the state dictionary of the first task expert, as in section 4.1.
+    Raises MaetError: not there, tensors that differ, a pack without its base.
+    """
     names = list(names)
-    pattern = base_model or names[0]  # without a base: the state dictionary of the first task expert, as in section 4.1
+    pattern = base_model or names[0]
     like, first = open_pattern(pattern, bool(base_model))
     base = like if base_model else None
-    others = [name for name in names if name != pattern]
-    opened = {name: open_model(name, base, like, allow_mismatch, one_vocabulary) for name in others}
-    return like, {name: opened.get(name, first) for name in names}
+    opened = {}
+    for name in names:
+        if name == pattern: opened[name] = first
+        else: opened[name] = open_model(name, base, like, allow_mismatch, one_vocabulary)
+    return like, opened
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #5019e179
 def layers_of(like: Checkpoint) -> int: # L
     "How many layers a checkpoint has. Raises MaetError if there are none."
-    layers = 1 + max((place(name).layer for name in like.names if place(name).layer is not None), default=-1)
+    numbers = [place(name).layer for name in like.names]
+    layers = 1 + max((number for number in numbers if number is not None), default=-1)
     if layers: return layers
-    raise MaetError(f"{like.path}: none of its tensors is in a numbered layer, so there are no layers to swap")
+    raise MaetError(f"{like.path}: none of its tensors is in a numbered layer, "
+                    "so there are no layers to swap")
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #cb4e5208
 def averaging(task: Task) -> tuple[float, float]:
     "w_task, w_lang of an average."
-    weights = task.shared["swap"].weights
-    if isinstance(weights, Weights): return weights.task, weights.language
-    if weights == "uniform": return 1., 1.
-    return tuple(task.whole.weight(model, task.shared["swap"].rows) for model in task.models)
+    swap = task.shared["swap"]
+    if isinstance(swap.weights, Weights): return swap.weights.task, swap.weights.language
+    if swap.weights == "uniform": return 1., 1.
+    return tuple(task.whole.weight(model, swap.rows) for model in task.models)
 
 def mixed(task: Task, start: int, base: Tensor | None, tensors: list[Tensor]) -> Tensor:
     "A block of a tensor: of one expert as it is, of two their average."
@@ -206,90 +249,143 @@ def mixed(task: Task, start: int, base: Tensor | None, tensors: list[Tensor]) ->
 # %% ../../nbs/39_method.layer_swapping.ipynb #b6692ea5
 def measured(method: Method, like: Checkpoint, experts: list[Model]) -> Whole:
     "What knows the magnitudes of experts: over all tensors, as deltas to their base."
+    method = replace(method, base=True)
+    each = [{}] * len(experts)
     tasks = {}
     whole = Whole(tasks)
-    for name in (n for n in like.names if like.dtype(n) in FLOATS):
-        tasks[name] = Task(replace(method, base=True), name, like.size(name), like, experts, [{}] * len(experts), {}, None, whole)
+    for name in like.names:
+        if like.dtype(name) not in FLOATS: continue
+        tasks[name] = Task(method, name, like.size(name), like, experts, each, {}, None, whole)
     return whole
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #146b25d2
-def swap_tasks(method: Method, like: Checkpoint, experts: list[Model], swap: Swap, with_base: bool) -> dict[str, Task]:
+def swap_tasks(method: Method, like: Checkpoint, experts: list[Model], swap: Swap,
+               with_base: bool) -> dict[str, Task]:
     "A task for every float tensor."
-    weights, layers = swap.weights, layers_of(like)
-    given = (weights.task, weights.language) if isinstance(weights, Weights) else (1., 1.)
-    whole, tasks = measured(method, like, experts), {}
+    layers, base, shared = layers_of(like), like if with_base else None, {"swap": swap}
+    weights = 1., 1.
+    if isinstance(swap.weights, Weights): weights = swap.weights.task, swap.weights.language
+    whole = measured(method, like, experts)
+    tasks = {}
     for name in whole.tasks:
-        used = [expert for expert, share in zip(experts, shares_of(name, swap, layers, given)) if share]
-        tasks[name] = Task(method, name, like.size(name), like if with_base else None, used, [{}] * len(used), {"swap": swap}, None, whole)
+        made_of = shares_of(name, swap, layers, weights)
+        used = [expert for expert, share in zip(experts, made_of) if share]
+        each = [{}] * len(used)
+        tasks[name] = Task(method, name, like.size(name), base, used, each, shared, None, whole)
     return tasks
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #f1f836cb
+def share_given(tasks: Iterable[Task], model: Model) -> float:
+    "How much of the result a model is read for, 1 being all of its scalars."
+    tasks = list(tasks)
+    given = 0
+    for task in tasks:
+        for used in task.models:
+            if model in members_of(used): given += task.size
+    return given / sum(task.size for task in tasks)
+
+# %% ../../nbs/39_method.layer_swapping.ipynb #0941aab9
 class Swapped(Mixture):
     "A layer swap that is ready to be written."
     def readings(self) -> list[tuple[str, int, float]]:
         "Model, bytes, how often: a mean over its tensors."
-        tasks, scalars = self.tasks.values(), sum(task.size for task in self.tasks.values())
-        first = sum(self.method.readings(task, 0) * task.size for task in tasks) > 0
-        def times(model): return first + sum(task.size for task in tasks for used in task.models if model in members_of(used)) / scalars
-        rows = [(model.where, stored_bytes(model.path), round(times(model), 2)) for model in self.models]
-        packs = [often for model, (*_, often) in zip(self.models, rows) if not model.checkpoint]
-        base = max([*packs, 1.] if first else packs, default=0)
-        return [(str(self.like.path), stored_bytes(self.like.path), base), *rows] if base else rows
+        tasks = self.tasks.values()
+        first = any(task.size and self.method.readings(task, 0) for task in tasks)
+        rows = []
+        of_base = [1.] if first else []  # how often the base is read, as packs are
+        for model in self.models:
+            times = round(first + share_given(tasks, model), 2)
+            rows.append((model.where, stored_bytes(model.path), times))
+            if not model.checkpoint: of_base.append(times)
+        if not of_base: return rows
+        return [(str(self.like.path), stored_bytes(self.like.path), max(of_base)), *rows]
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #972a67c4
-def open_swap(method: Method, content: Mapping, where: str, mask: Callable = random_mask,
-              allow_mismatch: bool = False) -> Swapped:
+def open_swap(method: Method,
+              content: Mapping,
+              where: str,
+              mask: Callable = random_mask, # not needed here
+              allow_mismatch: bool = False,
+              ) -> Swapped:
     "Read a file of layer_swap and open what it names."
     file = read_swap(content, where)
-    experts = sorted(file.models, key=lambda expert: expert.role, reverse=True)  # task first
-    names, one_vocabulary = (expert.model for expert in experts), bool(file.tokenizer_source)
-    like, models = open_experts(names, file.base_model, where, allow_mismatch, one_vocabulary)
+    tasked = [expert for expert in file.models if expert.role == "task"]
+    spoken = [expert for expert in file.models if expert.role == "language"]
+    names = [expert.model for expert in (*tasked, *spoken)]
+    one_vocabulary = bool(file.tokenizer_source)
+    like, opened = open_experts(names, file.base_model, where, allow_mismatch, one_vocabulary)
     swap = fitted(file.parameters, layers_of(like), where)
-    def of(role): return zip(*((models[e.model], e.weight) for e in experts if e.role == role))
-    two = [as_one(*map(list, of(role)), like) for role in ("task", "language")]
+
+    two = []
+    for experts in (tasked, spoken):
+        models = [opened[expert.model] for expert in experts]
+        two.append(as_one(models, [expert.weight for expert in experts], like))
     tasks = swap_tasks(method, like, two, swap, bool(file.base_model))
-    return Swapped(method, like, list(models.values()), tasks, out_dtype(file, like, list(models.values()), where), content)
+    models = list(opened.values())
+    return Swapped(method, like, models, tasks, out_dtype(file, like, models, where), content)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #ebadb562
 def weighing(task: Task, number: int) -> int:
     "How often an expert is read before it is merged."
     return int(len(task.models) > 1 and task.shared["swap"].weights == "magnitude")
 
-LAYER_SWAP = Method("layer_swap", "https://arxiv.org/abs/2410.01335", open_swap, mixed, first=averaging, readings=weighing)
+LAYER_SWAP = Method("layer_swap", "https://arxiv.org/abs/2410.01335", open_swap, mixed,
+                    first=averaging, readings=weighing)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #64e095fe
-@statistic("columns", length=lambda shape: shape[1])
-def _columns(a: Part, where) -> tuple[int, Tensor]: # a piece of a matrix; `where.shape` has two axes
-    "To each column: the sum of |a| over it, in float64."
+def width_of(shape: tuple) -> int: return shape[1]
+
+@statistic("columns", length=width_of)
+def _columns(part: Part, where) -> tuple[int, Tensor]: # a piece of a matrix: two axes
+    "To each column: the sum of |part| over it, in float64."
     width = where.shape[1]
-    first, last = where.start // width, -(-where.stop // width)
-    full = torch.zeros((last - first) * width)  # rows that the piece only touches are filled up with zeros
-    inside = full[where.start - first * width:where.stop - first * width]
-    inside.copy_(a.dense() if isinstance(a, Packed) else a.flatten()).abs_()
+    first_row = where.start // width
+    end_row = -(-where.stop // width)
+    full = torch.zeros((end_row - first_row) * width)  # rows that the piece only touches get zeros
+    offset = first_row * width
+    inside = full[where.start - offset:where.stop - offset]
+    inside.copy_(part.dense() if isinstance(part, Packed) else part.flatten()).abs_()
     return 0, full.view(-1, width).sum(0, dtype=torch.float64)
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #cb91b5f4
-def row_changes(deltas: Mapping[str, Mapping[str, Part]], # by a name of your own
-                rows: str = "input",                      # or "output"
+def row_changes(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
+                rows: str = "input",                       # or "output"
                 shapes: Mapping[str, tuple] | None = None, # the tensors to look at; None: all
-                ) -> dict[str, dict[str, Tensor]]:        # delta -> tensor -> (rows,) MAV, float64, weight
-    "The mean absolute change of every row, of all deltas in one pass. Holds a few pieces, and a number for each row."
-    shapes = {n: s for n, s in (shapes_of(deltas.values()) if shapes is None else shapes).items() if prod(s)}
-    counted = {n: rows_of(s, rows) for n, s in shapes.items()}
-    what, turn = ("columns", -1) if rows == "input" else ("rows", 1)
-    found = scan(deltas, [what], {n: pair[::turn] for n, pair in counted.items()})
-    return {d: {n: found[what, d][n] / counted[n][1] for n in shapes} for d in deltas}
+                ) -> dict[str, dict[str, Tensor]]:         # delta -> tensor -> (rows,) weights
+    "The MAV of every row, of all deltas in one pass, in float64. Holds a few pieces, and the result."
+    if shapes is None: shapes = shapes_of(deltas.values())
+    counts, lengths = {}, {}
+    for name, shape in shapes.items():
+        if prod(shape): counts[name], lengths[name] = rows_of(shape, rows)
+
+    if rows == "input":
+        what = "columns"
+        views = {name: (lengths[name], counts[name]) for name in counts}
+    else:
+        what = "rows"
+        views = {name: (counts[name], lengths[name]) for name in counts}
+    sums = scan(deltas, [what], views)
+    changes = {}
+    for delta in deltas:
+        of_tensors = sums[what, delta]
+        changes[delta] = {name: of_tensors[name] / length for name, length in lengths.items()}
+    return changes
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #2e01e174
 def layer_matrices(shapes: Mapping[str, tuple]) -> dict[str, tuple]:
     "The matrices of the layers, which is what the paper's maps show."
-    return {n: s for n, s in shapes.items() if len(s) == 2 and place(n).layer is not None and place(n).kind not in ("norm", "other")}
+    found = {}
+    for name, shape in shapes.items():
+        layer, kind = place(name)
+        is_matrix = len(shape) == 2 and kind not in ("norm", "other")
+        if is_matrix and layer is not None: found[name] = shape
+    return found
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #031e1a70
 def share_map(changes: Mapping[str, Tensor], # tensor -> (rows,) MAV, of `row_changes`
               threshold: float,              # weight
               ) -> dict[tuple[int, str], float]: # (layer, kind) -> share of rows above it
-    "The share of rows that changed by more than a threshold, per layer and kind (Figures 2, 4 to 9)."
-    rows = {}
-    for name, change in changes.items(): rows.setdefault(tuple(place(name)), []).append(change > threshold)
-    return {at: torch.cat(found).double().mean().item() for at, found in rows.items()}
+    "The share of rows that changed by more than a threshold, per layer and kind (Figures 2, 4-9)."
+    moved = defaultdict(list)
+    for name, change in changes.items(): moved[tuple(place(name))].append(change > threshold)
+    return {where: torch.cat(found).double().mean().item() for where, found in moved.items()}

@@ -39,143 +39,195 @@ class Bracket(NamedTuple):
 WHOLE = Bracket(0., torch.finfo(torch.float32).max)  # no importance lies outside
 
 # %% ../../nbs/33_method.locate.ipynb #94b80e75
+def from_the_top(scores: np.ndarray, # rising
+                 share: float,       # 0..1
+                 ) -> float:
+    "The score that this share of the scores reaches."
+    place = min(len(scores) - 1, int(share * len(scores)))
+    return scores[len(scores) - 1 - place]
+
 def bracket(blocks: list[np.ndarray], # scores of blocks, float32
             ratio: float,             # k1
             ) -> Bracket:
     "Where the cut lies, six standard errors to either side."
     scores = np.sort(np.concatenate(blocks))
-    at = lambda share: scores[len(scores) - 1 - min(len(scores) - 1, int(share * len(scores)))]
-    middle = at(ratio)  # of equals on both sides of the cut either kind may be the one that varies
-    shares = [(block > middle).mean() for block in blocks], [(block >= middle).mean() for block in blocks]
-    margin = 6 * max(map(np.std, shares)) / len(blocks)**.5 + 8 / len(scores)
-    return Bracket(float(at(ratio + margin)) if ratio + margin < 1 else WHOLE.low,
-                   float(at(ratio - margin)) if ratio > margin else WHOLE.high)
+    middle = from_the_top(scores, ratio)
+    # of equals on both sides of the cut either kind may be the one that varies
+    beyond = np.std([(block > middle).mean() for block in blocks])
+    reaching = np.std([(block >= middle).mean() for block in blocks])
+    margin = 6 * max(beyond, reaching) / len(blocks)**.5 + 8 / len(scores)
+
+    low, high = WHOLE
+    if ratio + margin < 1: low = float(from_the_top(scores, ratio + margin))
+    if ratio > margin: high = float(from_the_top(scores, ratio - margin))
+    return Bracket(low, high)
 
 # %% ../../nbs/33_method.locate.ipynb #fc074d50
 def planes(scores: np.ndarray, # (n,) float32
            bracket: Bracket,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Bits (3, ceil(n / 8)): above high, above low, low or above. Scores above low up to high. How many ones each row has."
+    """What is kept of some scores: bits (3, ceil(n / 8)), scores inside, counts (3,).
+
+    A row of bits each: above high; above low; low or above. The scores are those above low up to
+    high; the counts are the ones in each row.
+    """
     low, high = np.float32(bracket.low), np.float32(bracket.high)
     masks = scores > high, scores > low, scores >= low
     bits = np.stack([np.packbits(mask) for mask in masks])
     inside = ones(torch.from_numpy(bits[0] ^ bits[1])).numpy()
-    return bits, scores.take(inside), np.array([np.count_nonzero(mask) for mask in masks])
+    counts = np.array([np.count_nonzero(mask) for mask in masks])
+    return bits, scores.take(inside), counts
 
 # %% ../../nbs/33_method.locate.ipynb #ca3512f4
 class Record(NamedTuple):
+    "Where a piece is kept."
     offset: int  # in the file, bytes
     size: int    # scalars of the piece
     counts: np.ndarray # (3,) above high, above low, low or above
 
+    @property
+    def plane_bytes(self) -> int:
+        "Of one row of bits."
+        return -(-self.size // 8)
+
 # %% ../../nbs/33_method.locate.ipynb #293415b0
 class Survey:
-    "Bits and scores of every piece of a difference, in a file. `records` and `counts` are known; the rest is read."
+    "Bits and scores of every piece of a difference, in a file. Records and counts are in memory."
     def __init__(self, file, bracket: Bracket):
-        self.file, self.bracket, self.records, self.counts = file, bracket, {}, np.zeros(3, np.int64)
+        self.file, self.bracket = file, bracket
+        self.records = {}  # (tensor, start) -> Record
+        self.counts = np.zeros(3, np.int64)
         file.seek(0)
 
-    def add(self, name: str, start: int, size: int, bits: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
-        self.records[name, start] = Record(self.file.tell(), size, counts)
+    def add(self, key: tuple, size: int, bits, values, counts) -> None:
+        "Keep what `planes` found in a piece."
+        self.records[key] = Record(self.file.tell(), size, counts)
         self.counts += counts
-        self.file.write(bits.data); self.file.write(values.data)
+        self.file.write(bits.data)
+        self.file.write(values.data)
 
     def bits(self, key: tuple) -> np.ndarray: # (3, ceil(n / 8))
         "The planes of a piece."
         record = self.records[key]
-        return self._read(record.offset, 3 * -(-record.size // 8)).reshape(3, -1)
+        return bytes_at(self.file, record.offset, 3 * record.plane_bytes).reshape(3, -1)
 
     def values(self, key: tuple) -> Tensor: # float32
         "The scores inside the bracket, in order, without those that equal its lower end."
         record = self.records[key]
-        inside = self._read(record.offset + 3 * -(-record.size // 8), 4 * (record.counts[1] - record.counts[0]))
-        return torch.from_numpy(inside.view(np.float32))
+        inside = record.counts[1] - record.counts[0]
+        found = bytes_at(self.file, record.offset + 3 * record.plane_bytes, 4 * int(inside))
+        return torch.from_numpy(found.view(np.float32))
 
-    def _read(self, offset: int, length: int) -> np.ndarray:
-        return np.frombuffer(bytearray(os.pread(self.file.fileno(), int(length), offset)), np.uint8)
+# %% ../../nbs/33_method.locate.ipynb #e17fa67b
+def bytes_at(file, offset: int, length: int) -> np.ndarray: # (length,) uint8
+    "A part of a file, from any thread."
+    return np.frombuffer(bytearray(os.pread(file.fileno(), length, offset)), np.uint8)
 
 # %% ../../nbs/33_method.locate.ipynb #761f22b2
 BLOCK = 1 << 18  # scalars
 
 # %% ../../nbs/33_method.locate.ipynb #70023e45
-def scores_of(difference: Difference, name: str, start: int, stop: int) -> Iterator[np.ndarray]: # float32, by blocks
-    "Importance of the scalars of one piece. Raises MaetError that names file and tensor for NaN or infinity."
+def scores_of(difference: Difference, name: str,
+              start: int, stop: int) -> Iterator[np.ndarray]: # float32, by blocks
+    "Importance of the scalars of one piece. Raises MaetError with file and tensor for NaN or infinity."
     base, tuned = difference.base, difference.tuned
     if difference.told:  # by an adapter
-        yield from (part.abs_().numpy() for part in difference.moved(name, start, stop).split(BLOCK))
+        for part in difference.moved(name, start, stop).split(BLOCK): yield part.abs_().numpy()
         return
-    before, after = (checkpoint.piece(name, start, stop) for checkpoint in (base, tuned))
-    for b, a in zip(before.split(BLOCK), after.split(BLOCK)):
-        scores = moves(b, a).numpy()
+    before = base.piece(name, start, stop)
+    after = tuned.piece(name, start, stop)
+    for old, new in zip(before.split(BLOCK), after.split(BLOCK)):
+        scores = moves(old, new).numpy()
         if not np.isfinite(scores.max()):
-            for piece, checkpoint in ((before, base), (after, tuned)): finite(piece, name, checkpoint.path)
-            raise MaetError(f"{tuned.path}: {name} differs from {base.path} by more than float32 can hold; check both")
+            finite(before, name, base.path)
+            finite(after, name, tuned.path)
+            raise MaetError(f"{tuned.path}: {name} differs from {base.path} "
+                            "by more than float32 can hold; check both")
         yield scores
 
 # %% ../../nbs/33_method.locate.ipynb #92cfceb3
-def over(difference: Difference, work: Callable) -> Iterator: # ((tensor, start, stop), work's result)
-    "Do work(tensor, start, stop) for every piece of every tensor, in threads; results come in order. Shows how far it is."
-    jobs = [(name, *piece) for name, shape in difference.shapes.items() for piece in pieces(prod(shape))]
-    with progress_bar(sum(stop - start for _, start, stop in jobs) * 4, f"reading {difference.tuned.path.name}") as bar:
-        for job, result in zip(jobs, in_order(lambda job: work(*job), jobs)):
+def over(difference: Difference, work: Callable) -> Iterator: # ((tensor, start, stop), its result)
+    "Do work(tensor, start, stop) for every piece, in threads; results come in order, with a bar."
+    jobs = []
+    for name, shape in difference.shapes.items():
+        jobs += [(name, start, stop) for start, stop in pieces(prod(shape))]
+    scalars = sum(stop - start for _, start, stop in jobs)
+    results = in_order(lambda job: work(*job), jobs)
+    with progress_bar(4 * scalars, f"reading {difference.tuned.path.name}") as bar:
+        for job, result in zip(jobs, results):
             yield job, result
-            bar.update(4 * (job[2] - job[1]))
+            _, start, stop = job
+            bar.update(4 * (stop - start))
 
 # %% ../../nbs/33_method.locate.ipynb #fda8d6ed
 def survey(difference: Difference, bracket: Bracket, file) -> Survey:
     "One pass over both checkpoints."
     def work(*piece):
-        bits, values, counts = zip(*(planes(scores, bracket) for scores in scores_of(difference, *piece)))
+        blocks = [planes(scores, bracket) for scores in scores_of(difference, *piece)]
+        bits, values, counts = zip(*blocks)
         return np.concatenate(bits, 1), np.concatenate(values), sum(counts)
     found = Survey(file, bracket)
-    for (name, start, stop), kept in over(difference, work): found.add(name, start, stop - start, *kept)
+    for (name, start, stop), kept in over(difference, work):
+        found.add((name, start), stop - start, *kept)
     file.flush()
     return found
 
 # %% ../../nbs/33_method.locate.ipynb #98fbc42f
-def sample(difference: Difference, blocks: int = 2048, size: int = 2048) -> list[np.ndarray]: # float32
-    "Scores of short blocks, one somewhere in each of `blocks` equal stretches of the model."
-    names, sizes = list(difference.shapes), [prod(shape) for shape in difference.shapes.values()]
-    ends = list(accumulate(sizes))
+def sample(difference: Difference, blocks: int = 2048, size: int = 2048) -> list[np.ndarray]:
+    "Scores of short blocks, one somewhere in each of `blocks` equal stretches of the model, float32."
+    names = list(difference.shapes)
+    sizes = [prod(shape) for shape in difference.shapes.values()]
+    ends = list(accumulate(sizes))  # of the tensors, one after the other
+
     def block(number):
-        place = int((number + number * 0.618 % 1) * ends[-1] / blocks)
-        at = bisect(ends, place)
-        start = (place - ends[at] + sizes[at]) // 8 * 8
-        return np.concatenate(list(scores_of(difference, names[at], start, min(start + size, sizes[at]))))
+        somewhere = number + number * 0.618 % 1  # in its stretch
+        place = int(somewhere * ends[-1] / blocks)
+        tensor = bisect(ends, place)
+        start = (place - ends[tensor] + sizes[tensor]) // 8 * 8
+        stop = min(start + size, sizes[tensor])
+        return np.concatenate(list(scores_of(difference, names[tensor], start, stop)))
     return list(in_order(block, range(blocks)))
 
 # %% ../../nbs/33_method.locate.ipynb #fe2ef495
 def settle(survey: Survey, count: int) -> Cut | None:
     "The exact cut, or None if it lies outside the bracket."
-    above, higher, least = (int(number) for number in survey.counts)
-    if not above < count <= least: return None
-    if count > higher: return Cut(survey.bracket.low, count - higher)
-    return cut(lambda: map(survey.values, survey.records), count - above)
+    above_high, above_low, from_low = (int(number) for number in survey.counts)
+    if not above_high < count <= from_low: return None
+    if count > above_low: return Cut(survey.bracket.low, count - above_low)
+    def inside(): return map(survey.values, survey.records)
+    return cut(inside, count - above_high)
 
 def beyond(survey: Survey, count: int) -> Bracket:
     "The side of a bracket on which the cut lies instead."
-    return Bracket(survey.bracket.high, WHOLE.high) if count <= survey.counts[0] else Bracket(WHOLE.low, survey.bracket.low)
+    if count <= survey.counts[0]: return Bracket(survey.bracket.high, WHOLE.high)
+    return Bracket(WHOLE.low, survey.bracket.low)
 
 # %% ../../nbs/33_method.locate.ipynb #827bfc45
 class KeyMasks(Lazy):
-    "Masks of the key scalars: name -> bool Tensor, read from a survey when asked for, a piece of the grid at a time."
+    "Masks of the key scalars, bool, read from a survey when asked for, a piece at a time."
     def __init__(self, survey: Survey, cut: Cut, shapes: Mapping[str, tuple]):
         self.survey, self.cut, self.shapes = survey, cut, shapes
-        ties = list(accumulate(map(self.equal, survey.records), initial=0))
+        self.at_low = cut.threshold <= survey.bracket.low  # then the ties are in the bits
+        ties = accumulate(map(self.equal, survey.records), initial=0)
         self.before = dict(zip(survey.records, ties))  # ties ahead of each piece
 
     def equal(self, key: tuple) -> int:
         "How many scores of a piece are exactly the threshold."
-        if self.cut.threshold > self.survey.bracket.low: return int((self.survey.values(key) == self.cut.threshold).sum())
-        return int(self.survey.records[key].counts[2] - self.survey.records[key].counts[1])
+        if not self.at_low: return int((self.survey.values(key) == self.cut.threshold).sum())
+        _, above_low, from_low = self.survey.records[key].counts
+        return int(from_low - above_low)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
-        ties = max(0, self.cut.ties - self.before[name, start])
-        highest, higher, least = self.survey.bits((name, start))
-        if self.cut.threshold > self.survey.bracket.low:
-            chosen = above(self.survey.values((name, start)), Cut(self.cut.threshold, ties))
-            sure, more = highest, ones(torch.from_numpy(higher ^ highest))[chosen]
-        else: sure, more = higher, ones(torch.from_numpy(least ^ higher))[:ties]
+        key = name, start
+        ties = max(0, self.cut.ties - self.before[key])
+        above_high, above_low, from_low = self.survey.bits(key)
+        if self.at_low:
+            sure = above_low
+            more = ones(torch.from_numpy(from_low ^ above_low))[:ties]
+        else:
+            chosen = above(self.survey.values(key), Cut(self.cut.threshold, ties))
+            sure = above_high
+            more = ones(torch.from_numpy(above_low ^ above_high))[chosen]
         mask = torch.from_numpy(np.unpackbits(sure, count=stop - start).view(np.bool_))
         mask[more] = True
         return mask
@@ -185,11 +237,16 @@ def line_scores(difference: Difference, granularity: str) -> dict[str, Tensor]: 
     "Importance of all rows or columns, in one pass; of a tensor with one axis, of its scalars."
     shapes = difference.shapes
     def work(name, start, stop):
-        moved = torch.from_numpy(np.concatenate(list(scores_of(difference, name, start, stop))))
+        blocks = list(scores_of(difference, name, start, stop))
+        moved = torch.from_numpy(np.concatenate(blocks))
         if len(shapes[name]) < 2: return start, moved.double().square_()
         return squares(start, moved, prod(shapes[name][1:]), granularity)
-    totals = {name: torch.zeros(neurons_of(shape, granularity), dtype=torch.float64) for name, shape in shapes.items()}
-    for (name, *_), (first, sums) in over(difference, work): totals[name][first:first + len(sums)] += sums
+
+    totals = {}
+    for name, shape in shapes.items():
+        totals[name] = torch.zeros(neurons_of(shape, granularity), dtype=torch.float64)
+    for (name, *_), (first, sums) in over(difference, work):
+        totals[name][first:first + len(sums)] += sums
     return {name: total.sqrt_().float() for name, total in totals.items()}
 
 # %% ../../nbs/33_method.locate.ipynb #164d691f
@@ -203,37 +260,41 @@ class LineMasks(Lazy):
 
 # %% ../../nbs/33_method.locate.ipynb #b7eb6c68
 def key_scalars(difference: Difference, ratio: float, count: int, file) -> tuple[KeyMasks, float]:
-    "Masks of the `count` scalars that moved most, and the threshold. One pass and a sample; two passes if that misled."
-    small = sum(map(prod, difference.shapes.values())) <= 1 << 24
-    guess = WHOLE if small else bracket(sample(difference), ratio)
+    "Masks of the `count` scalars that moved most, and the threshold: in one pass, or two."
+    scalars = sum(map(prod, difference.shapes.values()))
+    guess = WHOLE if scalars <= 1 << 24 else bracket(sample(difference), ratio)
     found = survey(difference, guess, file)
-    if (where := settle(found, count)) is None:
+    where = settle(found, count)
+    if where is None:  # the sample misled
         found = survey(difference, beyond(found, count), file)
         where = settle(found, count)
     return KeyMasks(found, where, difference.shapes), where.threshold
 
 # %% ../../nbs/33_method.locate.ipynb #d164bead
-def key_lines(difference: Difference, ratio: float, granularity: str, share: str) -> tuple[LineMasks, float]:
+def key_lines(difference: Difference, ratio: float, granularity: str,
+              share: str) -> tuple[LineMasks, float]:
     "Masks of the rows or columns that moved most, as masks of scalars, and the threshold."
+    shapes = difference.shapes
     scores = line_scores(difference, granularity)
-    lengths = {name: prod(shape)//len(scores[name]) for name, shape in difference.shapes.items()}
+    lengths = {name: prod(shape) // len(scores[name]) for name, shape in shapes.items()}
     masks = key_neurons(scores, ratio) if share == "neurons" else key_share(scores, lengths, ratio)
-    threshold = min(float(scores[name][mask].min()) for name, mask in masks.items() if mask.any())
-    return LineMasks(masks, difference.shapes, granularity), threshold
+    least = [float(scores[name][mask].min()) for name, mask in masks.items() if mask.any()]
+    return LineMasks(masks, shapes, granularity), min(least)
 
 # %% ../../nbs/33_method.locate.ipynb #a9334987
 @contextmanager
 def nameless(out: Path, # the file to be
              size: int, # bytes that will be needed beside it
              ) -> Iterator:
-    "A file without a name on the disk where `out` will be: it is gone when it is closed, even by a kill."
+    "A file without a name on the disk where `out` will be: gone when it is closed, even by a kill."
     if out.is_dir(): raise MaetError(f"{out}: is a folder; give the name of the keys file to be")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     try:
         room_for(folder/out.name, size)
         with tempfile.TemporaryFile(dir=folder) as file: yield file
     except OSError as error:
-        raise MaetError(f"{out}: cannot be written ({error.strerror or error}); mend that or choose another place") from error
+        raise MaetError(f"{out}: cannot be written ({error.strerror or error}); "
+                        "mend that or choose another place") from error
 
 # %% ../../nbs/33_method.locate.ipynb #ce8abb50
 def locate(base: Checkpoint,  # before training
@@ -241,21 +302,28 @@ def locate(base: Checkpoint,  # before training
            ratio: float,      # k1, in (0, 1]
            granularity: str,  # what a neuron is: element, row or column
            out: str | Path,   # the keys file to be
-           share: str = "neurons", # what k1 is a share of: neurons, or scalars (where neurons differ in length)
-           kinds: str | list[str] = "all", # of tensors that are ranked (tensors); others have no key neuron
-           allow_mismatch: bool = False, # of configurations that give numbers another meaning (meaning)
-           ) -> dict: # ratio, granularity, kinds, threshold, neurons (ranked and key), counts (tensor -> key scalars)
-    "Write the masks of the top k1 % of neurons by Eq. 1. Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there."
-    if share not in ("neurons", "scalars"): raise MaetError(f"share: {share!r} is neither neurons nor scalars")
+           share: str = "neurons", # what k1 is a share of: neurons or scalars
+           kinds: str | list[str] = "all", # of tensors that are ranked; others have no key neuron
+           allow_mismatch: bool = False,   # of configurations that give numbers another meaning
+           ) -> dict: # the settings, threshold, neurons (all and key), counts (key scalars by tensor)
+    """Write the masks of the top k1 % of neurons by Eq. 1.
+
+    Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there.
+    """
+    if share not in ("neurons", "scalars"):
+        raise MaetError(f"share: {share!r} is neither neurons nor scalars")
     difference = Difference(tuned, base, allow_mismatch=allow_mismatch)
-    difference.shapes = {name: shape for name, shape in difference.shapes.items() if of_kinds(name, kinds)}
-    if not difference.shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
-    total = sum(neurons_of(shape, granularity) for shape in difference.shapes.values())
+    shapes = {name: shape for name, shape in difference.shapes.items() if of_kinds(name, kinds)}
+    if not shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
+    difference.shapes = shapes
+    total = sum(neurons_of(shape, granularity) for shape in shapes.values())
     count = key_count(total, ratio)
-    scalars = sum(map(prod, difference.shapes.values()))
-    with nameless(Path(out), scalars // 2) as file:
-        if granularity == "element": masks, threshold = key_scalars(difference, ratio, count, file)
-        else: masks, threshold = key_lines(difference, ratio, granularity, share)
-        if granularity != "element": count = sum(int(mask.sum()) for mask in masks.masks.values())
-        found = dict(ratio=ratio, granularity=granularity, kinds=kinds, threshold=threshold, neurons={"all": total, "key": count})
+    with nameless(Path(out), sum(map(prod, shapes.values())) // 2) as file:
+        if granularity == "element":
+            masks, threshold = key_scalars(difference, ratio, count, file)
+        else:
+            masks, threshold = key_lines(difference, ratio, granularity, share)
+            count = sum(int(mask.sum()) for mask in masks.masks.values())
+        found = {"ratio": ratio, "granularity": granularity, "kinds": kinds, "threshold": threshold,
+                 "neurons": {"all": total, "key": count}}
         return found | {"counts": save_keys(out, masks, base, **found)}

@@ -25,11 +25,16 @@ def merge(recipe: str | Path | Mapping, # a file, or its content
           out: str | Path,              # the checkpoint folder to be
           dry_run: bool = False,        # only say what would be done
           mask: Callable = random_mask, # of DARE
-          allow_mismatch: bool = False, # only warn where the same shapes have another meaning (meaning)
+          allow_mismatch: bool = False, # only warn where shapes agree and meanings do not
           ) -> Checkpoint | str:        # the result; of a dry run the plan
-    "Merge as a file says, in mergekit's language or ours: all of it or nothing. Raises MaetError in one line."
-    content, where = (recipe, "recipe") if isinstance(recipe, Mapping) else (read_yaml(recipe), Path(recipe).name)
+    """Merge as a file says, in mergekit's language or ours: all of it or nothing.
+
+    Raises MaetError in one line.
+    """
+    if isinstance(recipe, Mapping): content, where = recipe, "recipe"
+    else: content, where = read_yaml(recipe), Path(recipe).name
     name = content.get("merge_method") if isinstance(content, Mapping) else None
     if not isinstance(name, str) or name not in MERGE_METHODS:
-        raise MaetError(f"{where}: merge_method: {name!r} is not known; known are {', '.join(MERGE_METHODS)}")
+        raise MaetError(f"{where}: merge_method: {name!r} is not known; "
+                        f"known are {', '.join(MERGE_METHODS)}")
     return merge_by(MERGE_METHODS[name], content, where, out, dry_run, mask, allow_mismatch)

@@ -60,14 +60,23 @@ class Mergekit:
     tokenizer: dict | None = None
 
 # %% ../../nbs/38_method.mergekit.ipynb #9e64b1d8
-UNSUPPORTED = {"modules": "models of several modules are not supported; merge a causal language model by `models`",
-               "chat_template": "not supported; the result has its base's template, which can be edited in the folder",
-               "residual_weight": "not supported; take it out", "lora": "write the adapter's folder, or BASE+ADAPTER, as model",
-               "override_architecture": "not supported and not needed; tensors are merged by their names"}
+UNSUPPORTED = {
+    "modules": "models of several modules are not supported; "
+               "merge a causal language model by `models`",
+    "chat_template": "not supported; the result has its base's template, "
+                     "which can be edited in the folder",
+    "residual_weight": "not supported; take it out",
+    "lora": "write the adapter's folder, or BASE+ADAPTER, as model",
+    "override_architecture": "not supported and not needed; tensors are merged by their names",
+}
 
+# %% ../../nbs/38_method.mergekit.ipynb #67029e65
 def name_unsupported(content, where: str) -> None:
     "Raise a MaetError for the first word of mergekit's that is not supported."
-    for key, value in content.items() if isinstance(content, Mapping) else enumerate(content) if isinstance(content, list) else ():
+    if isinstance(content, list):
+        for value in content: name_unsupported(value, where)
+    if not isinstance(content, Mapping): return
+    for key, value in content.items():
         if key in UNSUPPORTED: raise MaetError(f"{where}: {key}: {UNSUPPORTED[key]}")
         if key != "parameters": name_unsupported(value, where)
 
@@ -76,61 +85,100 @@ def read_file(content: Mapping, where: str) -> Mergekit:
     "The file, checked as far as that is possible without opening a model."
     name_unsupported(content, where)
     file = strict(Mergekit, content, where)
-    if bool(file.models) == bool(file.slices): raise MaetError(f"{where}: give either models or slices")
+    if bool(file.models) == bool(file.slices):
+        raise MaetError(f"{where}: give either models or slices")
+
     if file.tokenizer is not None:
         if set(file.tokenizer) != {"source"} or file.tokenizer_source:
-            raise MaetError(f"{where}: tokenizer: only {{source: base}} is supported; a new vocabulary needs new embeddings")
+            raise MaetError(f"{where}: tokenizer: only {{source: base}} is supported; "
+                            "a new vocabulary needs new embeddings")
         file = replace(file, tokenizer_source=file.tokenizer["source"], tokenizer=None)
     if file.tokenizer_source not in (None, "base", "union", file.base_model):
-        raise MaetError(f"{where}: tokenizer_source: {file.tokenizer_source!r} is not supported; give base, or union of equal vocabularies")
+        raise MaetError(f"{where}: tokenizer_source: {file.tokenizer_source!r} is not supported; "
+                        "give base, or union of equal vocabularies")
     return file
 
 # %% ../../nbs/38_method.mergekit.ipynb #7ce7c514
+def range_of(part: Slice, layers: int) -> range | None:
+    "The layers of a slice; None unless all its sources have the same ones, and the model has them."
+    bounds = part.sources[0].layer_range if part.sources else None
+    if not bounds or [type(bound) for bound in bounds] != [int, int]: return None
+    if any(source.layer_range != bounds for source in part.sources): return None
+    if min(bounds) < 0 or max(bounds) > layers: return None  # a huge range would be written out
+    return range(*bounds)
+
+# %% ../../nbs/38_method.mergekit.ipynb #b0d2c44c
 def spans(file: Mergekit, layers: int, where: str) -> list[tuple[range, Slice]]:
     "Which layers each slice has. Raises MaetError unless they are the whole model in order."
     if not file.slices: return [(range(layers), Slice(file.models))]
-    ranges = [part.sources[0].layer_range if part.sources else None for part in file.slices]
-    alike = all(entry.layer_range == found for found, part in zip(ranges, file.slices) for entry in part.sources)
-    if alike and all(found and [type(bound) for bound in found] == [int, int] for found in ranges):
-        within = all(0 <= bound <= layers for bounds in ranges for bound in bounds)  # a huge one would be written out
-        if within and [layer for bounds in ranges for layer in range(*bounds)] == list(range(layers)):
-            return [(range(*bounds), part) for bounds, part in zip(ranges, file.slices)]
-    raise MaetError(f"{where}: slices: only slices that make up the model's layers 0 to {layers} in order are supported, each with one range for all sources")
+    ranges = [range_of(part, layers) for part in file.slices]
+    if None not in ranges:
+        in_order = [layer for run in ranges for layer in run]
+        if in_order == list(range(layers)): return list(zip(ranges, file.slices))
+    raise MaetError(f"{where}: slices: only slices that make up the model's layers 0 to {layers} "
+                    "in order are supported, each with one range for all sources")
 
 # %% ../../nbs/38_method.mergekit.ipynb #e6c3dd63
-def read_parameters(given: Mapping | None, known: Mapping[str, Parameter], where: str) -> dict[str, list[Choice]]:
+def read_parameters(given: Mapping | None, known: Mapping[str, Parameter],
+                    where: str) -> dict[str, list[Choice]]:
     "The parameters of one place of a file. Raises MaetError for one that the method does not read."
-    unknown = [key for key in given or {} if key not in known]
-    if unknown: raise MaetError(f"{where}: {unknown[0]} is not read here; known are {', '.join(known) or 'none'}")
-    return {key: read_setting(setting, known[key].check, f"{where}.{key}") for key, setting in (given or {}).items()}
+    given = given or {}
+    words = ", ".join(known) or "none"
+    for key in given:
+        if key not in known: raise MaetError(f"{where}: {key} is not read here; known are {words}")
+    return {key: read_setting(given[key], known[key].check, f"{where}.{key}") for key in given}
 
-def resolve(key: str, parameter: Parameter, places: list[dict], name: str, depth: float, model: str):
-    "The value of a parameter for one tensor: from the first place that says something."
-    for place_ in places:
-        if key in place_ and (value := value_at(place_[key], name, depth)) is not None: return value
+# %% ../../nbs/38_method.mergekit.ipynb #cb776961
+def resolve(key: str,
+            parameter: Parameter,
+            places: list[dict],  # of `read_parameters`; the first that says something counts
+            name: str,           # of the tensor
+            depth: float,        # where it lies, 0..1
+            model: str,          # for the message
+            ):
+    "The value of a parameter for one tensor."
+    for given in places:
+        value = value_at(given[key], name, depth) if key in given else None
+        if value is not None: return value
     if parameter.default is not ...: return parameter.default
-    raise MaetError(f"{model}: {key} is missing for {name}; give it at the model or under parameters")
+    raise MaetError(f"{model}: {key} is missing for {name}; "
+                    "give it at the model or under parameters")
 
 # %% ../../nbs/38_method.mergekit.ipynb #52a2cfb8
 def depth_of(name: str, parts: list[tuple[range, Any]]) -> tuple[float, Any]:
     "How deep a tensor lies in its slice, from 0 to 1, and the slice."
     layer, kind = place(name)
     for layers, part in parts:
-        if layer in layers: return ((layer - layers[0]) / (len(layers) - 1) if len(layers) > 1 else 1.), part
-    return 0., parts[0 if kind == "embed" else -1][1]
+        if layer not in layers: continue
+        if len(layers) == 1: return 1., part
+        return (layer - layers[0]) / (len(layers) - 1), part
+    _, part = parts[0 if kind == "embed" else -1]
+    return 0., part
 
 # %% ../../nbs/38_method.mergekit.ipynb #2a459380
 DTYPE_WORDS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-def out_dtype(file: Mergekit, like: Checkpoint, models: Sequence[Model], where: str) -> torch.dtype | None: # None: as in `like`
-    "What a file wants its result to be."
+def out_dtype(file: Mergekit,            # or another file with `dtype` and `out_dtype`
+              like: Checkpoint,
+              models: Sequence[Model],
+              where: str,
+              ) -> torch.dtype | None:   # None: as in `like`
+    "What a file wants its result to be. Raises MaetError for a word that is no dtype."
     for key in ("dtype", "out_dtype"):
-        if (word := getattr(file, key)) and word.removeprefix("torch.") not in DTYPE_WORDS:
+        word = getattr(file, key)
+        if word and word.removeprefix("torch.") not in DTYPE_WORDS:
             raise MaetError(f"{where}: {key}: {word!r} is none of {', '.join(DTYPE_WORDS)}")
-    if wanted := file.out_dtype or file.dtype: return DTYPE_WORDS[wanted.removeprefix("torch.")]
-    floats = [n for n in like.names if like.dtype(n) in FLOATS]
-    found = [[checkpoint.dtype(n) for n in floats] for checkpoint in (like, *(m.checkpoint for m in models if m.checkpoint))]
-    return None if all(dtypes == found[0] for dtypes in found) else reduce(torch.promote_types, sum(found, []))
+    wanted = file.out_dtype or file.dtype
+    if wanted: return DTYPE_WORDS[wanted.removeprefix("torch.")]
+    return common_dtype([like, *(model.checkpoint for model in models if model.checkpoint)])
+
+# %% ../../nbs/38_method.mergekit.ipynb #27e05759
+def common_dtype(checkpoints: list[Checkpoint]) -> torch.dtype | None:
+    "The dtype that holds the floats of all; None if each tensor has the same dtype everywhere."
+    floats = [name for name in checkpoints[0].names if checkpoints[0].dtype(name) in FLOATS]
+    dtypes = [[checkpoint.dtype(name) for name in floats] for checkpoint in checkpoints]
+    if all(others == dtypes[0] for others in dtypes): return None
+    return reduce(torch.promote_types, sum(dtypes, []))
 
 # %% ../../nbs/38_method.mergekit.ipynb #4d2670ad
 @dataclass(eq=False)
@@ -138,105 +186,187 @@ class Mixture:
     "A merge that is ready to be written."
     method: Method
     like: Checkpoint              # the pattern of the result
-    models: list[Model]           # all that are read, `like` not among them unless it is an ingredient
+    models: list[Model]           # all that are read; `like` only if it is an ingredient
     tasks: dict[str, Task]        # by tensor name; a tensor without one is copied
     dtype: torch.dtype | None     # of the result; None: as in `like`
     content: Mapping              # of the file
     resumable: bool = True        # does `content` determine the result?
 
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        "A run of a tensor of the result."
+        if name in self.tasks: return self.tasks[name].piece(start, stop)
+        return copied(self, name, start, stop)
+
+    def write(self, out: str | Path) -> Checkpoint:
+        "All of it or nothing; killed and called again, finished shards are kept."
+        return write_mixture(self, out)
+
+    def readings(self) -> list[tuple[str, int, int]]:
+        "Model, bytes, how often it is read."
+        return readings_of(self)
+
 # %% ../../nbs/38_method.mergekit.ipynb #59129aac
-def _copied(self, name: str, start: int, stop: int) -> Tensor:
+def copied(mixture: Mixture, name: str, start: int, stop: int) -> Tensor:
     "What is not float is not merged: it must be the same everywhere."
-    here = self.like.piece(name, start, stop)
-    for model in self.models:
-        if model.checkpoint and not torch.equal(model.checkpoint.piece(name, start, stop).view(torch.uint8), here.view(torch.uint8)):
-            raise MaetError(f"{model.where}: {name} is {here.dtype} and differs from {self.like.path}; only floats can be merged")
+    here = mixture.like.piece(name, start, stop)
+    for model in mixture.models:
+        if not model.checkpoint: continue
+        there = model.checkpoint.piece(name, start, stop)
+        if not torch.equal(there.view(torch.uint8), here.view(torch.uint8)):
+            raise MaetError(f"{model.where}: {name} is {here.dtype} and "
+                            f"differs from {mixture.like.path}; only floats can be merged")
     return here
 
-def _run(self, name: str, start: int, stop: int) -> Tensor:
-    "A run of a tensor of the result."
-    return self.tasks[name].piece(start, stop) if name in self.tasks else _copied(self, name, start, stop)
-
 # %% ../../nbs/38_method.mergekit.ipynb #ac4dad10
-def _write(self, out: str | Path) -> Checkpoint:
-    "All of it or nothing; killed and called again, finished shards are kept."
-    known = identity(self.content, self.like, *(model.checkpoint or model.delta for model in self.models)) if self.resumable else ""
-    named = [self.content.get("base_model"), *(model.where for model in self.models)]
-    told = origin(self.content, list(dict.fromkeys(str(model) for model in named if model)), self.method.name, self.method.paper)
-    return write_checkpoint(out, self.like, self.piece, self.dtype, told, identity=known)
+def write_mixture(mixture: Mixture, out: str | Path) -> Checkpoint:
+    "A merge as a checkpoint that says where it comes from."
+    content, models, method = mixture.content, mixture.models, mixture.method
+    read = [model.checkpoint or model.delta for model in models]
+    known = identity(content, mixture.like, *read) if mixture.resumable else ""
+    named = [content.get("base_model"), *(model.where for model in models)]
+    named = [str(name) for name in named if name]
+    told = origin(content, list(dict.fromkeys(named)), method.name, method.paper)
+    return write_checkpoint(out, mixture.like, mixture.piece, mixture.dtype, told, identity=known)
 
-Mixture.piece, Mixture.write = _run, _write
+# %% ../../nbs/38_method.mergekit.ipynb #82ed88b6
+def stored_bytes(path: Path) -> int:
+    "Bytes of a pack, or of a checkpoint's tensors."
+    if path.is_file(): return path.stat().st_size
+    return sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
+
+def times_read(mixture: Mixture, model: Model) -> int:
+    "How often a model is read: a mean over the tensors, rounded up."
+    read = 0
+    for task in mixture.tasks.values():
+        for number, other in enumerate(task.models):
+            if other is model: read += task.size * (1 + task.method.readings(task, number))
+    return ceil(read / (sum(task.size for task in mixture.tasks.values()) or 1))
+
+# %% ../../nbs/38_method.mergekit.ipynb #8bf778c6
+def readings_of(mixture: Mixture) -> list[tuple[str, int, int]]:
+    "Model, bytes, how often it is read."
+    rows = []
+    for model in mixture.models:
+        rows.append((model.where, stored_bytes(model.path), times_read(mixture, model)))
+    if not mixture.method.base: return rows
+    base = mixture.like.path
+    return [(str(base), stored_bytes(base), max(times for *_, times in rows)), *rows]
 
 # %% ../../nbs/38_method.mergekit.ipynb #b4c96d80
-def ingredients(file: Mergekit, entries: list[Ingredient], method: Method, where: str) -> list[Ingredient]:
-    "The models of one slice in order. Raises MaetError for a model that is there twice, or too few of them."
+def ingredients(file: Mergekit, entries: list[Ingredient], method: Method,
+                where: str) -> list[Ingredient]:
+    "The models of one slice in order. Raises MaetError for one that is there twice, or too few."
+    base = file.base_model
     names = [entry.model for entry in entries]
-    if twice := [name for name in names if names.count(name) > 1]: raise MaetError(f"{where}: {twice[0]} is there twice; give it once")
-    if method.base and not file.base_model: raise MaetError(f"{where}: {method.name} needs base_model: it merges what was added to a base")
-    if file.base_model and file.base_model not in names: entries = [*entries, Ingredient(file.base_model)]
+    for name in names:
+        if names.count(name) > 1: raise MaetError(f"{where}: {name} is there twice; give it once")
+    if method.base and not base:
+        raise MaetError(f"{where}: {method.name} needs base_model: "
+                        "it merges what was added to a base")
+
+    if base and base not in names: entries = [*entries, Ingredient(base)]
     if method.models == 2:
-        if not file.base_model or len(entries) != 2: raise MaetError(f"{where}: {method.name} needs base_model and one other model")
-        return sorted(entries, key=lambda entry: entry.model != file.base_model)
-    entries = [entry for entry in entries if not method.base or entry.model != file.base_model]
-    if entries: return entries
-    raise MaetError(f"{where}: there is no model beside the base; give one")
+        if not base or len(entries) != 2:
+            raise MaetError(f"{where}: {method.name} needs base_model and one other model")
+        return sorted(entries, key=lambda entry: entry.model != base)
+    if method.base: entries = [entry for entry in entries if entry.model != base]
+    if not entries: raise MaetError(f"{where}: there is no model beside the base; give one")
+    return entries
 
 # %% ../../nbs/38_method.mergekit.ipynb #a72b2006
-def open_models(method: Method, content: Mapping, where: str, mask: Callable = random_mask,
-                allow_mismatch: bool = False) -> Mixture:
+def open_models(method: Method, content: Mapping, where: str,
+                mask: Callable = random_mask, allow_mismatch: bool = False) -> Mixture:
     "Read a file in mergekit's language and open what it names."
     file = read_file(content, where)
     pattern = file.base_model or (file.models or file.slices[0].sources)[0].model
     like, first = open_pattern(pattern, bool(file.base_model))
-    layers = 1 + max((place(name).layer for name in like.names if place(name).layer is not None), default=-1)
-    parts = [(run, replace(part, sources=ingredients(file, part.sources, method, where))) for run, part in spans(file, layers, where)]
     base = like if file.base_model else None
-    models = {entry.model: None for _, part in parts for entry in part.sources}
+    one_vocabulary = bool(file.tokenizer_source)
+    parts = []
+    for run, part in spans(file, layers_of(like), where):
+        parts.append((run, replace(part, sources=ingredients(file, part.sources, method, where))))
+
+    models = dict.fromkeys(source.model for _, part in parts for source in part.sources)
     for name in models:
         if name == pattern: models[name] = first
-        else: models[name] = open_model(name, base, like, allow_mismatch, bool(file.tokenizer_source))
+        else: models[name] = open_model(name, base, like, allow_mismatch, one_vocabulary)
     tasks = make_tasks(file, method, like, parts, models, where, mask)
-    return Mixture(method, like, list(models.values()), tasks, out_dtype(file, like, list(models.values()), where), content, mask is random_mask)
+    dtype = out_dtype(file, like, list(models.values()), where)
+    return Mixture(method, like, list(models.values()), tasks, dtype, content, mask is random_mask)
+
+# %% ../../nbs/38_method.mergekit.ipynb #b98f2da6
+def layers_of(checkpoint: Checkpoint) -> int:
+    "How many layers a model has."
+    layers = [place(name).layer for name in checkpoint.names]
+    return 1 + max((layer for layer in layers if layer is not None), default=-1)
 
 # %% ../../nbs/38_method.mergekit.ipynb #b7103ca2
-def make_tasks(file: Mergekit, method: Method, like: Checkpoint, parts: list[tuple[range, Slice]], models: Mapping[str, Model],
-               where: str, mask: Callable) -> dict[str, Task]:
+class Lookup:
+    "The parameters of all places of a file. Raises MaetError for one that the method does not read."
+    def __init__(self, file: Mergekit, method: Method, slices: list[Slice], where: str):
+        self.method, self.where = method, where
+        every = method.each | method.shared
+        self.top = read_parameters(file.parameters, every, f"{where}: parameters")
+        self.of = {}  # by id: two of them may be equal
+        for part in slices:
+            self.of[id(part)] = read_parameters(part.parameters, every, f"{where}: slices.parameters")
+        for source in [source for part in slices for source in part.sources]:
+            told = f"{where}: {source.model}.parameters"
+            self.of[id(source)] = read_parameters(source.parameters, method.each, told)
+
+    def shared(self, part: Slice, name: str, depth: float) -> dict:
+        "The parameters of the whole, for one tensor."
+        known, places = self.method.shared, [self.of[id(part)], self.top]
+        return {key: resolve(key, known[key], places, name, depth, self.where) for key in known}
+
+    def each(self, part: Slice, source: Ingredient, name: str, depth: float) -> dict:
+        "The parameters of one model, for one tensor."
+        known, places = self.method.each, [self.of[id(source)], self.of[id(part)], self.top]
+        return {key: resolve(key, known[key], places, name, depth, source.model) for key in known}
+
+# %% ../../nbs/38_method.mergekit.ipynb #bc771a61
+def make_tasks(file: Mergekit, method: Method, like: Checkpoint, parts: list[tuple[range, Slice]],
+               models: Mapping[str, Model], where: str, mask: Callable) -> dict[str, Task]:
     "All parameters of all tensors. Raises MaetError for one that is missing."
-    every = method.each | method.shared
-    top = read_parameters(file.parameters, every, f"{where}: parameters")
-    middle = {id(part): read_parameters(part.parameters, every, f"{where}: slices.parameters") for _, part in parts}
-    own = {id(e): read_parameters(e.parameters, method.each, f"{where}: {e.model}.parameters") for _, part in parts for e in part.sources}
+    lookup = Lookup(file, method, [part for _, part in parts], where)
+    base = like if file.base_model else None
     tasks = {}
     whole = Whole(tasks)
     for name in like.names:
         if like.dtype(name) not in FLOATS: continue
+        size = prod(like.shape(name))
         depth, part = depth_of(name, parts)
-        shared = {key: resolve(key, p, [middle[id(part)], top], name, depth, where) for key, p in method.shared.items()}
-        each = [{key: resolve(key, p, [own[id(e)], middle[id(part)], top], name, depth, e.model) for key, p in method.each.items()}
-                for e in part.sources]
-        tasks[name] = Task(method, name, prod(like.shape(name)), like if file.base_model else None, [models[e.model] for e in part.sources],
-                           each, shared, partial(mask, shared.get("seed", 0)), whole)
+        used = [models[source.model] for source in part.sources]
+        shared = lookup.shared(part, name, depth)
+        each = [lookup.each(part, source, name, depth) for source in part.sources]
+        seeded = partial(mask, shared.get("seed", 0))
+        tasks[name] = Task(method, name, size, base, used, each, shared, seeded, whole)
     return tasks
 
 # %% ../../nbs/38_method.mergekit.ipynb #c097638f
-def thin_readings(task: Task, number: int) -> int:
-    "How often TIES and DARE read a model's tensor before they merge it."
-    if task.each[number]["density"] == 1: return 0
-    trims = "trim" in task.shared and task.shared["trim"] == "tensor"
-    return trims * (1 if task.size <= PIECE else 2) + (task.shared["rescale"] is True)
-
-WEIGHT, DENSITY = {"weight": Parameter(as_number)}, {"density": Parameter(as_share, 1.)}
+WEIGHT = {"weight": Parameter(as_number)}
+DENSITY = {"density": Parameter(as_share, 1.)}
+ELECT = {"elect": Parameter(one_of("sum", "count"), "sum")}
+SEED = {"seed": Parameter(as_count, 0)}
+TRIM = {"trim": Parameter(one_of("tensor", "model"), "tensor")}
 
 def family(normalize: bool, rescale: bool) -> dict[str, Parameter]:
     "What mergekit reads for task arithmetic, TIES and DARE, with its defaults."
-    return {"normalize": Parameter(as_flag, normalize), "lambda": Parameter(as_number, 1.), "rescale": Parameter(one_of(True, False, "density"), rescale),
-            "int8_mask": Parameter(as_flag, False)}
-
-ELECT, SEED = {"elect": Parameter(one_of("sum", "count"), "sum")}, {"seed": Parameter(as_count, 0)}
+    return {
+        "normalize": Parameter(as_flag, normalize),
+        "lambda": Parameter(as_number, 1.),
+        "rescale": Parameter(one_of(True, False, "density"), rescale),
+        "int8_mask": Parameter(as_flag, False),
+    }
 
 # %% ../../nbs/38_method.mergekit.ipynb #935afe78
-TRIM = {"trim": Parameter(one_of("tensor", "model"), "tensor")}
-delta_method = partial(Method, open=open_models, each=WEIGHT | DENSITY, base=True)
+def thin_readings(task: Task, number: int) -> int:
+    "How often TIES and DARE read a model's tensor before they merge it."
+    if task.each[number]["density"] == 1: return 0
+    readings = 0
+    if task.shared.get("trim") == "tensor": readings += 1 if task.size <= PIECE else 2
+    if task.shared["rescale"] is True: readings += 1
+    return readings
 
 def read_once(task: Task, number: int) -> int:
     "A method that reads each tensor of a model once before it merges it."
@@ -247,20 +377,24 @@ def weights_of_models(task: Task) -> list[float]:
     return [task.whole.weight(model, task.shared["rows"]) for model in task.models]
 
 # %% ../../nbs/38_method.mergekit.ipynb #1f4fbfc0
+delta_method = partial(Method, open=open_models, each=WEIGHT | DENSITY, base=True)
+
 MERGEKIT = (
     Method("linear", "https://arxiv.org/abs/2203.05482", open_models, soup_of, WEIGHT,
            {"normalize": Parameter(as_flag, True)}),
     Method("magnitude_soup", "https://arxiv.org/abs/2410.01335", open_models, adjusted, base=True,
-           shared={"rows": Parameter(one_of("input", "output"), "input")}, readings=read_once, first=weights_of_models),
-    delta_method("task_arithmetic", "https://arxiv.org/abs/2212.04089", merge=summed, shared=family(False, False)),
+           shared={"rows": Parameter(one_of("input", "output"), "input")},
+           first=weights_of_models, readings=read_once),
+    delta_method("task_arithmetic", "https://arxiv.org/abs/2212.04089", merge=summed,
+                 shared=family(False, False)),
     delta_method("ties", "https://arxiv.org/abs/2306.01708", merge=elected,
                  shared=family(True, False) | ELECT | TRIM, first=trimming, readings=thin_readings),
     delta_method("dare_linear", "https://arxiv.org/abs/2311.03099", merge=summed,
                  shared=family(False, True) | SEED, first=dropping, readings=thin_readings),
     delta_method("dare_ties", "https://arxiv.org/abs/2311.03099", merge=elected,
                  shared=family(False, True) | SEED | ELECT, first=dropping, readings=thin_readings),
-    Method("slerp", "https://en.wikipedia.org/wiki/Slerp", open_models, turned, {}, {"t": Parameter(as_number)},
-           models=2, first=turning, readings=read_once),
+    Method("slerp", "https://en.wikipedia.org/wiki/Slerp", open_models, turned, {},
+           {"t": Parameter(as_number)}, models=2, first=turning, readings=read_once),
 )
 
 # %% ../../nbs/38_method.mergekit.ipynb #1f1362ea
@@ -278,9 +412,11 @@ class Transferred:
 
     def readings(self) -> list[tuple[str, int, int]]:
         "Model, bytes, how often: the experts for the selection and for the sum."
-        experts = [self.recipe.ability.model, *(language.model for language in self.recipe.languages)]
-        for model in experts: open_delta(model, self.like, self.allow_mismatch)  # refuses what a merge would refuse
-        return [(str(self.recipe.base_model), stored_bytes(self.like.path), 2), *((model, stored_bytes(local(model)), 2) for model in experts)]
+        rows = [(str(self.recipe.base_model), stored_bytes(self.like.path), 2)]
+        for expert in (self.recipe.ability, *self.recipe.languages):
+            open_delta(expert.model, self.like, self.allow_mismatch)  # refuses what a merge would
+            rows.append((expert.model, stored_bytes(local(expert.model)), 2))
+        return rows
 
 # %% ../../nbs/38_method.mergekit.ipynb #81f8b9ec
 def open_maet(method: Method, content: Mapping, where: str, mask: Callable,
@@ -291,19 +427,19 @@ def open_maet(method: Method, content: Mapping, where: str, mask: Callable,
 MAET = Method("maet", "https://arxiv.org/abs/2410.07825", open_maet)
 
 # %% ../../nbs/38_method.mergekit.ipynb #d54ad009
-def stored_bytes(path: Path) -> int:
-    "Bytes of a pack, or of a checkpoint's tensors."
-    return path.stat().st_size if path.is_file() else sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
+def written_bytes(opened: Mixture | Transferred) -> int:
+    "What the tensors of the result take."
+    total = 0
+    for name in opened.like.names:
+        dtype = opened.like.dtype(name)
+        if opened.dtype and dtype in FLOATS: dtype = opened.dtype
+        total += prod(opened.like.shape(name)) * dtype.itemsize
+    return total
 
-def _readings(self) -> list[tuple[str, int, int]]:
-    "Model, bytes, how often: a mean over its tensors, rounded up."
-    scalars = sum(task.size for task in self.tasks.values()) or 1
-    def times(model): return sum(task.size * (1 + task.method.readings(task, number)) for task in self.tasks.values()
-                                 for number, other in enumerate(task.models) if other is model) / scalars
-    rows = [(model.where, stored_bytes(model.path), ceil(times(model))) for model in self.models]
-    return [(str(self.like.path), stored_bytes(self.like.path), max(times for *_, times in rows)), *rows] if self.method.base else rows
-
-Mixture.readings = _readings
+def held_bytes(opened: Mixture | Transferred, models: int) -> int:
+    "What the merge holds in memory, as measured; a first reading has threads of its own."
+    blocks = 12 if opened.method.first else 6
+    return blocks * (cores() + 1) * (models + 2) * 4 * PIECE
 
 # %% ../../nbs/38_method.mergekit.ipynb #0f290a4c
 def readable(count: float) -> str:
@@ -316,15 +452,29 @@ def readable(count: float) -> str:
 # %% ../../nbs/38_method.mergekit.ipynb #d321d6f7
 def plan(opened: Mixture | Transferred, out: str | Path) -> str:
     "What will be read, written and held, as a table."
-    readings, like = opened.readings(), opened.like
-    width = {name: (opened.dtype if opened.dtype and like.dtype(name) in FLOATS else like.dtype(name)).itemsize for name in like.names}
-    written = sum(prod(like.shape(name)) * width[name] for name in like.names)
-    held = (12 if opened.method.first else 6) * (cores() + 1) * (len(readings) + 2) * 4 * PIECE  # as measured; a first reading has threads of its own
-    rows = [("method", opened.method.name, opened.method.paper, ""), *(("read", model, readable(count), f"{times} x") for model, count, times in readings),
-            ("write", str(out), readable(written), f"{len(like.shards)} shard{'s'[:len(like.shards) > 1]}, {str(opened.dtype or 'dtypes of ' + like.path.name).removeprefix('torch.')}"),
-            ("hold", "", f"about {readable(held)}", "beside Python itself; it does not grow with the model")]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
+    like, readings = opened.like, opened.readings()
+    written, held = written_bytes(opened), held_bytes(opened, len(readings))
+    shards = f"{len(like.shards)} shard{'s' if len(like.shards) > 1 else ''}"
+    dtype = f"dtypes of {like.path.name}"
+    if opened.dtype: dtype = str(opened.dtype).removeprefix("torch.")
+    growth = "beside Python itself; it does not grow with the model"
+
+    rows = [("method", opened.method.name, opened.method.paper, "")]
+    for model, count, times in readings:
+        rows.append(("read", model, readable(count), f"{times} x"))
+    rows.append(("write", str(out), readable(written), f"{shards}, {dtype}"))
+    rows.append(("hold", "", f"about {readable(held)}", growth))
+    return aligned_columns(rows)
+
+# %% ../../nbs/38_method.mergekit.ipynb #880e9ef4
+def aligned_columns(rows: list[tuple[str, ...]]) -> str:
+    "Rows of words as lines, column under column."
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        words = [word.ljust(width) for word, width in zip(row, widths)]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
 
 # %% ../../nbs/38_method.mergekit.ipynb #2a76bf5d
 def merge_by(method: Method,
@@ -333,7 +483,7 @@ def merge_by(method: Method,
              out: str | Path,              # the checkpoint folder to be
              dry_run: bool = False,        # only say what would be done
              mask: Callable = random_mask, # of DARE
-             allow_mismatch: bool = False, # only warn where the same shapes have another meaning (meaning)
+             allow_mismatch: bool = False, # only warn where shapes agree and meanings do not
              ) -> Checkpoint | str:        # the result; of a dry run the plan
     "What a file asks of a method: all of it or nothing. Raises MaetError in one line."
     opened = method.open(method, content, where, mask, allow_mismatch)

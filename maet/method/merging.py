@@ -28,8 +28,10 @@ def wide(tensors: Iterable[Tensor]) -> torch.dtype:
 
 def total_weight(weights: Sequence[float]) -> float:
     "What a mean is divided by. Raises MaetError if it is nothing."
-    if abs(total := sum(weights)) > 1e-8: return total
-    raise MaetError(f"weight: {', '.join(map(str, weights))} add up to 0, which leaves no mean; set normalize: false")
+    total = sum(weights)
+    if abs(total) > 1e-8: return total
+    raise MaetError(f"weight: {', '.join(map(str, weights))} add up to 0, "
+                    "which leaves no mean; set normalize: false")
 
 # %% ../../nbs/36_method.merging.ipynb #999c66d6
 def linear(tensors: Sequence[Tensor],  # theta_i, of one shape
@@ -42,9 +44,10 @@ def linear(tensors: Sequence[Tensor],  # theta_i, of one shape
     return total.div_(total_weight(weights)) if normalize else total
 
 # %% ../../nbs/36_method.merging.ipynb #17ba0791
-def rows_of(shape: tuple, rows: str = "input") -> tuple[int, int]: # how many rows, and how long each is
-    "A tensor as rows, one for each place of its last axis (`input`) or of its first (`output`). A vector is one row."
-    count = 1 if len(shape) < 2 else shape[-1] if rows == "input" else shape[0]
+def rows_of(shape: tuple, rows: str = "input") -> tuple[int, int]: # how many rows, how long each is
+    "Rows are the places of the last axis (`input`) or of the first (`output`); a vector is one."
+    if len(shape) < 2: count = 1
+    else: count = shape[-1] if rows == "input" else shape[0]
     return count, prod(shape) // max(count, 1)
 
 # %% ../../nbs/36_method.merging.ipynb #fe4fd0b5
@@ -52,11 +55,13 @@ def magnitude_weight(changes: Mapping[str, float], # tensor name -> sum of |delt
                      shapes: Mapping[str, tuple],  # of every tensor of the model
                      rows: str = "input",          # or "output"
                      ) -> float:                   # w_i, 1 / weight unit
-    "The inverse of an expert's mean absolute row change. Raises MaetError for an expert that did not change."
-    counted = {name: rows_of(shape, rows) for name, shape in shapes.items()}
-    moved = sum(changes[name] / counted[name][1] for name in changes if changes[name])
-    if moved: return sum(number for number, _ in counted.values()) / moved
-    raise MaetError("weights: an expert that equals its base has no magnitude to be adjusted for; leave it out")
+    "The inverse of an expert's mean absolute row change. Raises MaetError if it did not change."
+    counts, lengths = {}, {}
+    for name, shape in shapes.items(): counts[name], lengths[name] = rows_of(shape, rows)
+    moved = sum(change / lengths[name] for name, change in changes.items() if change)
+    if moved: return sum(counts.values()) / moved
+    raise MaetError("weights: an expert that equals its base has no magnitude to be adjusted for; "
+                    "leave it out")
 
 # %% ../../nbs/36_method.merging.ipynb #fa35e192
 def weighted_sum(deltas: Sequence[Part],   # delta_i, of one shape
@@ -65,31 +70,38 @@ def weighted_sum(deltas: Sequence[Part],   # delta_i, of one shape
                  scale: float,             # lambda
                  ) -> Tensor:              # float32 (float64 if an input is)
     "scale * sum of w_i delta_i. Packed deltas touch only their own places."
-    shape = tuple(deltas[0].shape)
-    total = torch.zeros(shape, dtype=wide(delta.values if isinstance(delta, Packed) else delta for delta in deltas))
+    values = [delta.values if isinstance(delta, Packed) else delta for delta in deltas]
+    total = torch.zeros(tuple(deltas[0].shape), dtype=wide(values))
     for weight, delta in zip(weights, deltas, strict=True): add_to(total, weight, delta)
-    whole = sum(weights) if normalize else 1.
-    factor = scale / (whole if abs(whole) >= 1e-8 else 1.)
+
+    divisor = sum(weights) if normalize else 1.
+    if abs(divisor) < 1e-8: divisor = 1.
+    factor = scale / divisor
     return total if factor == 1 else total.mul_(factor)
 
 # %% ../../nbs/36_method.merging.ipynb #f582d6c1
-def task_arithmetic(base: Tensor, deltas: Sequence[Part], weights: Sequence[float], normalize: bool = False, scale: float = 1.,
-                    ) -> Tensor: # float32 (float64 if an input is), not rounded yet
-    "base + scale * sum of w_i delta_i, dense or packed."
+def task_arithmetic(base: Tensor,             # theta_o
+                    deltas: Sequence[Part],   # delta_i, dense or packed
+                    weights: Sequence[float], # w_i
+                    normalize: bool = False,  # divide by the sum of the weights
+                    scale: float = 1.,        # lambda
+                    ) -> Tensor:              # float32 (float64 if an input is), not rounded yet
+    "base + scale * sum of w_i delta_i."
     total = weighted_sum(deltas, weights, normalize, scale)
     return total.to(wide([base, total])).add_(base)
 
 # %% ../../nbs/36_method.merging.ipynb #b3f0c7f6
 class Cut(NamedTuple):
-    "Which scalars of a tensor stay: those larger than `size`, and of those as large the ones before `end`."
+    "Which scalars stay: those larger than `size`, and of those as large the ones before `end`."
     size: float  # threshold of |delta|, weight
     end: float   # a position in the flat tensor; infinity: all of them
 
 def keep_count(total: int,     # scalars in the tensor
                density: float, # in [0, 1]
                ) -> int:
-    "How many scalars stay: int(density * total) as in mergekit and peft, but at least one, unless density is 0."
-    return max(1, int(density * total)) if density > 0 and total else 0
+    "As in mergekit and peft int(density * total), but at least one unless density is 0."
+    if density <= 0 or not total: return 0
+    return max(1, int(density * total))
 
 # %% ../../nbs/36_method.merging.ipynb #84781e2f
 def trim(delta: Tensor,  # flat: the tensor, or a piece of it
@@ -97,16 +109,24 @@ def trim(delta: Tensor,  # flat: the tensor, or a piece of it
          start: int = 0, # where the piece starts in the flat tensor
          ) -> Tensor:    # of the same shape, zeros where nothing stays
     "Zero what is not among the largest, by their float32 sizes."
-    upto = int(max(0, min(len(delta), cut.end - start)))  # here equals stay; behind it only what is larger
+    upto = int(max(0, min(len(delta), cut.end - start)))  # before it equals stay, behind it they go
     just_below = float(np.nextafter(np.float32(cut.size), np.float32(-1)))
-    parts = [hardshrink(part.float(), bound) for part, bound in zip(delta.tensor_split([upto]), (just_below, cut.size))]
-    kept = torch.cat(parts) if 0 < upto < len(delta) else parts[upto == 0]
+    if upto == len(delta): kept = hardshrink(delta.float(), just_below)
+    elif upto == 0: kept = hardshrink(delta.float(), cut.size)
+    else:
+        first = hardshrink(delta[:upto].float(), just_below)
+        rest = hardshrink(delta[upto:].float(), cut.size)
+        kept = torch.cat([first, rest])
     return kept if delta.dtype == torch.float32 else delta * (kept != 0)
 
 # %% ../../nbs/36_method.merging.ipynb #472b07b9
 def bits(flat: Tensor) -> Tensor: # int32: |x| as an integer of the same order
     "The bit patterns of the absolute values, as float32."
     return flat.float().abs().view(torch.int32)
+
+def of_bits(pattern: int) -> float:
+    "The float32 that has this bit pattern."
+    return torch.tensor(pattern, dtype=torch.int32).view(torch.float32).item()
 
 def upper_counts(flat: Tensor) -> Tensor: # (2^15,)
     "The first reading: scalars by the upper 15 bits of their patterns."
@@ -115,33 +135,41 @@ def upper_counts(flat: Tensor) -> Tensor: # (2^15,)
 def lower_counts(flat: Tensor, high: int) -> Tensor: # (2^16,)
     "The second reading: scalars by their lower 16 bits, of those with the upper bits `high`."
     pattern = bits(flat)
-    return torch.bincount(pattern[pattern >> 16 == high] & 0xFFFF, minlength=1 << 16)
+    lower = pattern[pattern >> 16 == high] & 0xFFFF
+    return torch.bincount(lower, minlength=1 << 16)
 
 # %% ../../nbs/36_method.merging.ipynb #4cccbed5
 def from_top(counts: Tensor, # int64: how many scalars are in each bin
              keep: int,      # how many are wanted
-             ) -> tuple[int, int]: # the bin in which the last of them lies; how many of this bin are wanted
+             ) -> tuple[int, int]: # the bin of the last of them; how many of this bin are wanted
     "Where one arrives who takes `keep` from the highest bin downwards."
-    above = counts.flip(0).cumsum(0)
-    step = int(torch.searchsorted(above, keep))
-    return len(counts) - 1 - step, keep - int(above[step - 1] if step else 0)
+    taken = counts.flip(0).cumsum(0)
+    step = int(torch.searchsorted(taken, keep))
+    before = int(taken[step - 1]) if step else 0
+    return len(counts) - 1 - step, keep - before
 
 # %% ../../nbs/36_method.merging.ipynb #ce9b4ace
 def threshold(read: Callable[..., Tensor], # a job -> a flat piece
               jobs: Sequence,              # all pieces
               keep: int,                   # how many scalars stay
-              ) -> tuple[float, int, int]: # the size of the smallest that stays; how many as large stay; how many there are
-    "The exact `keep`-th largest absolute value, in two readings. Holds a few pieces."
-    high, wanted = from_top(sum(in_order(lambda job: upper_counts(read(*job)), jobs)), keep)
-    counts = sum(in_order(lambda job: lower_counts(read(*job), high), jobs))
+              ) -> tuple[float, int, int]:
+    """The exact `keep`-th largest absolute value, in two readings. Holds a few pieces.
+
+    Returns it, how many as large stay, and how many there are.
+    """
+    def upper(job): return upper_counts(read(*job))
+    high, wanted = from_top(sum(in_order(upper, jobs)), keep)
+
+    def lower(job): return lower_counts(read(*job), high)
+    counts = sum(in_order(lower, jobs))
     low, wanted = from_top(counts, wanted)
-    return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item(), wanted, int(counts[low])
+    return of_bits(high << 16 | low), wanted, int(counts[low])
 
 # %% ../../nbs/36_method.merging.ipynb #12c6fc06
 def find_cut(read: Callable[[int, int], Tensor], # (start, stop) -> that run of the flat tensor
              total: int,                         # scalars in it
              keep: int,                          # how many stay
-             runs: Sequence[tuple[int, int]] | None = None, # how the tensor is cut into pieces; None: the grid
+             runs: Sequence[tuple[int, int]] | None = None, # the tensor in pieces; None: the grid
              ) -> Cut:
     "The exact cut that keeps the `keep` largest scalars; equals by position. Holds a few pieces."
     if keep <= 0: return Cut(inf, 0)
@@ -150,8 +178,13 @@ def find_cut(read: Callable[[int, int], Tensor], # (start, stop) -> that run of 
     if len(runs) == 1: return cut_of(read(*runs[0]), keep)
     size, wanted, equals = threshold(read, runs, keep)
     if wanted == equals: return Cut(size, total)
-    for start, found in in_order(lambda run: (run[0], np.flatnonzero((read(*run).float().abs() == size).numpy())), runs):
-        if wanted <= len(found): return Cut(size, start + int(found[wanted - 1]) + 1)
+
+    def places(run):
+        "Where the equals of a piece lie in the flat tensor."
+        sizes = read(*run).float().abs()
+        return run[0] + np.flatnonzero((sizes == size).numpy())
+    for found in in_order(places, runs):
+        if wanted <= len(found): return Cut(size, int(found[wanted - 1]) + 1)
         wanted -= len(found)
 
 # %% ../../nbs/36_method.merging.ipynb #d435a6cd
@@ -162,9 +195,12 @@ def cut_of(flat: Tensor, # a whole tensor, flat
     if keep <= 0: return Cut(inf, 0)
     if keep >= len(flat): return Cut(0., len(flat))
     sizes = flat.float().abs().numpy()
-    size = np.partition(sizes, len(sizes) - keep)[len(sizes) - keep]
-    equals, wanted = np.flatnonzero(sizes == size), keep - np.count_nonzero(sizes > size)
-    return Cut(float(size), len(flat) if wanted == len(equals) else int(equals[wanted - 1]) + 1)
+    rank = len(sizes) - keep
+    size = np.partition(sizes, rank)[rank]
+    equals = np.flatnonzero(sizes == size)
+    wanted = keep - np.count_nonzero(sizes > size)
+    end = len(flat) if wanted == len(equals) else int(equals[wanted - 1]) + 1
+    return Cut(float(size), end)
 
 # %% ../../nbs/36_method.merging.ipynb #887309d0
 def agreed(deltas: Sequence[Tensor],  # trimmed or dropped, not weighted yet
@@ -177,22 +213,32 @@ def agreed(deltas: Sequence[Tensor],  # trimmed or dropped, not weighted yet
     deltas = [delta * weight for weight, delta in zip(weights, deltas, strict=True)]
     votes = sum(deltas) if elect == "sum" else sum(delta.sign() for delta in deltas)
     side = torch.copysign(torch.ones_like(votes), votes)  # mergekit: nobody's majority is positive
-    total, share = torch.zeros_like(votes), torch.zeros_like(votes)
+
+    total = torch.zeros_like(votes)
+    share = torch.zeros_like(votes)
     for weight, delta in zip(weights, deltas):
-        agreeing = (delta * side).clamp_(min=0)  # floats all the way: bools are many times slower here
+        agreeing = (delta * side).clamp_(min=0)  # floats all the way: bools are much slower here
         total.add_(agreeing)
         if normalize: share.add_(agreeing.sign_(), alpha=weight)
     if normalize: total.div_(share.add_(share == 0))
     return total.mul_(side if scale == 1 else side * scale)
 
 # %% ../../nbs/36_method.merging.ipynb #2dd0e0f0
-def ties(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], density: Sequence[float],
-         normalize: bool = True, scale: float = 1., elect: str = "sum",
+def ties(base: Tensor,
+         deltas: Sequence[Tensor],
+         weights: Sequence[float],
+         density: Sequence[float],
+         normalize: bool = True,
+         scale: float = 1.,
+         elect: str = "sum",
          ) -> Tensor: # float32 (float64 if an input is), not rounded yet
     "TIES on one tensor, each delta trimmed to its density over this tensor."
-    flat = [delta.flatten().to(wide([delta])) for delta in deltas]
-    trimmed = [trim(delta, cut_of(delta, keep_count(len(delta), share))) for delta, share in zip(flat, density, strict=True)]
-    return base.to(wide([base])) + agreed(trimmed, weights, normalize, scale, elect).view(base.shape)
+    trimmed = []
+    for delta, share in zip(deltas, density, strict=True):
+        flat = delta.flatten().to(wide([delta]))
+        trimmed.append(trim(flat, cut_of(flat, keep_count(len(flat), share))))
+    merged = agreed(trimmed, weights, normalize, scale, elect)
+    return base.to(wide([base])) + merged.view(base.shape)
 
 # %% ../../nbs/36_method.merging.ipynb #7719a1c7
 def random_mask(seed: int,      # of the merge
@@ -206,61 +252,89 @@ def random_mask(seed: int,      # of the merge
     key = hashlib.sha256(f"{seed} {model} {name}".encode()).digest()[:16]
     source = np.random.Philox(key=np.frombuffer(key, "<u8"))
     source.advance(start // 8)  # a step of the counter is 256 bits: 8 scalars of 32
-    raw = source.random_raw(-(-(stop - start) // 2)).astype("<u8", copy=False).view("<u4")[:stop - start]
-    return torch.from_numpy(raw < np.uint64(round(density * 2**32)))
+    pairs = source.random_raw(-(-(stop - start) // 2))
+    numbers = pairs.astype("<u8", copy=False).view("<u4")[:stop - start]
+    return torch.from_numpy(numbers < np.uint64(round(density * 2**32)))
 
 # %% ../../nbs/36_method.merging.ipynb #47a830e1
 def rescaling(before: float,        # sum of |delta|
               after: float,         # the same of what stays
               density: float,
-              rescale: bool | str,  # False, True (to the L1 norm before) or "density" (by 1 / density)
+              rescale: bool | str,  # False; True: to the L1 norm before; "density": by 1 / density
               ) -> float:
     "What the scalars that stay are multiplied by."
     if rescale == "density": return 1 / density if density else 1.
-    return before / after if rescale and min(before, after) >= 1e-7 else 1.
+    if not rescale or min(before, after) < 1e-7: return 1.
+    return before / after
 
 # %% ../../nbs/36_method.merging.ipynb #63266754
 def drop(delta: Tensor,         # of any shape
          mask: Tensor,          # bool, of the same shape: what stays
          density: float,        # the share that stays, for `rescale="density"`
-         rescale: bool | str = True, # to the L1 norm before; "density": by 1 / density, as in the paper; False
+         rescale: bool | str = True, # to the L1 norm before; "density": by 1 / density; False
          ) -> Tensor:
     "A delta with scalars dropped, and the rest enlarged."
     kept = delta * mask
-    return kept * rescaling(delta.abs().sum(dtype=torch.float64).item(), kept.abs().sum(dtype=torch.float64).item(), density, rescale)
+    before = delta.abs().sum(dtype=torch.float64).item()
+    after = kept.abs().sum(dtype=torch.float64).item()
+    return kept * rescaling(before, after, density, rescale)
+
+def drop_each(deltas: Sequence[Tensor], masks: Sequence[Tensor], density: Sequence[float],
+              rescale: bool | str) -> list[Tensor]:
+    "Each delta with its own mask and density."
+    triples = zip(deltas, masks, density, strict=True)
+    return [drop(delta, mask, share, rescale) for delta, mask, share in triples]
 
 # %% ../../nbs/36_method.merging.ipynb #55091a75
-def dare_linear(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], masks: Sequence[Tensor], density: Sequence[float],
-                normalize: bool = False, scale: float = 1., rescale: bool | str = True,
+def dare_linear(base: Tensor,
+                deltas: Sequence[Tensor],
+                weights: Sequence[float],
+                masks: Sequence[Tensor],
+                density: Sequence[float],
+                normalize: bool = False,
+                scale: float = 1.,
+                rescale: bool | str = True,
                 ) -> Tensor: # float32 (float64 if an input is), not rounded yet
     "DARE, then task arithmetic, on one tensor."
-    return task_arithmetic(base, [drop(*of, rescale) for of in zip(deltas, masks, density, strict=True)], weights, normalize, scale)
+    dropped = drop_each(deltas, masks, density, rescale)
+    return task_arithmetic(base, dropped, weights, normalize, scale)
 
-def dare_ties(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], masks: Sequence[Tensor], density: Sequence[float],
-              normalize: bool = False, scale: float = 1., rescale: bool | str = True, elect: str = "sum",
+# %% ../../nbs/36_method.merging.ipynb #951567b8
+def dare_ties(base: Tensor,
+              deltas: Sequence[Tensor],
+              weights: Sequence[float],
+              masks: Sequence[Tensor],
+              density: Sequence[float],
+              normalize: bool = False,
+              scale: float = 1.,
+              rescale: bool | str = True,
+              elect: str = "sum",
               ) -> Tensor: # float32 (float64 if an input is), not rounded yet
     "DARE, then TIES' election and merge, on one tensor."
-    dropped = [drop(*of, rescale) for of in zip(deltas, masks, density, strict=True)]
+    dropped = drop_each(deltas, masks, density, rescale)
     return base.to(wide([base])) + agreed(dropped, weights, normalize, scale, elect)
 
 # %% ../../nbs/36_method.merging.ipynb #fc074d50
-def slerp_factors(t: float,      # 0: the first tensor, 1: the second
-                  dot: float, norms: tuple[float, float], # of the two tensors as flat vectors
-                  threshold: float = .9995, # of |cos|: above it, straight
-                  ) -> tuple[float, float]: # of the first and of the second tensor
-    "What SLERP multiplies the two tensors by. A vector of length zero counts as orthogonal to everything, as in mergekit."
-    lengths = [norm if norm > 1e-8 else 1. for norm in norms]
-    cosine = max(-1., min(1., dot / lengths[0] / lengths[1]))
+def slerp_factors(t: float,                   # 0: the first tensor, 1: the second
+                  dot: float,                 # of the two tensors as flat vectors
+                  norms: tuple[float, float], # of both
+                  threshold: float = .9995,   # of |cos|: above it, straight
+                  ) -> tuple[float, float]:   # of the first and of the second tensor
+    "What SLERP multiplies the tensors by. A zero vector is orthogonal to all, as in mergekit."
+    first, second = [norm if norm > 1e-8 else 1. for norm in norms]
+    cosine = max(-1., min(1., dot / first / second))
     if abs(cosine) > threshold: return 1 - t, t
     angle = acos(cosine)
     return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
 
 # %% ../../nbs/36_method.merging.ipynb #68bc9ad6
 def slerp(t: float,     # 0: all `first`, 1: all `second`
-          first: Tensor, second: Tensor, # of one shape
-          threshold: float = .9995,      # of |cos|: above it, straight
+          first: Tensor,
+          second: Tensor, # of the same shape
+          threshold: float = .9995, # of |cos|: above it, straight
           ) -> Tensor:  # float32 (float64 if an input is), not rounded yet
     "Spherical linear interpolation of two tensors as flat vectors."
     a, b = first.flatten(), second.flatten()
-    factors = slerp_factors(t, dot_flat(a, b), (dot_flat(a, a)**.5, dot_flat(b, b)**.5), threshold)
+    norms = dot_flat(a, a)**.5, dot_flat(b, b)**.5
+    factors = slerp_factors(t, dot_flat(a, b), norms, threshold)
     return linear([first, second], factors, normalize=False)

@@ -7,7 +7,6 @@ __all__ = ['neurons_of', 'moves', 'importance', 'key_neurons', 'spread']
 
 # %% ../../nbs/32_method.neurons.ipynb #1c2e2503
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate
 from math import floor, prod
 from typing import NamedTuple
 
@@ -26,7 +25,8 @@ def neurons_of(shape: tuple,      # of a tensor
                ) -> int:
     "How many neurons a tensor has. Raises MaetError for an unknown granularity."
     if granularity not in GRANULARITIES:
-        raise MaetError(f"granularity: {granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}")
+        raise MaetError(f"granularity: {granularity!r} is unknown; "
+                        f"choose one of {', '.join(GRANULARITIES)}")
     if granularity == "element" or len(shape) < 2: return prod(shape)
     return shape[0] if granularity == "row" else prod(shape[1:])
 
@@ -42,20 +42,28 @@ def moves(before: Tensor, # (n,) any float dtype
 def rectangles(start: int,   # where the run begins in the flat matrix
                run: Tensor,  # (n,)
                columns: int, # of the matrix
-               ) -> Iterator[tuple[int, int, Tensor]]: # first row, first column, 2-D piece of the matrix
-    "The run as rectangles of the matrix, in order."
-    head = min(-start % columns, len(run))
+               ) -> Iterator[tuple[int, int, Tensor]]:
+    "The run as rectangles of the matrix, in order: first row, first column, 2-D piece."
+    head = min(-start % columns, len(run))  # to the end of the first row
     whole = (len(run) - head) // columns * columns
-    for first, part in zip(accumulate([start, head, whole]), run.split([head, whole, len(run) - head - whole])):
-        if len(part): yield first // columns, first % columns, part.view(-1, min(columns, len(part)))
+    tail = len(run) - head - whole
+    for part in run.split([head, whole, tail]):
+        width = min(columns, len(part))
+        if len(part): yield start // columns, start % columns, part.view(-1, width)
+        start += len(part)
 
 # %% ../../nbs/32_method.neurons.ipynb #211652c1
-def squares(start: int, run: Tensor, columns: int, # as above
-            granularity: str,                      # row or column
-            ) -> tuple[int, Tensor]:               # the first row or column meant; float64 sums from there on
+def squares(start: int,       # where the run begins in the flat matrix
+            run: Tensor,      # (n,)
+            columns: int,     # of the matrix
+            granularity: str, # row or column
+            ) -> tuple[int, Tensor]: # the first row or column meant; float64 sums from there on
     "Sums of squares of the rows that the run touches, or of all columns."
-    first = start // columns if granularity == "row" else 0
-    total = torch.zeros(-(-(start + len(run)) // columns) - first if granularity == "row" else columns, dtype=torch.float64)
+    first, count = 0, columns
+    if granularity == "row":
+        first = start // columns
+        count = -(-(start + len(run)) // columns) - first
+    total = torch.zeros(count, dtype=torch.float64)
     for row, column, part in rectangles(start, run, columns):
         part = part.double().square_()
         if granularity == "row": total[row - first:][:len(part)] += part.sum(1)
@@ -67,18 +75,20 @@ def importance(before: Tensor, # theta, any shape, any float dtype
                after: Tensor,  # theta after training, same shape as `before`
                granularity: str = "element", # what a neuron is: element, row or column
                rate: float = 1.0, # lambda in Eq. 1
-               ) -> Tensor:    # float32; element: as `before`; row: (shape[0],); column: (the rest,)
-    "Eq. 1: rate * ||after - before|| of each neuron. Raises MaetError if the shapes or the granularity do not fit."
-    neurons_of(before.shape, granularity)
-    if before.shape != after.shape:
-        raise MaetError(f"importance: before has shape {tuple(before.shape)}, after {tuple(after.shape)}")
+               ) -> Tensor:    # float32: as `before`; of rows (shape[0],), of columns (the rest,)
+    "Eq. 1: rate * ||after - before|| of each neuron. Raises MaetError if something does not fit."
+    shape = before.shape
+    neurons_of(shape, granularity)  # refuses an unknown granularity
+    if shape != after.shape:
+        raise MaetError(f"importance: before has shape {tuple(shape)}, after {tuple(after.shape)}")
     scores = moves(before.flatten(), after.flatten())
-    if granularity == "element" or before.ndim < 2: return rate * scores.view(before.shape)
-    return rate * squares(0, scores, prod(before.shape[1:]), granularity)[1].sqrt().float()
+    if granularity == "element" or len(shape) < 2: return rate * scores.view(shape)
+    _, sums = squares(0, scores, prod(shape[1:]), granularity)
+    return rate * sums.sqrt().float()
 
 # %% ../../nbs/32_method.neurons.ipynb #9e6a55b6
 class Cut(NamedTuple):
-    "What separates the key neurons from the rest: above `threshold`, or among the first `ties` that equal it."
+    "Key are the neurons above `threshold`, and the first `ties` that equal it."
     threshold: float # the least importance of a key neuron
     ties: int        # how many of exactly this importance are key, at least 1
 
@@ -89,35 +99,47 @@ def key_count(total: int,   # neurons in the model
               ratio: float, # k1, in (0, 1]
               ) -> int:     # how many are key, at least 1
     "max(1, floor(ratio * total)). Raises MaetError unless 0 < ratio <= 1."
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+    is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not is_number or not 0 < ratio <= 1:
         raise MaetError(f"ratio: {ratio} is not above 0 and at most 1; write five per cent as 0.05")
-    if total < 1: raise MaetError("key neurons: there are no neurons to choose from; give a model with float tensors")
+    if total < 1:
+        raise MaetError("key neurons: there are no neurons to choose from; "
+                        "give a model with float tensors")
     return max(1, floor(ratio * total + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 # %% ../../nbs/32_method.neurons.ipynb #faf7f5f2
 def reach(bins: Tensor, # (n,) counts, bins in rising order
           count: int,   # from 1 to their sum
-          ) -> tuple[int, int]: # the bin that holds the count-th from the top; how many to take from it
+          ) -> tuple[int, int]: # the bin of the count-th from the top; how many to take from it
     "Walk down a histogram from its top."
     taken = bins.flip(0).cumsum(0)
     short = int((taken < count).sum())  # bins from the top that do not suffice
-    return len(bins) - 1 - short, count - (int(taken[short - 1]) if short else 0)
+    before = int(taken[short - 1]) if short else 0
+    return len(bins) - 1 - short, count - before
 
 # %% ../../nbs/32_method.neurons.ipynb #91032ad7
 def histogram(pieces: Iterable[Tensor], length: int) -> Tensor: # (length,) int64
     "How often each of the numbers 0 .. length - 1 comes."
-    return sum((torch.bincount(piece, minlength=length) for piece in pieces), torch.zeros(length, dtype=torch.int64))
+    total = torch.zeros(length, dtype=torch.int64)
+    for piece in pieces: total += torch.bincount(piece, minlength=length)
+    return total
 
 # %% ../../nbs/32_method.neurons.ipynb #96d26826
-def cut(stream: Callable[[], Iterable[Tensor]], # all scores, anew at each call: flat float32, finite, none below 0
+def cut(stream: Callable[[], Iterable[Tensor]], # scores, anew at each call: float32, not below 0
         count: int,                             # how many are key
         ) -> Cut:
-    "The exact cut below the `count` highest scores. Memory does not depend on the number of scores."
-    patterns = lambda: (scores.view(torch.int32) for scores in stream())
-    high, left = reach(histogram((bits >> LOW for bits in patterns()), 1 << 16), count)
-    inside = (bits[bits >> LOW == high] & (1 << LOW) - 1 for bits in patterns())
-    low, ties = reach(histogram(inside, 1 << LOW), left)
-    return Cut(torch.tensor(high << LOW | low, dtype=torch.int32).view(torch.float32).item(), ties)
+    "The exact cut below the `count` highest scores. Memory does not depend on their number."
+    def high_bits():
+        for scores in stream(): yield scores.view(torch.int32) >> LOW
+    high, left = reach(histogram(high_bits(), 1 << 16), count)
+
+    def low_bits():
+        for scores in stream():
+            bits = scores.view(torch.int32)
+            yield bits[bits >> LOW == high] & (1 << LOW) - 1
+    low, ties = reach(histogram(low_bits(), 1 << LOW), left)
+    pattern = torch.tensor(high << LOW | low, dtype=torch.int32)
+    return Cut(pattern.view(torch.float32).item(), ties)
 
 # %% ../../nbs/32_method.neurons.ipynb #03faf963
 def above(scores: Tensor, # (n,) float32
@@ -125,9 +147,10 @@ def above(scores: Tensor, # (n,) float32
           before: int = 0, # neurons ahead of these that have exactly the threshold's importance
           ) -> Tensor:    # (n,) bool
     "Which of these neurons are key."
-    flat = scores.numpy()
-    mask = flat > np.float32(cut.threshold)
-    mask[np.flatnonzero(flat == np.float32(cut.threshold))[:max(0, cut.ties - before)]] = True
+    flat, threshold = scores.numpy(), np.float32(cut.threshold)
+    mask = flat > threshold
+    ties = np.flatnonzero(flat == threshold)
+    mask[ties[:max(0, cut.ties - before)]] = True
     return torch.from_numpy(mask)
 
 # %% ../../nbs/32_method.neurons.ipynb #d435a6cd
@@ -135,16 +158,23 @@ def ranked(name: str, scores: Tensor) -> Tensor: # (n,) float32
     "Scores as they are ranked. Raises MaetError for NaN, infinity or a score below 0."
     flat = scores.detach().flatten().float() + 0.  # -0.0 has another bit pattern than 0.0
     if not (torch.isfinite(flat) & (flat >= 0)).all():
-        raise MaetError(f"{name}: its scores hold NaN, infinity or a number below 0; importance is a length")
+        raise MaetError(f"{name}: its scores hold NaN, infinity or a number below 0; "
+                        "importance is a length")
     return flat
 
 # %% ../../nbs/32_method.neurons.ipynb #a546fd0c
-def key_neurons(scores: Mapping[str, Tensor], # name -> importance of its neurons, any shape; ranked as float32
+def key_neurons(scores: Mapping[str, Tensor], # name -> importance of its neurons; ranked as float32
                 ratio: float,                 # k1, in (0, 1]
-                ) -> dict[str, Tensor]:       # name -> bool, as the scores; max(1, floor(ratio * n)) are True in all
-    "The top k1 % over all tensors together (section 4.1). Ties go to the first by position."
-    stream = lambda: (ranked(name, tensor) for name, tensor in scores.items())
-    found = cut(stream, key_count(sum(tensor.numel() for tensor in scores.values()), ratio))
+                ) -> dict[str, Tensor]:       # name -> bool, as the scores
+    """The top k1 % over all tensors together (section 4.1).
+
+    In all max(1, floor(ratio * n)) are True. Ties go to the first by position.
+    """
+    def stream():
+        for name, tensor in scores.items(): yield ranked(name, tensor)
+    total = sum(tensor.numel() for tensor in scores.values())
+    found = cut(stream, key_count(total, ratio))
+
     masks, before = {}, 0
     for name, tensor in scores.items():
         flat = ranked(name, tensor)
@@ -157,33 +187,40 @@ def key_share(scores: Mapping[str, Tensor],  # name -> importance of its neurons
               lengths: Mapping[str, int],    # name -> scalars in each of its neurons
               ratio: float,                  # of all scalars, in (0, 1]
               ) -> dict[str, Tensor]:        # name -> bool, as the scores; at least one is True
-    "The neurons that moved most and have together at most `ratio` of all scalars. Ties go to the first by position."
+    "The neurons that moved most, at most `ratio` of all scalars. Ties go to the first by position."
+    sizes = [tensor.numel() for tensor in scores.values()]
     flat = torch.cat([ranked(name, tensor) for name, tensor in scores.items()])
-    length = torch.cat([torch.full((tensor.numel(),), lengths[name]) for name, tensor in scores.items()])
+    length = torch.cat([torch.full((size,), lengths[name]) for name, size in zip(scores, sizes)])
     order = flat.argsort(descending=True, stable=True)
-    many = max(1, int((length[order].cumsum(0) <= key_count(int(length.sum()), ratio)).sum()))
+
+    fitting = length[order].cumsum(0) <= key_count(int(length.sum()), ratio)
     chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[order[:many]] = True
-    return dict(zip(scores, chosen.split([tensor.numel() for tensor in scores.values()])))
+    chosen[order[:max(1, int(fitting.sum()))]] = True
+    return dict(zip(scores, chosen.split(sizes)))
 
 # %% ../../nbs/32_method.neurons.ipynb #22d200f8
-def spread_piece(mask: Tensor, shape: tuple, granularity: str, # as for `spread`
-                 start: int, stop: int,                        # of the flat tensor
-                 ) -> Tensor:                                  # bool, (stop - start,)
+def spread_piece(mask: Tensor,     # bool, one a neuron
+                 shape: tuple,     # of the tensor
+                 granularity: str, # what a neuron is
+                 start: int,       # in the flat tensor
+                 stop: int,
+                 ) -> Tensor:      # bool, (stop - start,)
     "The scalars from start to stop that belong to chosen neurons."
     if granularity == "element" or len(shape) < 2: return mask.flatten()[start:stop]
     columns = prod(shape[1:])
-    first, last = start // columns, -(-stop // columns)  # rows that the piece touches
-    rows = mask[first:last, None] if granularity == "row" else mask.view(1, -1)
-    return rows.expand(last - first, columns).flatten()[start - first * columns:][:stop - start]
+    first, end = start // columns, -(-stop // columns)  # rows that the piece touches
+    lines = mask[first:end, None] if granularity == "row" else mask.view(1, -1)
+    touched = lines.expand(end - first, columns).flatten()
+    return touched[start - first * columns:][:stop - start]
 
 # %% ../../nbs/32_method.neurons.ipynb #481d8989
 def spread(mask: Tensor,      # bool, one a neuron
            shape: tuple,      # of the tensor
            granularity: str,  # what a neuron is
            ) -> Tensor:       # bool, of `shape`
-    "The scalars that belong to chosen neurons. Raises MaetError if the mask has another number of neurons."
+    "The scalars that belong to chosen neurons. Raises MaetError if the mask has another length."
     count = neurons_of(shape, granularity)
     if mask.numel() != count:
-        raise MaetError(f"spread: {mask.numel()} neurons in the mask, {count} by {granularity} in shape {tuple(shape)}")
+        raise MaetError(f"spread: {mask.numel()} neurons in the mask, "
+                        f"{count} by {granularity} in shape {tuple(shape)}")
     return spread_piece(mask.flatten(), shape, granularity, 0, prod(shape)).view(shape)

@@ -20,11 +20,13 @@ class Transfer:
     "Algorithm 1, lines 8-12."
     gamma: float = 0.2        # Table 5
     eta: float = 1.0          # Table 5
-    weights: dict[str, float] = field(default_factory=dict)  # mu by language; the paper gives none, so 1/n
+    weights: dict[str, float] = field(default_factory=dict)  # mu by language; the paper gives none: 1/n
     similarity: str = "dot"   # Eq. 4; "cosine" is the other reading
     kinds: str | list[str] = "all" # Table 3
 
-    def __post_init__(self): similarity(None, None, self.similarity), of_kinds("", self.kinds)
+    def __post_init__(self):
+        similarity(None, None, self.similarity)  # refuses a word that it does not know
+        of_kinds("", self.kinds)                 # this one, too
 
 # %% ../../nbs/35b_method.onfiles.ipynb #63266754
 @dataclass
@@ -49,14 +51,25 @@ class Merge:
     parameters: Parameters = field(default_factory=Parameters)
 
 # %% ../../nbs/35b_method.onfiles.ipynb #1157cfb8
-def merge(r: Merge, out: str | Path,
-          allow_mismatch: bool = False, # of configurations that give numbers another meaning (meaning)
+PAPER = "https://arxiv.org/abs/2410.07825"
+
+def merge(recipe: Merge,
+          out: str | Path,              # the checkpoint folder to be
+          allow_mismatch: bool = False, # of configurations that give numbers another meaning
           ) -> Checkpoint:
     "Eq. 3-5 on files. Raises MaetError for a pack of another base, differing shapes, NaN."
-    if r.merge_method != "maet": raise MaetError(f"merge_method: {r.merge_method!r} is not known; known is maet")
-    base, p = Checkpoint(r.base_model), r.parameters
-    mu = [1 / len(r.languages) if l.weight is None else l.weight for l in r.languages]
-    experts = [expert.model for expert in (r.ability, *r.languages)]
-    ability, *deltas = [open_delta(model, base, allow_mismatch) for model in experts]
-    delta = MaetTransfer(base.names, ability, deltas, mu, p.gamma, p.eta, p.select_ratio, p.similarity, p.kinds)
-    return apply_delta(out, base, delta, origin(asdict(r), [r.base_model], "maet", "https://arxiv.org/abs/2410.07825"))
+    if recipe.merge_method != "maet":
+        raise MaetError(f"merge_method: {recipe.merge_method!r} is not known; known is maet")
+    base = Checkpoint(recipe.base_model)
+    count = len(recipe.languages)
+    mu = [1 / count if term.weight is None else term.weight for term in recipe.languages]
+    terms = (recipe.ability, *recipe.languages)
+    ability, *languages = [open_delta(term.model, base, allow_mismatch) for term in terms]
+
+    settings = recipe.parameters
+    delta = MaetTransfer(
+        base.names, ability, languages, mu, settings.gamma, settings.eta,
+        settings.select_ratio, settings.similarity, settings.kinds,
+    )
+    told = origin(asdict(recipe), [recipe.base_model], "maet", PAPER)
+    return apply_delta(out, base, delta, told)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..weights.tensors import MaetError, place
 from ..weights.streams import FLOATS
-from ..weights.checkpoints import identity
+from ..weights.checkpoints import Checkpoint, identity
 from ..weights.deltas import Lazy, Packed, Part, ones, pack_bits, piece_of, shapes_of
 from ..weights.differences import Difference
 from ..training.settings import strict
 from .merging import random_mask, rows_of
-from .tasks import Method, Task, as_number
+from .tasks import Method, Model, Task, as_number
 from .mergekit import Mixture, name_unsupported, out_dtype
 from maet.method.layer_swapping import (
     fitted, in_ends, layers_of, one_word, open_experts, row_changes,
@@ -29,39 +29,50 @@ from maet.method.layer_swapping import (
 
 # %% ../../nbs/39b_method.reverting.ipynb #8effee40
 class Kept:
-    "The rows of a delta that changed by more than a threshold, found tensor by tensor when somebody asks."
+    "The rows of a delta that changed by more than a threshold, found tensor by tensor when asked."
     def __init__(self, delta: Mapping[str, Part], threshold: float, rows: str = "input"):
         self.delta, self.threshold, self.rows = delta, threshold, rows
-        self.shapes, self.found, self.lock = shapes_of([delta]), {}, threading.Lock()
+        self.shapes = shapes_of([delta])
+        self.found, self.lock = {}, threading.Lock()
 
     def of(self, name: str) -> Tensor: # bool, (rows,)
         with self.lock:
             if name not in self.found:
-                changes = row_changes({"it": self.delta}, self.rows, {name: self.shapes[name]})["it"]
+                shapes = {name: self.shapes[name]}
+                changes = row_changes({"it": self.delta}, self.rows, shapes)["it"]
                 self.found[name] = changes.get(name, torch.zeros(0)) > self.threshold
             return self.found[name]
 
     def mask(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
         "Which scalars of a piece lie in such rows."
         if start == stop: return torch.zeros(0, dtype=torch.bool)
-        kept, (count, length) = self.of(name), rows_of(self.shapes[name], self.rows)
-        width = count if self.rows == "input" else length
-        first, last = start // width, -(-stop // width)
-        full = kept.expand(last - first, count) if self.rows == "input" else kept[first:last, None].expand(last - first, length)
-        return full.reshape(-1)[start - first * width:stop - first * width]
+        kept = self.of(name)
+        count, length = rows_of(self.shapes[name], self.rows)
+        width = count if self.rows == "input" else length  # of a line of the checkpoint
+        first, end = start // width, -(-stop // width)     # lines that the piece touches
+        lines = kept if self.rows == "input" else kept[first:end, None]
+        touched = lines.expand(end - first, width).reshape(-1)
+        return touched[start - first * width:stop - first * width]
 
 # %% ../../nbs/39b_method.reverting.ipynb #9109c85a
 class Reverted(Lazy):
     "A delta without its first and last layers, and without rows that changed little."
-    def __init__(self, delta: Mapping[str, Part], layers: Iterable[int] = (), threshold: float = 0., rows: str = "input"):
+    def __init__(self,
+                 delta: Mapping[str, Part],
+                 layers: Iterable[int] = (), # that go back
+                 threshold: float = 0.,      # weight; rows that changed by more stay
+                 rows: str = "input"):
         gone = set(layers)
-        self.delta, self.kept = delta, Kept(delta, threshold, rows) if threshold else None
-        self.shapes = {n: s for n, s in shapes_of([delta]).items() if place(n).layer not in gone}
+        shapes = shapes_of([delta])
+        self.delta = delta
+        self.kept = Kept(delta, threshold, rows) if threshold else None
+        self.shapes = {name: shapes[name] for name in shapes if place(name).layer not in gone}
         self.identity = identity("reverted", delta, gone, threshold, rows)
 
     def piece(self, name, start, stop):
         part = piece_of(self.delta, name, start, stop)
-        return part if self.kept is None else only(part, self.kept.mask(name, start, stop))
+        if self.kept is None: return part
+        return only(part, self.kept.mask(name, start, stop))
 
 # %% ../../nbs/39b_method.reverting.ipynb #f3215978
 def only(part: Part, # flat
@@ -73,35 +84,48 @@ def only(part: Part, # flat
     return Packed(bits, part.at(ones(bits)), part.shape)
 
 # %% ../../nbs/39b_method.reverting.ipynb #e6c3dd63
-def threshold_for(keep: float,                        # share of the scalars that may stay changed, 0..1
+def threshold_for(keep: float,                # share of the scalars that may stay changed, 0..1
                   delta: Mapping[str, Part],
                   rows: str = "input",
-                  ) -> float:                         # weight; rows that changed by more stay
+                  ) -> float:                 # weight; rows that changed by more stay
     "The threshold that so much of a delta passes, by whole rows."
     shapes = shapes_of([delta])
     changes = row_changes({"it": delta}, rows, shapes)["it"]
-    every = torch.cat([*changes.values()])
-    lengths = torch.cat([torch.full((len(c),), prod(shapes[n]) / len(c)) for n, c in changes.items()]).double()
+    lengths = []
+    for name, change in changes.items():
+        length = prod(shapes[name]) / len(change)
+        lengths.append(torch.full((len(change),), length))
+    lengths = torch.cat(lengths).double()
+    every = torch.cat(list(changes.values()))
+
     order = every.argsort(descending=True)
-    beyond = every[order][lengths[order].cumsum(0) > keep * lengths.sum()]
+    too_many = lengths[order].cumsum(0) > keep * lengths.sum()
+    beyond = every[order][too_many]
     return beyond[0].item() if len(beyond) else 0.
 
 # %% ../../nbs/39b_method.reverting.ipynb #a17554a0
 @dataclass(frozen=True)
 class Revert:
-    "The parameters of revert."
+    "The parameters of revert. `threshold` and `keep` both say which rows go back; give one."
     bottom: int | None = None # layers that go back; None: 5 of 32
     top: int | None = None    # None: 2 of 32
-    threshold: float | str = 0. # weight: rows whose mean absolute change is not above it go back; 0: none
-    keep: float = 1.          # instead: share of the scalars, of the whole model, in rows that changed most; all other rows go back
+    threshold: float | str = 0. # weight: rows go back whose mean absolute change is not above it
+    keep: float = 1.          # share of the scalars of the model, in the rows that changed most
     rows: str = "input"       # or "output"
+
     def __post_init__(self):
         one_word("rows", self.rows, ("input", "output"))
-        try: object.__setattr__(self, "threshold", as_number(self.threshold))  # YAML reads 1e-5 as text
-        except ValueError as error: raise MaetError(f"threshold: {self.threshold!r} {error}") from None
-        if self.threshold < 0: raise MaetError(f"threshold: {self.threshold} is below 0; it is a mean absolute change")
-        if not 0 < self.keep <= 1: raise MaetError(f"keep: {self.keep} is not above 0 and at most 1; it is a share of the scalars")
-        if self.threshold and self.keep < 1: raise MaetError("threshold and keep: both say which rows go back; give one")
+        try: threshold = as_number(self.threshold)  # YAML reads 1e-5 as text
+        except ValueError as error:
+            raise MaetError(f"threshold: {self.threshold!r} {error}") from None
+        object.__setattr__(self, "threshold", threshold)
+        if threshold < 0:
+            raise MaetError(f"threshold: {threshold} is below 0; it is a mean absolute change")
+        if not 0 < self.keep <= 1:
+            raise MaetError(f"keep: {self.keep} is not above 0 and at most 1; "
+                            "it is a share of the scalars")
+        if threshold and self.keep < 1:
+            raise MaetError("threshold and keep: both say which rows go back; give one")
 
 # %% ../../nbs/39b_method.reverting.ipynb #868f1e97
 @dataclass(frozen=True)
@@ -128,28 +152,59 @@ def restored(task: Task, start: int, base: Tensor | None, tensors: list[Tensor])
     return torch.where(task.known.mask(task.name, start, start + len(after)), after, before)
 
 # %% ../../nbs/39b_method.reverting.ipynb #149048ed
-def open_revert(method: Method, content: Mapping, where: str, mask: Callable = random_mask,
-                allow_mismatch: bool = False) -> Mixture:
-    "Read a file of revert and open what it names."
+def read_revert(content: Mapping, where: str) -> RevertFile:
+    "The file, checked as far as that is possible without opening a model. Raises MaetError."
     name_unsupported(content, where)
     file = strict(RevertFile, content, where)
-    if len(file.models) != 1: raise MaetError(f"{where}: models: revert takes one model, not {len(file.models)}; make a file for each")
-    if file.models[0].model == file.base_model: raise MaetError(f"{where}: {file.base_model} is base and model; there is nothing to take back")
+    if len(file.models) != 1:
+        raise MaetError(f"{where}: models: revert takes one model, not {len(file.models)}; "
+                        "make a file for each")
+    if file.models[0].model == file.base_model:
+        raise MaetError(f"{where}: {file.base_model} is base and model; there is nothing to take back")
+    return file
+
+# %% ../../nbs/39b_method.reverting.ipynb #8ed1f772
+def revert_tasks(method: Method, base: Model, expert: Model, like: Checkpoint, options: Revert,
+                 kept: Kept) -> dict[str, Task]:
+    "A task for every float tensor: of the base, of the expert, or of both by rows."
+    layers, shared = layers_of(like), {"kept": kept}
+    tasks = {}
+    for name in like.names:
+        if like.dtype(name) not in FLOATS: continue
+        if in_ends(place(name).layer, layers, options.bottom, options.top): used = [base]
+        elif options.threshold and name in kept.shapes: used = [base, expert]
+        else: used = [expert]
+        each = [{}] * len(used)
+        tasks[name] = Task(method, name, like.size(name), like, used, each, shared, None, None)
+    return tasks
+
+# %% ../../nbs/39b_method.reverting.ipynb #21dc44e4
+def open_revert(method: Method,
+                content: Mapping,
+                where: str,
+                mask: Callable = random_mask, # not needed here
+                allow_mismatch: bool = False,
+                ) -> Mixture:
+    "Read a file of revert and open what it names."
+    file = read_revert(content, where)
     names = [file.base_model, file.models[0].model]
     like, models = open_experts(names, file.base_model, where, allow_mismatch)
     base, expert = models.values()
-    options, layers = fitted(file.parameters, layers_of(like), where), layers_of(like)
-    delta = Difference(expert.checkpoint, like, allow_mismatch=allow_mismatch) if expert.checkpoint else expert.delta
-    if options.keep < 1: options = replace(options, threshold=threshold_for(options.keep, delta, options.rows), keep=1.)
-    kept = Kept(delta, options.threshold, options.rows)
-    tasks = {}
-    for name in (n for n in like.names if like.dtype(n) in FLOATS):
-        gone = in_ends(place(name).layer, layers, options.bottom, options.top)
-        used = [base] if gone else [base, expert] if options.threshold and name in kept.shapes else [expert]
-        tasks[name] = Task(method, name, like.size(name), like, used, [{}] * len(used), {"kept": kept}, None, None)
-    return Mixture(method, like, [base, expert], tasks, out_dtype(file, like, [expert], where), content)
+    options = fitted(file.parameters, layers_of(like), where)
 
-def kept_of(task: Task):
+    delta = expert.delta
+    if expert.checkpoint:
+        delta = Difference(expert.checkpoint, like, allow_mismatch=allow_mismatch)
+    if options.keep < 1:
+        threshold = threshold_for(options.keep, delta, options.rows)
+        options = replace(options, threshold=threshold, keep=1.)
+    kept = Kept(delta, options.threshold, options.rows)
+    tasks = revert_tasks(method, base, expert, like, options, kept)
+    dtype = out_dtype(file, like, [expert], where)
+    return Mixture(method, like, [base, expert], tasks, dtype, content)
+
+# %% ../../nbs/39b_method.reverting.ipynb #86f3ef25
+def kept_of(task: Task) -> Kept:
     "Where the expert stays, for one tensor."
     return task.shared["kept"]
 
@@ -157,4 +212,5 @@ def read_where_kept(task: Task, number: int) -> int:
     "A tensor of which a part is kept is read once before."
     return int(len(task.models) > 1)
 
-REVERT = Method("revert", "https://arxiv.org/abs/2410.01335", open_revert, restored, first=kept_of, readings=read_where_kept)
+REVERT = Method("revert", "https://arxiv.org/abs/2410.01335", open_revert, restored,
+                first=kept_of, readings=read_where_kept)

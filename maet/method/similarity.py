@@ -6,8 +6,8 @@
 __all__ = ['similarities', 'random_keys']
 
 # %% ../../nbs/31_method.similarity.ipynb #db9694a5
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from itertools import accumulate
 from math import prod, sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -25,9 +25,11 @@ from ..weights.differences import scan
 class Weights(Lazy):
     "The weights of a checkpoint, as a delta from nothing."
     def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint, self.shapes = checkpoint, {n: checkpoint.shape(n) for n in checkpoint.names}
+        self.checkpoint = checkpoint
+        self.shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
 
-    def piece(self, name: str, start: int, stop: int) -> Tensor: return self.checkpoint.piece(name, start, stop).float()
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        return self.checkpoint.piece(name, start, stop).float()
 
 def part_of_model(name: str) -> int | str:
     "The layer of a tensor; outside the layers its kind: embed, head, norm."
@@ -38,13 +40,17 @@ def part_of_model(name: str) -> int | str:
 def together(sums: Mapping, # part -> a sum over its scalars
              ) -> dict:
     "The same sums for each part, for all layers, and for all of the model."
-    layers = {part: value for part, value in sums.items() if isinstance(part, int)}
-    return dict(sums) | ({"layers": sum(layers.values())} if layers else {}) | {"all": sum(sums.values())}
+    every = dict(sums)
+    of_layers = [value for part, value in sums.items() if isinstance(part, int)]
+    if of_layers: every["layers"] = sum(of_layers)
+    every["all"] = sum(sums.values())
+    return every
 
 # %% ../../nbs/31_method.similarity.ipynb #902ba3cd
 class Similarity(NamedTuple):
     "Of two experts in one part of the model."
-    a: Hashable; b: Hashable  # their names
+    a: Hashable               # the name of an expert
+    b: Hashable               # the name of another one
     part: int | str           # layer, kind, `layers` or `all`
     scalars: int
     cosine: float             # of the deltas; 0 where one of them is all zeros
@@ -53,56 +59,93 @@ class Similarity(NamedTuple):
     of_weights: float | None  # cosine of base + delta: the other reading
 
     def measures(self) -> dict[str, float]: # as metrics of a ledger
-        found = {"cosine": self.cosine, "l1": self.l1, "relative l1": self.apart, "cosine of weights": self.of_weights}
-        return {metric: value for metric, value in found.items() if value is not None}
+        found = {"cosine": self.cosine, "l1": self.l1, "relative l1": self.apart}
+        if self.of_weights is not None: found["cosine of weights"] = self.of_weights
+        return found
 
 # %% ../../nbs/31_method.similarity.ipynb #e8ceb301
-def _similarity(sums: dict, a, b, part, scalars: int, base) -> Similarity:
-    "From the sums of a scan over one part."
-    dot, square = (lambda x, y: sums["dot", x, y][part]), (lambda x: sums["squares", x][part])
-    distance, lengths = sums["distance", a, b][part], sums["l1", a][part] + sums["l1", b][part]
-    whole = None
-    if base is not None:
-        of = {x: square(base) + 2 * dot(base, x) + square(x) for x in (a, b)}
-        whole = as_cosine(square(base) + dot(base, a) + dot(base, b) + dot(a, b), of[a], of[b])
-    return Similarity(a, b, part, scalars, as_cosine(dot(a, b), square(a), square(b)), distance / max(scalars, 1), distance / lengths if lengths else 0., whole)
-
 BASE = "base"  # its name in a scan
+
+def cosine_of_weights(sums: Mapping, # of one part, by statistic and names
+                      a: Hashable,
+                      b: Hashable,
+                      ) -> float:
+    "The cosine of base + a and base + b, multiplied out."
+    base = sums["squares", BASE]
+    dot_a, dot_b = sums["dot", BASE, a], sums["dot", BASE, b]
+    product = base + dot_a + dot_b + sums["dot", a, b]
+    square_a = base + 2 * dot_a + sums["squares", a]
+    square_b = base + 2 * dot_b + sums["squares", b]
+    return as_cosine(product, square_a, square_b)
+
+# %% ../../nbs/31_method.similarity.ipynb #18b8f94f
+def similarity_in(part: int | str, scalars: int, sums: Mapping, a: Hashable, b: Hashable,
+                  with_base: bool) -> Similarity:
+    "Of two experts in one part, from the sums of a scan over it."
+    cosine = as_cosine(sums["dot", a, b], sums["squares", a], sums["squares", b])
+    distance, lengths = sums["distance", a, b], sums["l1", a] + sums["l1", b]
+    l1 = distance / max(scalars, 1)
+    apart = distance / lengths if lengths else 0.
+    of_weights = cosine_of_weights(sums, a, b) if with_base else None
+    return Similarity(a, b, part, scalars, cosine, l1, apart, of_weights)
 
 # %% ../../nbs/31_method.similarity.ipynb #a12c8497
 def similarities(deltas: Mapping[Hashable, Mapping[str, Part]], # experts by a name of your own
                  pairs: Iterable[tuple],                        # of their names
-                 base: Mapping[str, Part] | None = None,        # `Weights` of their base: cosines of whole weights too
+                 base: Mapping[str, Part] | None = None,        # `Weights` of their base
                  ) -> list[Similarity]:
-    "Every pair in every part of the model, by one scan that holds a few pieces at a time. Raises MaetError for a name that is not there."
-    pairs, given = list(pairs), dict(deltas)
-    if unknown := {name for pair in pairs for name in pair} - given.keys(): raise MaetError(f"similarities: there is no expert {', '.join(map(str, unknown))}")
+    """Every pair in every part of the model, by one scan that holds a few pieces at a time.
+
+    With a base cosines of whole weights too. Raises MaetError for a name that is not there.
+    """
+    given, pairs = dict(deltas), list(pairs)
+    unknown = {name for pair in pairs for name in pair} - given.keys()
+    if unknown: raise MaetError(f"similarities: there is no expert {', '.join(map(str, unknown))}")
     shapes = shapes_of(given.values())
-    if base is not None: given[BASE] = base
-    wanted = pairs + ([(BASE, name) for name in deltas] if base is not None else [])
-    found = {key: together(sums) for key, sums in scan(given, ["dot", "squares", "l1", "distance"], shapes, part_of_model, wanted).items()}
-    sizes = {}
-    for name, shape in shapes.items(): sizes[part_of_model(name)] = sizes.get(part_of_model(name), 0) + prod(shape)
-    return [_similarity(found, a, b, part, size, base and BASE) for a, b in pairs for part, size in together(sizes).items()]
+    wanted = list(pairs)
+    if base is not None:
+        given[BASE] = base
+        wanted += [(BASE, name) for name in deltas]
+
+    sums = scan(given, ["dot", "squares", "l1", "distance"], shapes, part_of_model, wanted)
+    sums = {question: together(of_parts) for question, of_parts in sums.items()}
+    found = []
+    for a, b in pairs:
+        for part, scalars in scalars_of_parts(shapes).items():
+            here = {question: of_parts[part] for question, of_parts in sums.items()}
+            found.append(similarity_in(part, scalars, here, a, b, base is not None))
+    return found
+
+# %% ../../nbs/31_method.similarity.ipynb #9498f1db
+def scalars_of_parts(shapes: Mapping[str, tuple]) -> dict:
+    "How many scalars each part of a model has."
+    sizes = Counter()
+    for name, shape in shapes.items(): sizes[part_of_model(name)] += prod(shape)
+    return together(sizes)
 
 # %% ../../nbs/31_method.similarity.ipynb #17ba0791
-def quota(start: int, stop: int, # a run of the `total` scalars
-          total: int, count: int) -> int:
-    "How many of `count` fall into a run when they are spread evenly: runs that follow each other add up exactly."
-    return count * stop // total - count * start // total if total else 0
+def quota(start: int, # of a run of the `total` scalars
+          stop: int,
+          total: int,
+          count: int) -> int:
+    "How many of `count`, spread evenly, fall into a run; runs that follow each other add up exactly."
+    if not total: return 0
+    return count * stop // total - count * start // total
 
 # %% ../../nbs/31_method.similarity.ipynb #94589da8
 class RandomMasks(Lazy):
-    "Masks with a given number of random ones in each tensor: name -> bool Tensor, drawn when asked for, the same each time."
+    "Bool masks with a given number of random ones in each tensor; drawn when asked for, always alike."
     def __init__(self, shapes: Mapping[str, tuple], counts: Mapping[str, int], seed: int):
         self.shapes, self.counts, self.seed = dict(shapes), counts, seed
-        self.number = {name: n for n, name in enumerate(shapes)}
+        self.number = {name: number for number, name in enumerate(shapes)}
 
     def piece(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
+        size = stop - start
         count = quota(start, stop, prod(self.shapes[name]), self.counts.get(name, 0))
         rng = np.random.default_rng((self.seed, self.number[name], start))
-        mask = torch.zeros(stop - start, dtype=torch.bool)
-        mask[torch.from_numpy(rng.choice(stop - start, count, replace=False, shuffle=False))] = True
+        chosen = rng.choice(size, count, replace=False, shuffle=False)
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[torch.from_numpy(chosen)] = True
         return mask
 
 # %% ../../nbs/31_method.similarity.ipynb #58e88d0d
@@ -111,12 +154,20 @@ def random_keys(shapes: Mapping[str, tuple],     # of the model's tensors
                 seed: int) -> RandomMasks:
     "Random masks. Raises MaetError where more are asked for than there are."
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    if isinstance(count, int):
-        ends, total = [0, *accumulate(sizes.values())], sum(sizes.values())
-        count = {name: quota(a, b, total, count) for name, a, b in zip(sizes, ends, ends[1:])}
-    if wrong := [f"{name} ({n})" for name, n in count.items() if not 0 <= n <= sizes.get(name, 0)]:
-        raise MaetError(f"random keys: no room for so many in {', '.join(wrong)}")
+    if isinstance(count, int): count = spread_evenly(count, sizes)
+    wrong = [f"{name} ({n})" for name, n in count.items() if not 0 <= n <= sizes.get(name, 0)]
+    if wrong: raise MaetError(f"random keys: no room for so many in {', '.join(wrong)}")
     return RandomMasks(shapes, count, seed)
+
+# %% ../../nbs/31_method.similarity.ipynb #09117207
+def spread_evenly(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    "A number of scalars over tensors, by their sizes."
+    total = sum(sizes.values())
+    counts, start = {}, 0
+    for name, size in sizes.items():
+        counts[name] = quota(start, start + size, total, count)
+        start += size
+    return counts
 
 # %% ../../nbs/31_method.similarity.ipynb #fa35e192
 class Point(NamedTuple):
@@ -130,7 +181,11 @@ class Point(NamedTuple):
 def thinned(losses: list[float], # one a step
             points: int,         # at most
             ) -> list[Point]:
-    "A curve of at most `points` points; each is the mean of as many steps, the last one of what is left."
+    "A curve of so many points, each the mean of as many steps; the last one of what is left."
     size = -(-len(losses) // points)
-    runs = [(n, losses[n:n + size]) for n in range(0, len(losses), size)]
-    return [Point(n + (len(run) + 1) / 2, mean(run), stdev(run) / sqrt(len(run)) if len(run) > 1 else 0., len(run)) for n, run in runs]
+    curve = []
+    for start in range(0, len(losses), size):
+        run = losses[start:start + size]
+        stderr = stdev(run) / sqrt(len(run)) if len(run) > 1 else 0.
+        curve.append(Point(start + (len(run) + 1) / 2, mean(run), stderr, len(run)))
+    return curve

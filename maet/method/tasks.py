@@ -34,27 +34,34 @@ from maet.method.merging import (
 
 # %% ../../nbs/37_method.tasks.ipynb #af3e1334
 def as_number(value) -> float:
+    "A number, also one that YAML took for a text."
     if isinstance(value, bool): raise ValueError("is not a number")
     try: return float(value)
     except (TypeError, ValueError): raise ValueError("is not a number") from None
 
 def as_share(value) -> float:
-    if not 0 <= as_number(value) <= 1: raise ValueError("is not from 0 to 1")
-    return as_number(value)
+    "A number from 0 to 1."
+    number = as_number(value)
+    if not 0 <= number <= 1: raise ValueError("is not from 0 to 1")
+    return number
 
 def as_flag(value) -> bool:
-    if value in (0, 1): return bool(value)
-    raise ValueError("is neither true nor false")
+    "True or false; 1 and 0 will do."
+    if value not in (0, 1): raise ValueError("is neither true nor false")
+    return bool(value)
 
 # %% ../../nbs/37_method.tasks.ipynb #553c613f
 def as_count(value) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0: return value
+    "A whole number from 0."
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and value >= 0: return value
     raise ValueError("is not a whole number from 0")
 
 def one_of(*words) -> Callable:
     "A check that lets only these values pass."
     def check(value):
-        if any(value is word or isinstance(value, str) and value == word for word in words): return value
+        for word in words:  # `is` tells True from 1
+            if value is word or (isinstance(value, str) and value == word): return value
         raise ValueError(f"is none of {', '.join(str(word).lower() for word in words)}")
     return check
 
@@ -65,27 +72,42 @@ class Choice(NamedTuple):
     values: list
 
 # %% ../../nbs/37_method.tasks.ipynb #77364465
+def lines_of(setting) -> list:
+    "A parameter of a file as filters with values: a value alone holds everywhere."
+    if isinstance(setting, Mapping): return [setting]
+    if isinstance(setting, list) and any(isinstance(line, Mapping) for line in setting):
+        if isinstance(setting[0], Mapping): return setting
+    return [{"value": setting}]
+
+# %% ../../nbs/37_method.tasks.ipynb #45e2823b
 def read_setting(setting, check: Callable, where: str) -> list[Choice]:
     "A parameter as it stands in a file. Raises MaetError for a value that `check` refuses."
-    lines = setting if isinstance(setting, list) and any(isinstance(line, Mapping) for line in setting) else [setting]
-    if not isinstance(lines[0], Mapping): lines = [{"value": setting}]
     choices = []
-    for line in lines:
+    for line in lines_of(setting):
         if not isinstance(line, Mapping) or not {"value"} <= set(line) <= {"value", "filter"}:
-            raise MaetError(f"{where}: {line!r} is not a filter with a value; write {{filter: mlp, value: 0.5}}")
-        values = line["value"] if isinstance(line["value"], list) and line["value"] else [line["value"]]
-        try: choices.append(Choice(line.get("filter"), [check(value) for value in values]))
-        except ValueError as error: raise MaetError(f"{where}: {line['value']!r} {error}") from None
+            raise MaetError(f"{where}: {line!r} is not a filter with a value; "
+                            "write {filter: mlp, value: 0.5}")
+        value = line["value"]
+        values = value if isinstance(value, list) and value else [value]
+        try: checked = [check(one) for one in values]
+        except ValueError as error: raise MaetError(f"{where}: {value!r} {error}") from None
+        choices.append(Choice(line.get("filter"), checked))
     return choices
 
 # %% ../../nbs/37_method.tasks.ipynb #5e8cd0e4
-def value_at(choices: list[Choice], name: str, depth: float): # name of a tensor; 0: first layer, 1: last
+def value_at(choices: list[Choice],
+             name: str,    # of a tensor
+             depth: float, # 0: first layer, 1: last
+             ):
     "What a setting says of one tensor; None if no filter fits."
-    values = next((c.values for c in choices if c.filter in (None, "*") or str(c.filter) in name), None)
-    if values is None or len(values) == 1: return values and values[0]
+    fitting = [c.values for c in choices if c.filter in (None, "*") or str(c.filter) in name]
+    if not fitting: return None
+    values = fitting[0]
+    if len(values) == 1: return values[0]
+
     position = depth * (len(values) - 1)
-    if not isinstance(values[0], float): return values[int(position)]
     left = int(position)
+    if not isinstance(values[0], float): return values[left]
     right = min(left + 1, len(values) - 1)
     return values[left] + (position - left) * (values[right] - values[left])
 
@@ -96,19 +118,28 @@ class Parameter(NamedTuple):
     default: Any = ...  # ...: there is none, the file must say it
 
 # %% ../../nbs/37_method.tasks.ipynb #697575d6
+def read_never(task, number: int) -> int:
+    "A method that need not know a model's tensor before it merges it."
+    return 0
+
 @dataclass(frozen=True)
 class Method:
-    "A way to merge."
+    """A way to merge.
+
+    `open` takes the method, the content of a file, where it stands, a mask for DARE and
+    `allow_mismatch`, and gives a merge that is ready to be written. `merge` takes a task, where a
+    block starts, the base and the models' blocks (deltas if `base`), and gives a float32 block.
+    """
     name: str                     # merge_method
     paper: str                    # URL
-    open: Callable                # (method, content of the file, where it stands, mask, allow_mismatch) -> a Mixture
-    merge: Callable | None = None # (task, start, base, inputs) -> float32 block; inputs are deltas if `base`
+    open: Callable
+    merge: Callable | None = None
     each: Mapping[str, Parameter] = field(default_factory=dict)   # parameters of each model
     shared: Mapping[str, Parameter] = field(default_factory=dict) # parameters of the whole
     base: bool = False            # does it work on deltas to base_model?
     models: int | None = None     # exactly so many, the base counted in; None: any number
     first: Callable | None = None # (task) -> what must be known of a tensor first
-    readings: Callable = lambda task, number: 0 # how often a model's tensor is read for that
+    readings: Callable = read_never # how often a model's tensor is read for that
 
 # %% ../../nbs/37_method.tasks.ipynb #fe2ef495
 @dataclass(eq=False)
@@ -119,38 +150,54 @@ class Model:
     checkpoint: Checkpoint | None    # None: it is a pack or an adapter
     delta: Mapping[str, Part] | None # of the pack or adapter
 
-    def read(self, name: str, start: int, stop: int) -> Tensor: # flat, (stop - start,); not to be written into
+    def read(self, name: str, start: int, stop: int) -> Tensor: # flat; do not write into it
         "A run of a tensor: of a checkpoint as stored, of a pack as a delta, dense."
-        if self.checkpoint: return finite(self.checkpoint.piece(name, start, stop), name, self.path, start)
+        if self.checkpoint:
+            return finite(self.checkpoint.piece(name, start, stop), name, self.path, start)
         part = piece_of(self.delta, name, start, stop)
         if part is None: return torch.zeros(stop - start)
         return part.dense() if isinstance(part, Packed) else part
 
 # %% ../../nbs/37_method.tasks.ipynb #99daf0b1
-def open_model(where: str, base: Checkpoint | None, like: Checkpoint,
-               allow_mismatch: bool = False, # only warn where numbers have another meaning than in `like` (meaning)
+def open_model(where: str,
+               base: Checkpoint | None,
+               like: Checkpoint,
+               allow_mismatch: bool = False, # only warn where numbers have another meaning
                one_vocabulary: bool = False, # refuse another vocabulary than that of `like`
                ) -> Model:
-    "Raises MaetError: not there, a pack without its base, other tensors than `like`, another meaning of them."
+    "Raises MaetError: not there, a pack without its base, other tensors or meaning than `like`."
     if base and is_adapted(where):
         delta = open_delta(where, base, allow_mismatch)
         return Model(where, delta.tuned.folder, None, delta)
     path = local(where)
-    if os.path.isfile(path) and not base: raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
-    if os.path.isfile(path): return Model(where, path, None, open_delta(path, base))
-    checkpoint = aligned(complete(unquantised(open_checkpoint(where))), like)  # an adapter is on the base that it names
+    if os.path.isfile(path):
+        if base: return Model(where, path, None, open_delta(path, base))
+        raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
+    checkpoint = open_checkpoint(where)  # an adapter is on the base that it names
+    checkpoint = aligned(complete(unquantised(checkpoint)), like)
     same_tensors(like, checkpoint)
     same_meaning(like, checkpoint, allow_mismatch, one_vocabulary)
-    exotic = [n for n in like.names if like.dtype(n) in FLOATS and checkpoint.dtype(n) not in FLOATS]
-    if exotic: raise MaetError(f"{where}: {some(exotic)} is {checkpoint.dtype(exotic[0])}, which cannot be summed; dequantize it")
+    refuse_exotic(where, checkpoint, like)
     return Model(where, checkpoint.path, checkpoint, None)
+
+# %% ../../nbs/37_method.tasks.ipynb #c0f27e4a
+def refuse_exotic(where: str, checkpoint: Checkpoint, like: Checkpoint) -> None:
+    "Raise a MaetError where `like` has floats and a checkpoint numbers that cannot be summed."
+    floats = [name for name in like.names if like.dtype(name) in FLOATS]
+    exotic = [name for name in floats if checkpoint.dtype(name) not in FLOATS]
+    if not exotic: return
+    raise MaetError(f"{where}: {some(exotic)} is {checkpoint.dtype(exotic[0])}, "
+                    "which cannot be summed; dequantize it")
 
 # %% ../../nbs/37_method.tasks.ipynb #f9c47575
 def open_pattern(where: str, is_base: bool) -> tuple[Checkpoint, Model]:
-    "The checkpoint that a result is like, and the model by that name: an adapter's result is like its base."
-    if os.path.isfile(local(where)): raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
-    model = complete(unquantised(Checkpoint(where) if is_base else open_checkpoint(where)))
-    return model.base if isinstance(model, Adapted) else model, Model(where, model.path, model, None)
+    "The checkpoint that a result is like, and the model; an adapter's result is like its base."
+    if os.path.isfile(local(where)):
+        raise MaetError(f"{where}: a pack is a delta; give its base as base_model")
+    checkpoint = Checkpoint(where) if is_base else open_checkpoint(where)
+    checkpoint = complete(unquantised(checkpoint))
+    like = checkpoint.base if isinstance(checkpoint, Adapted) else checkpoint
+    return like, Model(where, checkpoint.path, checkpoint, None)
 
 # %% ../../nbs/37_method.tasks.ipynb #827bfc45
 @dataclass(eq=False)
@@ -177,28 +224,36 @@ class Task:
             if self.found is None: self.found = self.method.first(self)
             return self.found
 
+    def piece(self, start: int, stop: int) -> Tensor: # flat, wide
+        "A run of the result, not rounded yet."
+        base = base_of(self, start, stop)
+        inputs = [input_of(self, number, start, stop, base) for number in range(len(self.models))]
+        return self.method.merge(self, start, base, inputs)
+
 # %% ../../nbs/37_method.tasks.ipynb #2e01e174
-def _of_base(self, start: int, stop: int) -> Tensor | None: # flat, wide
-    "A run of the base, if one is needed: for deltas, or to make a tensor of a pack."
-    if not self.method.base and all(model.checkpoint for model in self.models): return None
-    values = finite(self.base.piece(self.name, start, stop), self.name, self.base.path, start)
-    return values.to(wide([values]))
+def input_of(task: Task,
+             number: int, # of the model
+             start: int,
+             stop: int,
+             base: Tensor | None = None, # of `base_of`, where it was read already
+             ) -> Tensor: # flat, wide
+    "A run of one model as the method wants it: a delta, or a tensor."
+    if base is None: base = base_of(task, start, stop)
+    model = task.models[number]
+    values = model.read(task.name, start, stop)
+    dtype = wide([values] if base is None else [values, base])
+    values = values.to(dtype, copy=True)  # what was read belongs to others too
+
+    is_delta = not model.checkpoint  # a checkpoint has tensors, a pack deltas
+    if is_delta == task.method.base: return values
+    return values.sub_(base) if task.method.base else values.add_(base)
 
 # %% ../../nbs/37_method.tasks.ipynb #79ab20c8
-def _input(self, number: int, start: int, stop: int, base: Tensor | None = None) -> Tensor: # flat, wide
-    "A run of one model, as the method wants it: a delta, or a tensor. A checkpoint has tensors, a pack deltas."
-    model, base = self.models[number], self.of_base(start, stop) if base is None else base
-    values = model.read(self.name, start, stop)
-    values = values.to(wide([values] if base is None else [values, base]), copy=True)  # what was read belongs to others too
-    if bool(model.checkpoint) != self.method.base: return values
-    return values.sub_(base) if self.method.base else values.add_(base)
-
-def _piece(self, start: int, stop: int) -> Tensor: # flat, wide
-    "A run of the result, not rounded yet."
-    base = self.of_base(start, stop)
-    return self.method.merge(self, start, base, [self.input(number, start, stop, base) for number in range(len(self.models))])
-
-Task.of_base, Task.input, Task.piece = _of_base, _input, _piece
+def base_of(task: Task, start: int, stop: int) -> Tensor | None: # flat, wide
+    "A run of the base, if one is needed: for deltas, or to make a tensor of a pack."
+    if not task.method.base and all(model.checkpoint for model in task.models): return None
+    values = finite(task.base.piece(task.name, start, stop), task.name, task.base.path, start)
+    return values.to(wide([values]))
 
 # %% ../../nbs/37_method.tasks.ipynb #b7eb6c68
 class Thin(NamedTuple):
@@ -206,106 +261,156 @@ class Thin(NamedTuple):
     keep: Callable | None = None  # (flat delta, where it starts) -> the same with zeros
     factor: float = 1.
 
-def sums(task: Task, of: Callable[[int, int], tuple]) -> np.ndarray:
+def piecewise_sums(task: Task, of_piece: Callable[[int, int], tuple]) -> np.ndarray:
     "Sums over the pieces of a tensor, in float64."
-    return sum(in_order(lambda run: np.array(of(*run), dtype=np.float64), pieces(task.size)))
+    def numbers(piece): return np.array(of_piece(*piece), dtype=np.float64)
+    return sum(in_order(numbers, pieces(task.size)))
+
+def l1(tensor: Tensor) -> float:
+    "The sum of the absolute values, in float64."
+    return tensor.abs().sum(dtype=torch.float64).item()
 
 # %% ../../nbs/37_method.tasks.ipynb #eb51448c
 def rescaled(task: Task, number: int, keep: Callable) -> Thin:
     "Adds the factor of `rescale`, for mergekit's from the sums of |delta| before and after."
-    def l1(start, stop):
-        delta = task.input(number, start, stop)
-        return delta.abs().sum(dtype=torch.float64).item(), keep(delta, start).abs().sum(dtype=torch.float64).item()
-    before, after = sums(task, l1) if task.shared["rescale"] is True else (0., 0.)
-    return Thin(keep, rescaling(before, after, task.each[number]["density"], task.shared["rescale"]))
+    rescale = task.shared["rescale"]
+    before = after = 0.
+    if rescale is True:
+        def both(start, stop):
+            delta = input_of(task, number, start, stop)
+            return l1(delta), l1(keep(delta, start))
+        before, after = piecewise_sums(task, both)
+    return Thin(keep, rescaling(before, after, task.each[number]["density"], rescale))
 
 # %% ../../nbs/37_method.tasks.ipynb #379b9fe5
+def trimmed(task: Task, number: int, density: float) -> Thin:
+    "TIES for one model: by a cut over its tensor, or over all of it."
+    if density == 1: return Thin()
+    if task.shared["trim"] == "model":
+        where = task.whole.cut(task.models[number], density)
+    else:
+        read = partial(input_of, task, number)
+        where = find_cut(read, task.size, keep_count(task.size, density))
+    def keep(delta, start): return trim(delta, where, start)
+    return rescaled(task, number, keep)
+
 def trimming(task: Task) -> list[Thin]:
     "TIES: the cut of each model."
-    def thin(number, density):
-        if density == 1: return Thin()
-        if task.shared["trim"] == "model": cut = task.whole.cut(task.models[number], density)
-        else: cut = find_cut(partial(task.input, number), task.size, keep_count(task.size, density))
-        return rescaled(task, number, lambda delta, start: trim(delta, cut, start))
-    return [thin(*of) for of in enumerate(task.of_each("density"))]
+    densities = enumerate(task.of_each("density"))
+    return [trimmed(task, number, density) for number, density in densities]
 
 # %% ../../nbs/37_method.tasks.ipynb #1288da25
+def dropped(task: Task, number: int, density: float) -> Thin:
+    "DARE for one model."
+    if density == 1: return Thin()
+    def keep(delta, start):
+        return delta * task.mask(number, task.name, start, start + len(delta), density)
+    return rescaled(task, number, keep)
+
 def dropping(task: Task) -> list[Thin]:
     "DARE: the mask of each model."
-    def thin(number, density):
-        if density == 1: return Thin()
-        return rescaled(task, number, lambda delta, start: delta * task.mask(number, task.name, start, start + len(delta), density))
-    return [thin(*of) for of in enumerate(task.of_each("density"))]
+    densities = enumerate(task.of_each("density"))
+    return [dropped(task, number, density) for number, density in densities]
 
 # %% ../../nbs/37_method.tasks.ipynb #6fedd602
 def turning(task: Task) -> tuple[float, float]:
     "SLERP: the two factors."
     def products(start, stop):
-        a, b = (task.input(number, start, stop) for number in (0, 1))
-        return dot_flat(a, b), dot_flat(a, a), dot_flat(b, b)
-    dot, *squares = sums(task, products)
+        first = input_of(task, 0, start, stop)
+        second = input_of(task, 1, start, stop)
+        return dot_flat(first, second), dot_flat(first, first), dot_flat(second, second)
+    dot, *squares = piecewise_sums(task, products)
     return slerp_factors(task.shared["t"], dot, tuple(np.sqrt(squares)))
 
 # %% ../../nbs/37_method.tasks.ipynb #c5b76da3
+@contextmanager
+def reading_all(tasks: Mapping[str, Task], model: Model,
+                times: int) -> Iterator[tuple[list, Callable]]:
+    "All pieces of a model, and what reads one; with a bar if it lasts, for so many readings."
+    jobs = []  # task, number of the model in it, start, stop
+    for task in tasks.values():
+        for number, other in enumerate(task.models):
+            if other is model: jobs += [(task, number, *piece) for piece in pieces(task.size)]
+    size = 4 * sum(stop - start for *_, start, stop in jobs)
+    bar = progress_bar(times * size, f"reading {model.path.name}")
+
+    def read(task, number, start, stop):
+        delta = input_of(task, number, start, stop)
+        bar.update(delta.nbytes)
+        return delta
+    with bar: yield jobs, read
+
+# %% ../../nbs/37_method.tasks.ipynb #0ba62a7a
+def cut_of_model(tasks: Mapping[str, Task], model: Model, density: float) -> Cut:
+    "The cut over the whole model. All that equal the threshold stay, as in the authors' program."
+    with reading_all(tasks, model, 2) as (jobs, read):
+        if any(task.each[number]["density"] != density for task, number, *_ in jobs):
+            raise MaetError(f"{model.where}: density differs between tensors; "
+                            "trim: model needs one density for all of them")
+        keep = keep_count(sum(stop - start for *_, start, stop in jobs), density)
+        size, *_ = threshold(read, jobs, keep)
+    return Cut(size, inf)
+
+# %% ../../nbs/37_method.tasks.ipynb #1b810dbd
+def weight_of_model(tasks: Mapping[str, Task], model: Model, rows: str) -> float:
+    "The inverse of the model's mean absolute row change; `rows` are those of input or output."
+    changes = dict.fromkeys(tasks, 0.)
+    with reading_all(tasks, model, 1) as (jobs, read):
+        def change(job): return job[0].name, l1(read(*job))
+        for name, number in in_order(change, jobs): changes[name] += number
+    shapes = {name: task.base.shape(name) for name, task in tasks.items()}
+    return magnitude_weight(changes, shapes, rows)
+
+# %% ../../nbs/37_method.tasks.ipynb #32f0cd60
 class Whole:
     "What must be known of whole models, found once, by reading them."
-    def __init__(self, tasks: Mapping[str, "Task"]): self.tasks, self.lock, self.found = tasks, threading.Lock(), {}
+    def __init__(self, tasks: Mapping[str, Task]):
+        self.tasks, self.lock, self.found = tasks, threading.Lock(), {}
 
-    def once(self, *what, find: Callable):
+    def _once(self, find: Callable, model: Model, setting):
+        key = find, model.where, setting
         with self.lock:
-            if what not in self.found: self.found[what] = find()
-            return self.found[what]
-
-    @contextmanager
-    def jobs(self, model: Model, times: int) -> Iterator[tuple[list, Callable]]:
-        "All pieces of a model, and what reads one; with a bar if it lasts, for so many readings."
-        owners = [(task, number) for task in self.tasks.values() for number, other in enumerate(task.models) if other is model]
-        jobs = [(task, number, *run) for task, number in owners for run in pieces(task.size)]
-        bar = progress_bar(times * sum(4 * (stop - start) for *_, start, stop in jobs), f"reading {model.path.name}")
-        def read(task, number, *run):
-            delta = task.input(number, *run)
-            bar.update(delta.nbytes)
-            return delta
-        with bar: yield jobs, read
+            if key not in self.found: self.found[key] = find(self.tasks, model, setting)
+            return self.found[key]
 
     def cut(self, model: Model, density: float) -> Cut:
-        "The cut over the whole model. All that equal the threshold stay, as in the authors' program."
-        def find():
-            with self.jobs(model, 2) as (jobs, read):
-                if any(task.each[number]["density"] != density for task, number, *_ in jobs):
-                    raise MaetError(f"{model.where}: density differs between tensors; trim: model needs one density for all of them")
-                return Cut(threshold(read, jobs, keep_count(sum(stop - start for *_, start, stop in jobs), density))[0], inf)
-        return self.once(model.where, density, find=find)
+        return self._once(cut_of_model, model, density)
 
-    def weight(self, model: Model, rows: str) -> float: # rows: "input" or "output"
-        "The inverse of the model's mean absolute row change."
-        def find():
-            changes = dict.fromkeys(self.tasks, 0.)
-            with self.jobs(model, 1) as (jobs, read):
-                for name, change in in_order(lambda job: (job[0].name, read(*job).abs().sum(dtype=torch.float64).item()), jobs): changes[name] += change
-            return magnitude_weight(changes, {name: task.base.shape(name) for name, task in self.tasks.items()}, rows)
-        return self.once(model.where, rows, find=find)
+    def weight(self, model: Model, rows: str) -> float:
+        return self._once(weight_of_model, model, rows)
 
 # %% ../../nbs/37_method.tasks.ipynb #80e28a51
 def thinned(task: Task, start: int, deltas: list[Tensor]) -> list[Tensor]:
     "The deltas with zeros where they are trimmed or dropped, rescaled."
-    kept = [thin.keep(delta, start) if thin.keep else delta for thin, delta in zip(task.known, deltas)]
-    return [delta if thin.factor == 1 else delta * thin.factor for thin, delta in zip(task.known, kept)]
+    results = []
+    for thin, delta in zip(task.known, deltas):
+        if thin.keep: delta = thin.keep(delta, start)
+        results.append(delta if thin.factor == 1 else delta * thin.factor)
+    return results
 
 def soup_of(task: Task, start: int, base: Tensor | None, tensors: list[Tensor]) -> Tensor:
+    "A block of a soup."
     return linear(tensors, task.of_each("weight"), task.shared["normalize"])
 
 def turned(task: Task, start: int, base: Tensor | None, tensors: list[Tensor]) -> Tensor:
+    "A block of SLERP."
     return linear(tensors, task.known, normalize=False)
 
 # %% ../../nbs/37_method.tasks.ipynb #35918141
 def adjusted(task: Task, start: int, base: Tensor, deltas: list[Tensor]) -> Tensor:
+    "A block of a soup that is adjusted for magnitude."
     return task_arithmetic(base, deltas, task.known, normalize=True)
 
 def summed(task: Task, start: int, base: Tensor, deltas: list[Tensor]) -> Tensor:
+    "A block of task arithmetic, or of DARE with it."
     if task.method.first: deltas = thinned(task, start, deltas)
-    return task_arithmetic(base, deltas, task.of_each("weight"), task.shared["normalize"], task.shared["lambda"])
+    settings = task.shared
+    weights = task.of_each("weight")
+    return task_arithmetic(base, deltas, weights, settings["normalize"], settings["lambda"])
 
 def elected(task: Task, start: int, base: Tensor, deltas: list[Tensor]) -> Tensor:
-    deltas, s = thinned(task, start, deltas), task.shared
-    return base + agreed(deltas, task.of_each("weight"), s["normalize"], s["lambda"], s["elect"])
+    "A block of TIES, or of DARE with it."
+    deltas = thinned(task, start, deltas)
+    settings = task.shared
+    options = settings["normalize"], settings["lambda"], settings["elect"]
+    return base + agreed(deltas, task.of_each("weight"), *options)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from math import floor
+from math import floor, isnan
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..weights.tensors import MaetError, of_kinds
 from ..weights.checkpoints import identity
 from maet.weights.deltas import (
-    Lazy, Part, Sum, combine, cosine, dot, packed_in, shapes_of, terms_of,
+    Lazy, Part, Sum, combine, cosine, dot, shapes_of, terms_of,
 )
 from ..weights.packs import Pack
 from ..weights.differences import added, cosines, scan
@@ -28,7 +28,7 @@ from .ability import weighted
 def multilingual_weights(languages: Sequence[Part | None], # R(L_i) of one tensor, one a language
                          mu: Sequence[float],              # weight of each language
                          ) -> Part | None:                 # R_Lang, float32
-    "Eq. 3 for one tensor: the weighted sum over the languages. Raises MaetError unless there is one weight a language."
+    "Eq. 3 for one tensor: the weighted sum. Raises MaetError unless there is one weight a language."
     if len(languages) != len(mu):
         raise MaetError(f"mu: {len(mu)} weights for {len(languages)} languages; give one for each")
     return weighted(zip(mu, languages))
@@ -44,18 +44,24 @@ def similarity(a: Part | None, # R(A) of one tensor
     "Eq. 4 for one tensor. Raises MaetError for an unknown similarity."
     if how not in SIMILARITIES:
         raise MaetError(f"similarity: {how!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
-    return 0. if a is None or b is None else SIMILARITIES[how](a, b)
+    if a is None or b is None: return 0.
+    return SIMILARITIES[how](a, b)
 
 # %% ../../nbs/35_method.transfer.ipynb #bd307a3e
-ROUNDINGS = {"down": floor, "nearest": lambda share: floor(share + .5)}
+def nearest(number: float) -> int:
+    "The nearest whole number, halves upwards."
+    return floor(number + .5)
+
+ROUNDINGS = {"down": floor, "nearest": nearest}
 
 # %% ../../nbs/35_method.transfer.ipynb #35b048f1
 def select_count(total: int,    # tensors in the model
                  ratio: float,  # k2, in [0, 1]
                  rounding: str = "down", # or "nearest"
                  ) -> int:
-    "How many tensors are ability-related. Raises MaetError for a ratio outside [0, 1] or an unknown rounding."
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+    "How many tensors are ability-related. Raises MaetError for another ratio or rounding."
+    is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not is_number or not 0 <= ratio <= 1:
         raise MaetError(f"select_ratio: {ratio} is not from 0 to 1; write eighty per cent as 0.8")
     if rounding not in ROUNDINGS:
         raise MaetError(f"rounding: {rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
@@ -68,34 +74,40 @@ def select(similarities: Mapping[str, float], # name -> V, every tensor of the m
            ) -> set[str]:                     # T
     "The last k2 % in descending order of similarity; ties by position. Raises MaetError for NaN."
     for name, value in similarities.items():
-        if value != value: raise MaetError(f"{name}: its similarity is NaN; check both deltas")
+        if isnan(value): raise MaetError(f"{name}: its similarity is NaN; check both deltas")
     ranked = sorted(similarities, key=lambda name: -similarities[name])
-    return set(ranked[len(ranked) - select_count(len(ranked), ratio, rounding):])
+    count = select_count(len(ranked), ratio, rounding)
+    return set(ranked[len(ranked) - count:])
 
 # %% ../../nbs/35_method.transfer.ipynb #12c6fc06
 def change(ability: Part | None,  # R(A) of one tensor
            language: Part | None, # R_Lang of the same tensor
            selected: bool,        # is the tensor in T?
-           gamma: float = 0.2, eta: float = 1.0, # Table 5
+           gamma: float = 0.2,    # Table 5
+           eta: float = 1.0,      # Table 5
            ) -> Part | None:      # float32; None if nothing changes
     "What Eq. 5 adds to one tensor of the base."
-    return weighted([(gamma, ability), (eta, language)] if selected else [(1., language)])
+    if not selected: return weighted([(1., language)])
+    return weighted([(gamma, ability), (eta, language)])
 
 # %% ../../nbs/35_method.transfer.ipynb #f6e1126c
 def transfer(base: Tensor,          # tau, any float dtype
              ability: Part | None,  # R(A) of the tensor
              language: Part | None, # R_Lang of the tensor
              selected: bool,        # is the tensor in T?
-             gamma: float = 0.2, eta: float = 1.0, # Table 5
+             gamma: float = 0.2,    # Table 5
+             eta: float = 1.0,      # Table 5
              ) -> Tensor:           # float32, shape of `base`; not rounded yet
     "Eq. 5 for one tensor. Raises MaetError if shapes differ."
     moved = change(ability, language, selected, gamma, eta)
-    return base.to(torch.promote_types(base.dtype, torch.float32)) if moved is None else added(base, moved)
+    if moved is None: return base.to(torch.promote_types(base.dtype, torch.float32))
+    return added(base, moved)
 
 # %% ../../nbs/35_method.transfer.ipynb #7719a1c7
 @dataclass(eq=False)
 class _Inputs:
-    names: Sequence[str]                      # every tensor of the base: the selection is a share of them
+    "What Eq. 3-5 need for a whole model. Raises MaetError for what they cannot use."
+    names: Sequence[str]                      # every tensor of the base, to be selected from
     ability: Mapping[str, Part]               # R(A)
     languages: Sequence[Mapping[str, Part]]   # R(L_i)
     mu: Sequence[float]                       # one weight a language
@@ -111,46 +123,62 @@ class _Inputs:
         similarity(None, None, self.similarity)
         select_count(len(self.names), self.select_ratio, self.rounding)
         of_kinds("", self.kinds)
-        unknown = sorted({name for delta in (self.ability, *self.languages) for name in delta} - set(self.names))
-        if unknown: raise MaetError(f"transfer: the base has no tensor {unknown[0]}; give deltas to this base")
+        unknown = set().union(self.ability, *self.languages) - set(self.names)
+        if unknown:
+            raise MaetError(f"transfer: the base has no tensor {min(unknown)}; "
+                            "give deltas to this base")
 
     @cached_property
-    def language(self) -> Sum: return Sum(zip(self.mu, self.languages)) # R_Lang, Eq. 3 for a whole model
-
-    @cached_property
-    def sparse(self) -> set[str]: return {name for name in self.names if packed_in(name, (self.ability, self.language))}
+    def language(self) -> Sum: # R_Lang
+        "Eq. 3 for a whole model."
+        return Sum(zip(self.mu, self.languages))
 
 # %% ../../nbs/35_method.transfer.ipynb #cb4e5208
-def addends(delta: Mapping[str, Part], factor: float = 1.) -> list[tuple[float, Mapping[str, Part]]]:
-    "The deltas that a sum is made of, with their factors; a delta that is no sum is its only addend."
-    if not isinstance(delta, Sum): return [(factor, delta)]
-    return [found for own, inner in delta.weighted for found in addends(inner, factor * own)]
+Addend = tuple[float, Mapping[str, Part]]  # a delta of a sum, with its factor
 
-def addends_to_scan(delta: Mapping[str, Part]) -> list[tuple[float, Mapping[str, Part]]]:
+def addends(delta: Mapping[str, Part], factor: float = 1.) -> list[Addend]:
+    "The deltas that a sum is made of; a delta that is no sum is its only addend."
+    if not isinstance(delta, Sum): return [(factor, delta)]
+    found = []
+    for own, inner in delta.weighted: found += addends(inner, factor * own)
+    return found
+
+def addends_to_scan(delta: Mapping[str, Part]) -> list[Addend]:
     "Each pack for itself, and one sum of all the others."
-    rest = [(factor, inner) for factor, inner in addends(delta) if not isinstance(inner, Pack)]
-    return [(factor, inner) for factor, inner in addends(delta) if isinstance(inner, Pack)] + [(1., Sum(rest))] * bool(rest)
+    packs, rest = [], []
+    for factor, inner in addends(delta):
+        side = packs if isinstance(inner, Pack) else rest
+        side.append((factor, inner))
+    if rest: packs.append((1., Sum(rest)))
+    return packs
 
 # %% ../../nbs/35_method.transfer.ipynb #fec01769
-def dots(a: Mapping[str, Part], b: Mapping[str, Part], # deltas
-         shapes: Mapping[str, tuple],                  # of the tensors to look at
-         ) -> dict[str, float]:                        # tensor name -> dot product
+def dots(a: Mapping[str, Part],       # a delta
+         b: Mapping[str, Part],       # another
+         shapes: Mapping[str, tuple], # of the tensors to look at
+         ) -> dict[str, float]:       # tensor name -> dot product
     "Dot products of two deltas, tensor by tensor, in one scan."
-    sides = [{f"{side}{n}": addend for n, addend in enumerate(addends_to_scan(delta))} for side, delta in zip("ab", (a, b))]
-    factors = {name: factor for side in sides for name, (factor, _) in side.items()}
-    found = scan({name: delta for side in sides for name, (_, delta) in side.items()}, ["dot"], shapes, pairs=product(*sides))
-    return {name: sum(factors[x] * factors[y] * values[name] for (_, x, y), values in found.items()) for name in shapes}
+    deltas, factors = {}, {}
+    names = {"a": [], "b": []}
+    for side, whole in (("a", a), ("b", b)):
+        for number, (factor, delta) in enumerate(addends_to_scan(whole)):
+            name = f"{side}{number}"
+            names[side].append(name)
+            factors[name], deltas[name] = factor, delta
+
+    found = scan(deltas, ["dot"], shapes, pairs=product(names["a"], names["b"]))
+    totals = dict.fromkeys(shapes, 0)
+    for (_, x, y), values in found.items():
+        for name in shapes: totals[name] += factors[x] * factors[y] * values[name]
+    return totals
 
 # %% ../../nbs/35_method.transfer.ipynb #972a67c4
 class MaetTransfer(_Inputs, Lazy):
-    "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError for bad parameters."
+    "What Eq. 3-5 add to a base, name -> float32 Part, computed when asked for. Raises MaetError."
     @cached_property
     def similarities(self) -> dict[str, float]:
-        "V of every tensor, in one scan. What ability or languages did not change has 0."
-        shared = {name: shape for name, shape in self.language.shapes.items() if name in self.ability}
-        if self.similarity == "dot": values = dots(self.ability, self.language, shared)
-        else: values = cosines(scan({"a": self.ability, "b": self.language}, ["dot", "squares"], shared), "a", "b")
-        return {name: values.get(name, 0.) for name in self.names}
+        "V of every tensor, in one scan."
+        return similarities_of(self)
 
     @cached_property
     def selected(self) -> set[str]:
@@ -160,10 +188,8 @@ class MaetTransfer(_Inputs, Lazy):
 
     @cached_property
     def shapes(self) -> dict[str, tuple]:
-        "The tensors that change: those that a language changed, and those of T that the ability changed."
-        known = shapes_of([self.language, self.ability])
-        return {name: known[name] for name in self.names
-                if name in self.language or name in self.ability and name in self.selected}
+        "The tensors that change."
+        return shapes_that_change(self)
 
     @property
     def identity(self) -> str:
@@ -172,8 +198,39 @@ class MaetTransfer(_Inputs, Lazy):
 
     def terms(self, name: str, start: int, stop: int) -> list[tuple[float, Part]]: # (factor, flat part)
         "Eq. 5 as the sum that it is."
-        if name not in self.selected: return terms_of(self.language, name, start, stop)
-        sides = (self.gamma, self.ability), (self.eta, self.language)
-        return [(outer * inner, part) for outer, delta in sides for inner, part in terms_of(delta, name, start, stop)]
+        return terms_of_change(self, name, start, stop)
 
-    def piece(self, name: str, start: int, stop: int) -> Part: return combine(self.terms(name, start, stop))
+    def piece(self, name: str, start: int, stop: int) -> Part:
+        return combine(self.terms(name, start, stop))
+
+# %% ../../nbs/35_method.transfer.ipynb #46f2ec73
+def similarities_of(inputs: _Inputs) -> dict[str, float]:
+    "Eq. 4 for a whole model. What ability or languages did not change has 0."
+    ability, language = inputs.ability, inputs.language
+    shared = {name: shape for name, shape in language.shapes.items() if name in ability}
+    if inputs.similarity == "dot":
+        values = dots(ability, language, shared)
+    else:
+        sums = scan({"a": ability, "b": language}, ["dot", "squares"], shared)
+        values = cosines(sums, "a", "b")
+    return {name: values.get(name, 0.) for name in inputs.names}
+
+def shapes_that_change(transfer: MaetTransfer) -> dict[str, tuple]:
+    "The tensors that a language changed, and those of T that the ability changed."
+    known = shapes_of([transfer.language, transfer.ability])
+    changed = {}
+    for name in transfer.names:
+        if name not in transfer.language:
+            if name not in transfer.ability or name not in transfer.selected: continue
+        changed[name] = known[name]
+    return changed
+
+# %% ../../nbs/35_method.transfer.ipynb #e7578a87
+def terms_of_change(transfer: MaetTransfer, name: str,
+                    start: int, stop: int) -> list[tuple[float, Part]]: # (factor, flat part)
+    "Eq. 5 for a piece of a tensor."
+    if name not in transfer.selected: return terms_of(transfer.language, name, start, stop)
+    terms = []
+    for outer, delta in ((transfer.gamma, transfer.ability), (transfer.eta, transfer.language)):
+        terms += [(outer * inner, part) for inner, part in terms_of(delta, name, start, stop)]
+    return terms
