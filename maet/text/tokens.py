@@ -200,7 +200,8 @@ class Position:
         "As plain data."
         unfilled = [[one.ids.tolist(), one.trained.tolist()] for one in self.unfilled]
         return dict(
-            sources=list(self.sources), used=list(self.used), documents=list(self.documents), unfilled=unfilled,
+            sources=list(self.sources), used=list(self.used),
+            documents=list(self.documents), unfilled=unfilled,
         )
 
 # %% ../../nbs/13_text.tokens.ipynb #aeb437ab
