@@ -53,8 +53,7 @@ class Source:
     def __post_init__(self):
         fault = _fault_of(self)
         if fault: raise MaetError(f"{self.path}: {fault}")
-        if "\0" in str(self.path):
-            raise MaetError(f"{str(self.path)!r}: a path has no zero byte in it")
+        if "\0" in str(self.path): raise MaetError(f"{str(self.path)!r}: a path has no zero byte in it")
         for form in (self.text, self.prompt, self.completion): _names(form or "")
         _check_where(self.where or {}, self.path)
 
