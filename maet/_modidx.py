@@ -933,6 +933,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'maet.text.miniworld._joined': ('text.miniworld.html#_joined', 'maet/text/miniworld.py'),
                                      'maet.text.miniworld._some': ('text.miniworld.html#_some', 'maet/text/miniworld.py'),
                                      'maet.text.miniworld._stays_small': ('text.miniworld.html#_stays_small', 'maet/text/miniworld.py'),
+                                     'maet.text.miniworld._stories_of': ('text.miniworld.html#_stories_of', 'maet/text/miniworld.py'),
                                      'maet.text.miniworld._word': ('text.miniworld.html#_word', 'maet/text/miniworld.py'),
                                      'maet.text.miniworld._write': ('text.miniworld.html#_write', 'maet/text/miniworld.py'),
                                      'maet.text.miniworld.article': ('text.miniworld.html#article', 'maet/text/miniworld.py'),

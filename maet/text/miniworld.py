@@ -166,7 +166,9 @@ def sums(story: str) -> dict[int, list[tuple]]:
             found.setdefault(level(operations, numbers), []).append(numbers)
     return found
 
-LEVELS = {n: [story for story in STORIES if n in sums(story)] for n in range(1, 7)}
+def _stories_of(n: int) -> list[str]: return [story for story in STORIES if n in sums(story)]
+
+LEVELS = {n: _stories_of(n) for n in range(1, 7)}
 
 # %% ../../nbs/15_text.miniworld.ipynb #b3f0c7f6
 def part_of(*what) -> str:
