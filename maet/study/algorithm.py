@@ -48,12 +48,15 @@ class Run:
 # %% ../../nbs/63_study.algorithm.ipynb #22d200f8
 @contextmanager
 def workshop(out: Path, what: str = "work"):
-    "A folder beside `out` for a command that goes on after a kill. Bad input leaves none, unless there was one before."
+    """A folder beside `out` for a command that goes on after a kill. Bad input leaves none, unless there
+    was one before. Raises MaetError where `out` exists or cannot be written."""
     work = out.parent / f".{out.name}.{what}"
     new = not work.exists()
-    if out.exists() and new: raise MaetError(f"{out}: exists; choose a new place")  # else a kill came when only the work was left to remove
+    if new and out.exists():  # not new: a kill came when only the folder was left to remove
+        raise MaetError(f"{out}: exists; choose a new place")
     try: work.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise MaetError(f"{out}: cannot be written ({e.strerror})") from None
+
     try:
         with on_disk(work): yield work
     except Exception as error:
@@ -62,113 +65,164 @@ def workshop(out: Path, what: str = "work"):
     shutil.rmtree(work)
 
 # %% ../../nbs/63_study.algorithm.ipynb #41bd2758
-def train_run(r: Run, out: str | Path) -> dict: # losses, held_out, steps, tokens, trained, bytes, seconds (train)
-    "A checkpoint folder, or with keys a pack file, at `out`. Called again after a kill, it goes on."
-    base, t = local(r.base), r.training
+def train_run(r: Run, out: str | Path) -> dict:
+    """A checkpoint folder, or with keys a pack file, at `out`. Called again after a kill, it goes on.
+    Gives losses, held_out, steps, tokens, trained, bytes, seconds (train)."""
+    base, training = local(r.base), r.training
     with workshop(Path(out)) as work:
-        start, tokenizer = complete(unquantised(Checkpoint(base))), open_tokenizer(base)
-        for file in r.keys: Keys(file, start)
-        def table(name, sources, size): return str(write_tokens(work / name, sources, tokenizer, size, t.sequence_length, t.seed, t.whole_documents))
-        held_out = table("held_out.safetensors", r.held_out, r.held_out_tokens) if r.held_out else None
-        return run_job(Job(str(base), table("tokens.safetensors", r.corpora, t.tokens), str(out), str(work / "job"), t, r.keys, held_out), r.launch)
+        start = complete(unquantised(Checkpoint(base)))
+        tokenizer = open_tokenizer(base)
+        for file in r.keys: Keys(file, start)  # raises if it does not fit, before any text is read
+
+        def table(name, sources, size):
+            settings = (size, training.sequence_length, training.seed, training.whole_documents)
+            return str(write_tokens(work / name, sources, tokenizer, *settings))
+
+        held_out = None
+        if r.held_out: held_out = table("held_out.safetensors", r.held_out, r.held_out_tokens)
+        tokens = table("tokens.safetensors", r.corpora, training.tokens)
+        job = Job(str(base), tokens, str(out), str(work / "job"), training, r.keys, held_out)
+        return run_job(job, r.launch)
 
 # %% ../../nbs/63_study.algorithm.ipynb #813365c9
 def make_base(r: Base, out: str | Path) -> None:
     "A backbone at `out`; its stages lie beside it while it is made."
     with workshop(Path(out), "stages") as root:
-        plan, store = Store(root, dry=True), Store(root)
-        made = backbone(r, plan, Texts(plan, None, {}))
+        plan = Store(root, dry=True)
+        planned = backbone(r, plan, Texts(plan, None, {}))
         if Path(out).exists():
-            if made.parent.exists() and not made.exists(): return  # this is where it went
+            if planned.parent.exists() and not planned.exists(): return  # this is where it went
             raise MaetError(f"{out}: exists; choose a new place")
+        store = Store(root)
         store.progress = Progress(plan.plan, root)
         os.replace(backbone(r, store, Texts(store, None, {})), out)
 
 # %% ../../nbs/63_study.algorithm.ipynb #b6692ea5
 class Pipeline:
-    "One recipe and one seed, in a store. The functions below give the path of a result, which is made if it is not there."
+    """One recipe and one seed, in a store. The functions below give the path of a result, which
+    is made if it is not there."""
     def __init__(self, recipe: Recipe, store: Store, seed: int = 0):
         self.recipe, self.store, self.seed = recipe, store, seed
         self.texts = Texts(store, recipe.world, recipe.corpora)
 
     @cached_property
     def base(self) -> Path: # Theta_o
-        return Path(self.recipe.base) if isinstance(self.recipe.base, str) else backbone(self.recipe.base, self.store, self.texts)
+        base = self.recipe.base
+        if isinstance(base, str): return Path(base)
+        return backbone(base, self.store, self.texts)
 
     @cached_property
     def base_identity(self) -> str:
-        return Checkpoint(self.base).fingerprint if isinstance(self.recipe.base, str) else self.base.parent.name
+        if isinstance(self.recipe.base, str): return Checkpoint(self.base).fingerprint
+        return self.base.parent.name
 
     def identity(self, model: Path) -> str:
         "What a model is: the name of its stage, or the fingerprint of the base."
         return self.base_identity if model == self.base else model.parent.name
 
     def planned(self) -> "Pipeline":
-        "The same run with a store that makes nothing, and an empty plan: to see what something takes, the base excepted."
+        "The same run with an empty plan, to see what something takes: it makes nothing, but for the base."
         self.base, self.base_identity  # known before they are copied
         run = copy.copy(self)
-        run.store, run.texts = Store(self.store.root, dry=True), copy.copy(self.texts)
+        run.store = Store(self.store.root, dry=True)
+        run.texts = copy.copy(self.texts)
         run.texts.store = run.store
         return run
 
 # %% ../../nbs/63_study.algorithm.ipynb #972a67c4
-def trained(run: Pipeline, name: str, shares: dict[str, float], training: Training, keys: tuple = (), start: Path | None = None) -> Path:
-    "An expert: a checkpoint, or with keys files a pack. `start`: another checkpoint than the base."
-    training, start = replace(training, seed=run.seed, mode="key-neuron" if keys else training.mode), start or run.base
-    shares = {c: w for c, w in shares.items() if w}
+def trained(run: Pipeline, name: str,
+            shares: dict[str, float],   # corpus -> its part of the mixture
+            training: Training,
+            keys: tuple = (),           # keys files; their union is trained
+            start: Path | None = None,  # another checkpoint than the base
+            ) -> Path:
+    "An expert: a checkpoint, or with keys files a pack."
+    start = start or run.base
+    training = replace(training, seed=run.seed)
+    if keys: training = replace(training, mode="key-neuron")
+    result = "expert.safetensors" if keys else "expert"
+    shares = {corpus: share for corpus, share in shares.items() if share}
     table = tokens(run.texts, run.base, run.base_identity, shares, training)
-    return trained_from(run.store, f"{name}.{named(shares)}", start, run.identity(start), table, training,
-                        "expert.safetensors" if keys else "expert", keys, run.recipe.launch)
+    name, identity, launch = f"{name}.{named(shares)}", run.identity(start), run.recipe.launch
+    return trained_from(run.store, name, start, identity, table, training, result, keys, launch)
 
 # %% ../../nbs/63_study.algorithm.ipynb #cb7a1d77
 def located(run: Pipeline, corpus: str) -> Path:
     "A little dense CPT on one corpus, and the keys file of the top k1 % of what it moved."
-    r, probe = run.recipe.locate, trained(run, "probe", {corpus: 1.0}, run.recipe.locate.training)
-    other = {"share": r.share} if r.granularity != "element" and r.share != "neurons" else {}  # an element is a scalar
-    other |= {"kinds": r.kinds} if r.kinds != "all" else {}
-    make = lambda part, step: locate(Checkpoint(run.base), Checkpoint(probe), r.ratio, r.granularity, part / "keys.safetensors", **other)
-    stage = run.store.stage(f"keys.{corpus.replace('/', '.')}", make, probe=probe.parent.name, ratio=r.ratio, granularity=r.granularity, **other)
-    return stage / "keys.safetensors"
+    r, result = run.recipe.locate, "keys.safetensors"
+    probe = trained(run, "probe", {corpus: 1.0}, r.training)
+    settings = dict(ratio=r.ratio, granularity=r.granularity)
+    if r.granularity != "element" and r.share != "neurons":  # an element is a scalar
+        settings["share"] = r.share
+    if r.kinds != "all":
+        settings["kinds"] = r.kinds
+
+    def make(part, step):
+        locate(Checkpoint(run.base), Checkpoint(probe), out=part / result, **settings)
+
+    name = f"keys.{corpus.replace('/', '.')}"
+    return run.store.stage(name, make, probe=probe.parent.name, **settings) / result
 
 # %% ../../nbs/63_study.algorithm.ipynb #ca3512f4
 def expert(run: Pipeline, language: str, ability: str | None = None) -> Path:
     "A pack of key neurons: of a language, or of an ability and a language."
-    general = f"general/{language}"
-    if not ability: return trained(run, "expert", {general: 1.0}, run.recipe.training, (located(run, general),))
+    general, training = f"general/{language}", run.recipe.training
+    if not ability:
+        return trained(run, "expert", {general: 1.0}, training, (located(run, general),))
     special, share = f"{ability}/{language}", run.recipe.abilities[ability].general
-    return trained(run, "expert", {special: 1 - share, general: share}, run.recipe.training, (located(run, special), located(run, general)))
+    keys = (located(run, special), located(run, general))
+    return trained(run, "expert", {special: 1 - share, general: share}, training, keys)
 
+# %% ../../nbs/63_study.algorithm.ipynb #fcca001b
 def language_expert(run: Pipeline, ability: str) -> Path:
     "Line 6 as the recipe reads it: what is taken off the expert of `ability`."
     l0 = run.recipe.reference
     if run.recipe.extract.minus == "general": return expert(run, l0)
-    return trained(run, "expert", {f"{ability}/{l0}": 1.0}, run.recipe.training, (located(run, f"general/{l0}"),))
+    keys = (located(run, f"general/{l0}"),)
+    return trained(run, "expert", {f"{ability}/{l0}": 1.0}, run.recipe.training, keys)
 
 # %% ../../nbs/63_study.algorithm.ipynb #761f22b2
 def extracted(run: Pipeline, ability: str) -> Path:
     "R(A) by Eq. 2: a pack."
-    experts, r = (expert(run, run.recipe.reference, ability), language_expert(run, ability)), run.recipe.extract
-    make = lambda part, step: extract(part / "ability.safetensors", run.base, *experts, r.alpha, r.beta)
-    return run.store.stage(f"ability.{ability}", make, experts=[e.parent.name for e in experts], alpha=r.alpha, beta=r.beta) / "ability.safetensors"
+    r, result = run.recipe.extract, "ability.safetensors"
+    special = expert(run, run.recipe.reference, ability)
+    language = language_expert(run, ability)
+
+    def make(part, step): extract(part / result, run.base, special, language, r.alpha, r.beta)
+
+    names = [special.parent.name, language.parent.name]
+    stage = run.store.stage(f"ability.{ability}", make, experts=names, alpha=r.alpha, beta=r.beta)
+    return stage / result
 
 # %% ../../nbs/63_study.algorithm.ipynb #0286dd55
 def transferred(run: Pipeline, ability: str) -> Path:
     "The merged checkpoint, by Eq. 3, 4 and 5."
-    r, weights = run.recipe.transfer, extracted(run, ability)
-    mu = {l: r.weights.get(l, 1 / len(run.recipe.languages)) for l in run.recipe.languages}
-    experts = {l: expert(run, l) for l in mu}
-    parameters = Parameters(r.gamma, r.eta, {}, r.similarity, r.kinds, run.recipe.abilities[ability].select_ratio)
-    recipe = Merge(str(run.base), Term(str(weights)), [Term(str(experts[l]), mu[l]) for l in mu], parameters=parameters)
-    return run.store.stage(f"maet.{ability}", lambda part, step: merge(recipe, part / "checkpoint"), ability=weights.parent.name, mu=mu,
-                           experts={l: e.parent.name for l, e in experts.items()}, parameters=asdict(parameters)) / "checkpoint"
+    r, languages = run.recipe.transfer, run.recipe.languages
+    weights = extracted(run, ability)
+    mu = {language: r.weights.get(language, 1 / len(languages)) for language in languages}
+    experts = {language: expert(run, language) for language in mu}
+    select_ratio = run.recipe.abilities[ability].select_ratio
+    parameters = Parameters(r.gamma, r.eta, {}, r.similarity, r.kinds, select_ratio)
+    terms = [Term(str(experts[language]), mu[language]) for language in mu]
+    recipe = Merge(str(run.base), Term(str(weights)), terms, parameters=parameters)
+
+    def make(part, step): merge(recipe, part / "checkpoint")
+
+    names = {language: path.parent.name for language, path in experts.items()}
+    inputs = dict(ability=weights.parent.name, mu=mu, experts=names, parameters=asdict(parameters))
+    return run.store.stage(f"maet.{ability}", make, **inputs) / "checkpoint"
 
 # %% ../../nbs/63_study.algorithm.ipynb #fb644351
 def trainings(plan: dict[str, Stage]) -> dict[str, Stage]:
     "The stages that train."
     return {name: stage for name, stage in plan.items() if "training" in stage.inputs}
 
+# %% ../../nbs/63_study.algorithm.ipynb #6f686cea
 def budget(run: Pipeline, ability: str) -> int: # tokens, in whole batches of an expert
-    "What all training of Algorithm 1 reads for one ability, probes included. The base is not counted: everyone starts from it."
-    transferred(plan := run.planned(), ability)
-    step = run.recipe.training.batch_tokens
-    return sum(stage.cost for stage in trainings(plan.store.plan).values()) // step * step
+    """What all training of Algorithm 1 reads for one ability, probes included. The base is not
+    counted: everyone starts from it."""
+    planned = run.planned()
+    transferred(planned, ability)
+    tokens = sum(stage.cost for stage in trainings(planned.store.plan).values())
+    batch = run.recipe.training.batch_tokens
+    return tokens // batch * batch

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/62_study.texts.ipynb #4735a2e1
 import math, shutil
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -26,32 +27,41 @@ from .stages import Store
 # %% ../../nbs/62_study.texts.ipynb #d435a6cd
 def plain(training: Training) -> dict:
     "What of a training determines its result: not how often it saves."
-    return {k: v for k, v in asdict(training).items() if k != "save_every"}
+    settings = asdict(training)
+    del settings["save_every"]
+    return settings
 
-WORLD = [*(f"general/{l}" for l in LANGUAGES), *(f"{a}/en" for a in ABILITIES), *(f"forum/{l}" for l in LANGUAGES),
-         *(f"pairs/{a}/en" for a in ABILITIES), "code"]  # corpora of the mini world
+# %% ../../nbs/62_study.texts.ipynb #4fada51a
+WORLD = [  # corpora of the mini world
+    *(f"general/{language}" for language in LANGUAGES),
+    *(f"{ability}/en" for ability in ABILITIES),
+    *(f"forum/{language}" for language in LANGUAGES),
+    *(f"pairs/{ability}/en" for ability in ABILITIES),
+    "code",
+]
 
 # %% ../../nbs/62_study.texts.ipynb #f4864f1d
 class Texts:
-    "Where the corpora of a recipe are: sources of one's own, or a mini world that is made when it is asked for."
+    "Where the corpora of a recipe are: one's own, or a mini world that is made when it is asked for."
     def __init__(self, store: Store, world: World | None, corpora: dict[str, Source]):
         self.store, self.world, self.corpora = store, world, corpora
 
     def folder(self, name: str = "") -> Path: # of a corpus; without a name, of the exams
         "The stage of the mini world, or of its forums and pairs."
-        if not self.world: raise MaetError("recipe: it has neither this corpus, nor exam data, nor a `world`")
-        settings = asdict(self.world)
-        if name.split("/")[0] not in ("forum", "pairs", "code"): return self.store.stage("world", lambda part, step: write_world(part, **settings), **settings)
-        del settings["trace"]
-        return self.store.stage("forums", lambda part, step: write_forums(part, **settings), **settings)
+        if not self.world:
+            raise MaetError("recipe: it has neither this corpus, nor exam data, nor a `world`")
+        kind = name.split("/")[0]
+        if kind in ("forum", "pairs", "code"): return _forums(self.store, self.world)
+        return _world(self.store, self.world)
 
     def source(self, name: str, share: float) -> Source:
         "Where `general/es`, say, is to be had."
-        known = self.corpora or WORLD
-        if name not in known: raise MaetError(f"recipe: there is no corpus {name}; there are {', '.join(known)}")
+        _must_be_known(name, self.corpora or WORLD)
         if self.corpora: return replace(self.corpora[name], share=share)
-        learnt = dict(prompt="prompt", completion="completion") if name.startswith(("forum/", "pairs/")) else {}
-        return Source(self.folder(name) / f"{name}.jsonl", share, **learnt)
+        file = self.folder(name) / f"{name}.jsonl"
+        if name.startswith(("forum/", "pairs/")):
+            return Source(file, share, prompt="prompt", completion="completion")
+        return Source(file, share)
 
     def check(self) -> None:
         "Raises MaetError for a corpus that is broken, before anything is made."
@@ -59,44 +69,87 @@ class Texts:
 
     def identity(self, name: str) -> str:
         "What the corpus is, whatever it is called."
-        return identity(self.source(name, 1)) if self.corpora else f"{self.folder(name).name}/{name}"
+        if self.corpora: return identity(self.source(name, 1))
+        return f"{self.folder(name).name}/{name}"
+
+# %% ../../nbs/62_study.texts.ipynb #472dcbe6
+def _world(store: Store, world: World) -> Path:
+    settings = asdict(world)
+    def make(part, step): write_world(part, **settings)
+    return store.stage("world", make, **settings)
+
+def _forums(store: Store, world: World) -> Path:
+    settings = asdict(world)
+    del settings["trace"]  # forums do not depend on it
+    def make(part, step): write_forums(part, **settings)
+    return store.stage("forums", make, **settings)
+
+def _must_be_known(name: str, known: Collection[str]) -> None:
+    if name in known: return
+    raise MaetError(f"recipe: there is no corpus {name}; there are {', '.join(known)}")
 
 # %% ../../nbs/62_study.texts.ipynb #f6e1126c
 def named(shares: dict[str, float]) -> str:
     "What a mixture is called."
-    return "+".join(c.replace("/", ".") for c in shares) if len(shares) < 4 else f"{len(shares)}-corpora"
+    if len(shares) > 3: return f"{len(shares)}-corpora"
+    return "+".join(corpus.replace("/", ".") for corpus in shares)
 
 # %% ../../nbs/62_study.texts.ipynb #3d1d8a3c
-def tokens(texts: Texts, model: Path, model_identity: str, shares: dict[str, float], training: Training) -> Path:
+def tokens(texts: Texts,
+           model: Path, model_identity: str,
+           shares: dict[str, float], # corpus -> its part of the mixture
+           training: Training) -> Path:
     "The table that a training run reads, by the tokenizer of `model`."
-    settings = dict(tokens=training.tokens, length=training.sequence_length, seed=training.seed, whole_documents=training.whole_documents)
+    result = "tokens.safetensors"
+    settings = dict(
+        tokens=training.tokens, length=training.sequence_length,
+        seed=training.seed, whole_documents=training.whole_documents,
+    )
 
     def make(part, step):
-        tokenizer = open_tokenizer(model)
-        sources = [texts.source(c, share) for c, share in shares.items()]
-        write_tokens(part / "tokens.safetensors", sources, tokenizer, **settings, progress=lambda now, of: step(now, of, math.nan))
+        def progress(now, of): step(now, of, math.nan)
 
-    return texts.store.stage(f"tokens.{named(shares)}", make, tokenizer=model_identity, corpora={texts.identity(c): w for c, w in shares.items()},
-                             **settings) / "tokens.safetensors"
+        sources = [texts.source(corpus, share) for corpus, share in shares.items()]
+        write_tokens(part / result, sources, open_tokenizer(model), **settings, progress=progress)
+
+    corpora = {texts.identity(corpus): share for corpus, share in shares.items()}
+    name = f"tokens.{named(shares)}"
+    return texts.store.stage(name, make, tokenizer=model_identity, corpora=corpora, **settings) / result
 
 # %% ../../nbs/62_study.texts.ipynb #bc33ea4e
-def trained_from(store: Store, name: str, base: Path, base_identity: str, table: Path, training: Training, result: str,
-                 keys: tuple = (), launch: Launch = Launch()) -> Path:
-    "A stage that holds what came out of training `base` on a table: a checkpoint or, with keys files (their union is trained), a pack."
+def trained_from(store: Store, name: str,
+                 base: Path, base_identity: str,
+                 table: Path,       # of `tokens`
+                 training: Training,
+                 result: str,       # what it is called in the stage
+                 keys: tuple = (),  # keys files; their union is trained
+                 launch: Launch = Launch()) -> Path:
+    """A stage that holds what came out of training `base` on a table: a checkpoint or, with keys
+    files, a pack."""
     def make(part, step):
-        if not (part / result).exists():  # else killed between the end and the renaming
-            run_job(Job(str(base), str(table), str(part / result), str(part / "work"), training, [str(k) for k in keys]), launch, step)
-        shutil.rmtree(part / "work", ignore_errors=True)
+        out, work = part / result, part / "work"
+        if not out.exists():  # else killed between the end and the renaming
+            files = [str(file) for file in keys]
+            run_job(Job(str(base), str(table), str(out), str(work), training, files), launch, step)
+        shutil.rmtree(work, ignore_errors=True)
 
-    return store.stage(name, make, total_tokens(training), base=base_identity, training=plain(training), tokens=table.parent.name,
-                       keys=[k.parent.name for k in keys]) / result
+    inputs = dict(
+        base=base_identity, training=plain(training),
+        tokens=table.parent.name, keys=[file.parent.name for file in keys],
+    )
+    return store.stage(name, make, total_tokens(training), **inputs) / result
 
 # %% ../../nbs/62_study.texts.ipynb #025f6e6e
 def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
     "Theta_o where there is none yet: a checkpoint, made in as many stages as the recipe has phases."
-    texts = Texts(store, recipe.world, recipe.corpora) if recipe.world or recipe.corpora else texts
-    base = Path(recipe.start) if recipe.start else untrained(recipe, store, texts)
-    identity = Checkpoint(base).fingerprint if recipe.start else base.parent.name
+    if recipe.world or recipe.corpora:
+        texts = Texts(store, recipe.world, recipe.corpora)
+    if recipe.start:
+        base = Path(recipe.start)
+        identity = Checkpoint(base).fingerprint
+    else:
+        base = untrained(recipe, store, texts)
+        identity = base.parent.name
     for n, phase in enumerate(recipe.phases, 1):
         table = tokens(texts, base, identity, phase.shares, phase.training)
         base = trained_from(store, f"base.{n}", base, identity, table, phase.training, "base")
@@ -106,11 +159,14 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
 # %% ../../nbs/62_study.texts.ipynb #dd6c6cbd
 def untrained(recipe: Base, store: Store, texts: Texts) -> Path:
     "The stage of a new tokenizer and model, as the first phase needs them."
-    first, same = recipe.phases[0], dict(vocabulary=recipe.vocabulary, model=recipe.model)
+    first = recipe.phases[0]
+    settings = dict(seed=first.training.seed, vocabulary=recipe.vocabulary, model=recipe.model)
 
-    def make(part, step):
-        some = (found for c in first.shares for found in islice(documents(texts.source(c, 1)), 5000))
-        make_backbone(part / "base", map(texts_in, some), seed=first.training.seed, **same)
+    def some_text():
+        for corpus in first.shares:
+            for found in islice(documents(texts.source(corpus, 1)), 5000): yield texts_in(found)
 
-    seen = {texts.identity(corpus): share for corpus, share in first.shares.items()}
-    return store.stage("start", make, corpora=seen, seed=first.training.seed, **same) / "base"
+    def make(part, step): make_backbone(part / "base", some_text(), **settings)
+
+    corpora = {texts.identity(corpus): share for corpus, share in first.shares.items()}
+    return store.stage("start", make, corpora=corpora, **settings) / "base"

@@ -19,10 +19,12 @@ def one_line(said) -> str:
     "What a library says, as one line for a message."
     return " ".join(str(said).split())[:300] or type(said).__name__
 
+# %% ../../nbs/10_text.documents.ipynb #27156a56
 def _names(form: str) -> list[str]:
     "The columns that a form names; what names none is a column itself. Raises MaetError."
     try: return [name for _, name, _, _ in Formatter().parse(form) if name] or [form]
-    except ValueError as e: raise MaetError(f"{form!r}: {e}; a brace that is text is written twice") from None
+    except ValueError as e:
+        raise MaetError(f"{form!r}: {e}; a brace that is text is written twice") from None
 
 # %% ../../nbs/10_text.documents.ipynb #dc993e4c
 def _check_where(where: Mapping, path) -> None:
@@ -30,28 +32,27 @@ def _check_where(where: Mapping, path) -> None:
     for column, wanted in where.items():
         unknown = wanted.keys() - {"min", "max"} if isinstance(wanted, Mapping) else ()
         if not unknown: continue
-        raise MaetError(f"{path}: where.{column}: unknown key {some(map(str, unknown))}; known are min, max")
+        keys = some(map(str, unknown))
+        raise MaetError(f"{path}: where.{column}: unknown key {keys}; known are min, max")
 
 # %% ../../nbs/10_text.documents.ipynb #ac3478d6
 @dataclass
 class Source:
     "Documents, and their part of a mixture."
-    path: str | Path              # .jsonl, .txt (also .gz) or .parquet; a folder or pattern of them; "hf://owner/name"
+    path: str | Path              # .jsonl, .txt (.gz), .parquet; folder or pattern; "hf://owner/name"
     share: float = 1.0            # of the tokens; only ratios between sources count
     text: str = "text"            # column or form
     name: str | None = None       # the hub's configuration, such as "spa_Latn"
     split: str = "train"          # of a hub dataset
-    revision: str | None = None   # commit or tag of a hub dataset: fix it where others must see the same text
-    where: dict | None = None     # column -> the value, the list of values, or {min: , max: } that a row must have
-    messages: str | None = None   # column of chat messages: [{"role": "user", "content": "..."}, ...]
+    revision: str | None = None   # commit or tag of a hub dataset: fixed, others see the same text
+    where: dict | None = None     # column -> value, list of values or {min: , max: } of what is kept
+    messages: str | None = None   # column of chats: [{"role": "user", "content": "..."}, ...]
     prompt: str | None = None     # column or form
     completion: str | None = None # column or form
 
     def __post_init__(self):
-        if (self.prompt is None) != (self.completion is None): raise MaetError(f"{self.path}: prompt and completion come together")
-        if self.messages and self.prompt: raise MaetError(f"{self.path}: it has messages and prompt; one of them says what is learnt")
-        if self.remote and "/" not in str(self.path)[5:]: raise MaetError(f"{self.path}: a dataset of the hub is hf://owner/name")
-        if (self.name or self.revision) and not self.remote: raise MaetError(f"{self.path}: name and revision are a hub dataset's, which begins with hf://")
+        fault = _fault_of(self)
+        if fault: raise MaetError(f"{self.path}: {fault}")
         if "\0" in str(self.path): raise MaetError(f"{str(self.path)!r}: a path has no zero byte in it")
         for form in (self.text, self.prompt, self.completion): _names(form or "")
         _check_where(self.where or {}, self.path)
@@ -66,16 +67,30 @@ class Source:
         "Are there tokens in it that are not learnt?"
         return bool(self.messages or self.prompt)
 
+# %% ../../nbs/10_text.documents.ipynb #f785a174
+def _fault_of(source: Source) -> str | None:
+    "What in a source contradicts itself."
+    if (source.prompt is None) != (source.completion is None):
+        return "prompt and completion come together"
+    if source.messages and source.prompt:
+        return "it has messages and prompt; one of them says what is learnt"
+    if source.remote and "/" not in str(source.path).removeprefix("hf://"):
+        return "a dataset of the hub is hf://owner/name"
+    if (source.name or source.revision) and not source.remote:
+        return "name and revision are a hub dataset's, which begins with hf://"
+
 # %% ../../nbs/10_text.documents.ipynb #fe5dbbce
-def _said(source: Source) -> list[str]:
+def _text_columns(source: Source) -> list[str]:
     "The columns of its text."
     if source.messages: return [source.messages]
     if source.prompt: return _names(source.prompt) + _names(source.completion)
     return _names(source.text)
 
+# %% ../../nbs/10_text.documents.ipynb #3138c54b
 def columns(source: Source) -> list[str]:
     "All columns that a source needs."
-    return list(dict.fromkeys(_said(source) + list(source.where or {})))
+    names = _text_columns(source) + list(source.where or {})
+    return list(dict.fromkeys(names))  # each once
 
 # %% ../../nbs/10_text.documents.ipynb #5fb7ef2f
 def look_up(row: Mapping, name: str):
@@ -93,21 +108,27 @@ def there(row: Mapping, name: str) -> bool:
     except KeyError: return False
     return True
 
+# %% ../../nbs/10_text.documents.ipynb #8ca56322
 def _text(row: Mapping, name: str) -> str | None:
+    "The text of a column, None if it is null. Raises KeyError, TypeError."
     value = look_up(row, name)
     if value is None or isinstance(value, str): return value
     raise TypeError(f"{name} is {type(value).__name__}, not a text")
 
 # %% ../../nbs/10_text.documents.ipynb #e54f000e
 def fill(form: str, row: Mapping) -> str | None:
-    "A column's text, or a form with its columns filled in; None if one is null. Raises KeyError, TypeError."
+    """A column's text, or a form with its columns filled in; None if one is null.
+    Raises KeyError, TypeError."""
     if _names(form) == [form]: return _text(row, form)
-    parts = [(text, _text(row, name) if name else "") for text, name, _, _ in Formatter().parse(form)]
-    if any(value is None for _, value in parts): return None
-    return "".join(text + value for text, value in parts)
+    parts = []
+    for text, name, _, _ in Formatter().parse(form):
+        parts.append(text)
+        if name: parts.append(_text(row, name))
+    return None if None in parts else "".join(parts)
 
 # %% ../../nbs/10_text.documents.ipynb #d5a0c7e1
 def _fits(value, wanted, name: str) -> bool:
+    "Is a column's value what `where` asks for? Raises TypeError where the two cannot be compared."
     if isinstance(wanted, list): return value in wanted
     if not isinstance(wanted, Mapping): return value == wanted
     if value is None: return False
@@ -115,45 +136,56 @@ def _fits(value, wanted, name: str) -> bool:
     except TypeError: kind = type(value).__name__
     raise TypeError(f"{name} is {kind}, which has no place in {wanted}")
 
+# %% ../../nbs/10_text.documents.ipynb #392a6c55
 def kept(row: Mapping, where: Mapping) -> bool:
     "Does a row have what `where` asks? Raises KeyError, TypeError."
     return all(_fits(look_up(row, name), wanted, name) for name, wanted in where.items())
 
 # %% ../../nbs/10_text.documents.ipynb #3f9d60be
-FROM = {"human": "user", "user": "user", "system": "system",
-        "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-        "bard": "assistant", "function_call": "assistant",
-        "tool": "tool", "observation": "tool", "function_response": "tool"}
+FROM = {  # ShareGPT's -> the role
+    "human": "user", "user": "user", "system": "system",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "function_call": "assistant",
+    "tool": "tool", "observation": "tool", "function_response": "tool",
+}
 BESIDE = ("tool_calls", "function_call", "reasoning_content")  # what an assistant may say without a text
 
+# %% ../../nbs/10_text.documents.ipynb #5530c3b2
 def _from_sharegpt(message: Mapping, where: str) -> dict:
+    "A message of ShareGPT in OpenAI's form. Raises MaetError for an unknown speaker."
     who = message["from"]
     role = FROM.get(who.lower()) if isinstance(who, str) else None
     if role is None: raise MaetError(f"{where} is from {who!r:.40}; known are {', '.join(FROM)}")
-    return {"role": role} | ({"content": message["value"]} if "value" in message else {})
+    turn = {"role": role}
+    if "value" in message: turn["content"] = message["value"]
+    return turn
 
 # %% ../../nbs/10_text.documents.ipynb #98b8c56a
 def _joined_parts(parts: list, where: str) -> str:
     "The text parts of a content as one text. Raises MaetError for any other part."
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        is_text = kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str)
+        if not is_text:
             raise MaetError(f"{where} has a part that is no text ({kind!r:.40}); only texts can be learnt")
     return "".join(part["text"] for part in parts)
 
 # %% ../../nbs/10_text.documents.ipynb #7b6353dc
 def as_turn(message, where: str) -> dict | None: # with a text as role and as content
     "A message of a chat, None if it is null. Raises MaetError that begins with `where`."
-    if isinstance(message, Mapping) and message.get("role") is None and message.get("from") is not None:
+    wrong = MaetError(f"{where} is not a role and a text")
+    if not isinstance(message, Mapping): raise wrong
+    if message.get("role") is None and message.get("from") is not None:
         message = _from_sharegpt(message, where)
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise MaetError(f"{where} is not a role and a text")
+    if not isinstance(message.get("role"), str): raise wrong
+
     content = message.get("content")
     if isinstance(content, str): return message
     if isinstance(content, list): return {**message, "content": _joined_parts(content, where)}
-    if content is None and any(message.get(key) for key in BESIDE): return {**message, "content": ""}
-    if content is None and "content" in message: return None
-    raise MaetError(f"{where} is not a role and a text")
+    if content is not None: raise wrong
+    if any(message.get(key) for key in BESIDE): return {**message, "content": ""}
+    if "content" in message: return None
+    raise wrong
 
 # %% ../../nbs/10_text.documents.ipynb #c0f3a9d7
 def _speaks(turn: Mapping) -> bool:
@@ -161,13 +193,16 @@ def _speaks(turn: Mapping) -> bool:
     if turn["role"] != "assistant": return False
     return bool(turn["content"].strip()) or any(turn.get(key) for key in BESIDE)
 
+# %% ../../nbs/10_text.documents.ipynb #cb0665d3
 def chat(messages, where: str) -> list[dict] | None:
-    "Messages with roles and texts; None if one is null, or if no assistant says anything. Raises MaetError."
+    """Messages with roles and texts; None if one is null, or if no assistant says anything.
+    Raises MaetError."""
     if messages is None: return None
     if not isinstance(messages, list):
         raise MaetError(f"{where}: its messages are {type(messages).__name__}, not a list")
     turns = [as_turn(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
-    return turns if None not in turns and any(map(_speaks, turns)) else None
+    if None in turns: return None
+    return turns if any(map(_speaks, turns)) else None
 
 # %% ../../nbs/10_text.documents.ipynb #b1d57811
 Pair = tuple[str, str]                 # prompt and completion
@@ -175,40 +210,48 @@ Document = str | Pair | list[dict]     # by the kind of its source
 
 # %% ../../nbs/10_text.documents.ipynb #94cd3f25
 def document(row, source: Source, where: str) -> Document | None:
-    """What a row says. None: it says nothing, something that it should say is null, or `where` leaves it out.
-
-    Raises MaetError that begins with `where`, the row's place, for a column that lacks or is no text."""
+    """What a row says. None: it says nothing, something that it should say is null, or the source's
+    `where` leaves it out. Raises MaetError that begins with `where`, the row's place, for a column
+    that lacks or is no text."""
     if not isinstance(row, Mapping):
         raise MaetError(f"{where} is {type(row).__name__}, not an object with columns")
     try:
         if source.where and not kept(row, source.where): return None
         if source.messages: return chat(look_up(row, source.messages), where)
-        if not source.prompt: return (fill(source.text, row) or "").strip() or None
-        pair = fill(source.prompt, row), fill(source.completion, row)
-        return pair if None not in pair and pair[1].strip() else None
+        if not source.prompt:
+            text = fill(source.text, row) or ""
+            return text.strip() or None
+        prompt, completion = fill(source.prompt, row), fill(source.completion, row)
+        if prompt is None or completion is None or not completion.strip(): return None
+        return prompt, completion
     except KeyError: raise MaetError(f"{where} {lacks(row, source)}") from None
     except TypeError as e: raise MaetError(f"{where}: {one_line(e)}") from None
 
 # %% ../../nbs/10_text.documents.ipynb #4b6de1a2
 def _is_message(thing) -> bool:
+    "Does it look like a message of OpenAI's or of ShareGPT's?"
     if not isinstance(thing, Mapping): return False
     return {"role", "content"} <= thing.keys() or {"from", "value"} <= thing.keys()
 
 def chats_of(row: Mapping) -> list[str]:
     "The columns that are lists of messages."
-    lists = {name: value for name, value in row.items() if isinstance(value, list)}
-    return [name for name, value in lists.items() if value and all(map(_is_message, value))]
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    return [name for name, value in lists.items() if all(map(_is_message, value))]
 
 # %% ../../nbs/10_text.documents.ipynb #8a9ca41f
 def lacks(row: Mapping, source: Source) -> str:
     "What a row has not got, and what to write instead."
-    gone, chats = [name for name in columns(source) if not there(row, name)], chats_of(row)
+    gone = [name for name in columns(source) if not there(row, name)]
+    chats = chats_of(row)
     write = "write which of these it is: text, messages, or prompt and completion"
     if chats: write = f"for its chat write messages: {' or '.join(chats)}"
-    if not set(gone) & set(_said(source)): write = "mend where"
+    if set(gone).isdisjoint(_text_columns(source)): write = "mend where"
     return one_line(f"lacks the column {some(gone)}: it has {some(row) or 'none'}; {write}")
 
+# %% ../../nbs/10_text.documents.ipynb #0be4b31d
 def settled(source: Source, row: Mapping) -> Source:
-    "A source of which no column was named: where its first row has no text but one chat, it is that chat."
-    named = source.masked or source.text != Source.text or there(row, source.text)
-    return source if named or len(chats := chats_of(row)) != 1 else replace(source, messages=chats[0])
+    "A source of which no column was named: where its first row has no text but one chat, it is that."
+    named = source.masked or source.text != Source.text
+    if named or there(row, source.text): return source
+    chats = chats_of(row)
+    return replace(source, messages=chats[0]) if len(chats) == 1 else source

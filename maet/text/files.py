@@ -24,6 +24,7 @@ def kind_of(path: str | Path) -> str | None:
     "The ending that says how to read a file."
     return next((kind for kind in KINDS if str(path).endswith(kind)), None)
 
+# %% ../../nbs/11_text.files.ipynb #a9f9965e
 def has_paragraphs(path: Path) -> bool:
     "Is it a file of paragraphs, not of lines?"
     return str(path).endswith((".txt", ".txt.gz"))
@@ -51,21 +52,26 @@ def must_be_readable(path: str | Path) -> None:
 def opened(path: Path):
     "A file of text, as bytes. Raises MaetError where it cannot be read."
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file: yield file
+        open_file = gzip.open if path.suffix == ".gz" else open
+        with open_file(path, "rb") as file: yield file
     except (OSError, EOFError, zlib.error) as e: raise unreadable(path, e) from None
 
 # %% ../../nbs/11_text.files.ipynb #6a0e83d4
 def files_in(folder: Path) -> Iterator[Path]:
     "All files in a folder and in the folders in it. Raises OSError for one that cannot be looked into."
     def stop(error): raise error
+
     for inner, _, names in os.walk(folder, onerror=stop):
         for name in names: yield Path(inner) / name
 
+# %% ../../nbs/11_text.files.ipynb #1f807a9b
 def found_at(path: Path) -> list[Path]: # sorted
-    "A file itself, the files in a folder, or those that a pattern names. Raises OSError for a closed folder."
-    if os.path.isdir(path): return sorted(p for p in files_in(path) if kind_of(p))
+    """A file itself, the files in a folder, or those that a pattern names.
+    Raises OSError for a closed folder."""
+    if os.path.isdir(path): return sorted(file for file in files_in(path) if kind_of(file))
     if os.path.exists(path) or not glob.has_magic(str(path)): return [path]
-    os.listdir(next(p for p in path.parents if not glob.has_magic(str(p))))  # `glob` is silent if it is closed
+    above = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    os.listdir(above)  # `glob` is silent if it is closed
     return sorted(map(Path, glob.glob(str(path), recursive=True)))
 
 # %% ../../nbs/11_text.files.ipynb #143733d6
@@ -76,7 +82,7 @@ def local_files(source: Source) -> list[Path]: # sorted, at least one, all of on
     except OSError as e: raise unreadable(e.filename or path, e) from None
     if not found: raise MaetError(f"{path}: no {', '.join(KINDS)} file there")
     for file in found: must_be_readable(file)
-    kinds = {kind_of(p) for p in found}
+    kinds = {kind_of(file) for file in found}
     if len(kinds) > 1 or None in kinds:
         raise MaetError(f"{path}: a corpus is .jsonl, .txt (also .gz) or .parquet files, all of one kind")
     if has_paragraphs(found[0]) and (source.masked or source.where):
@@ -101,17 +107,21 @@ def split_lines(file) -> Iterator[bytes]:
     text = io.TextIOWrapper(file, encoding="latin-1", newline="")  # there a letter is a byte
     for line in text: yield line.encode("latin-1")
 
+# %% ../../nbs/11_text.files.ipynb #fc34740e
 def blank(line: bytes) -> bool: # UTF-8
     "Is there nothing to be seen in it?"
     seen = line.lstrip()
-    return not seen or seen[0] > 127 and seen.decode("utf-8", "replace").isspace()
+    if not seen: return True
+    if seen[0] <= 127: return False  # most lines: nothing is decoded
+    return seen.decode("utf-8", "replace").isspace()
 
 # %% ../../nbs/11_text.files.ipynb #94a3c4ca
 def records(file, paragraphs: bool, number: int = 1, start: int = 0) -> Iterator[Record]:
     "Lines that are not blank, or paragraphs, from where the file stands."
     held, first = [], (number, start)
     for line in split_lines(file):
-        number, start, empty = number + 1, start + len(line), blank(line)
+        number, start = number + 1, start + len(line)
+        empty = blank(line)
         if not empty: held.append(line)
         if held and (empty or not paragraphs):
             yield Record(*first, b"".join(held))
@@ -123,21 +133,23 @@ def records(file, paragraphs: bool, number: int = 1, start: int = 0) -> Iterator
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair
 _END = re.compile("\r\n?")
 
+# %% ../../nbs/11_text.files.ipynb #d4961d09
 def text_of(record: Record, path: Path) -> str:
     "What is written there. Raises MaetError for what is not UTF-8."
     try: text = record.data.decode("utf-8")
     except UnicodeDecodeError as e:
         where = f"byte {record.start + e.start}" if has_paragraphs(path) else f"line {record.number}"
         raise MaetError(f"{path}: {where} is not UTF-8: convert the file") from None
-    begins = not record.start or not has_paragraphs(path)  # files that are put together have a mark inside
-    return text.removeprefix("\ufeff") if begins else text
+    if record.start and has_paragraphs(path): return text
+    return text.removeprefix("\ufeff")  # in lines also inside: of files that were put together
 
 # %% ../../nbs/11_text.files.ipynb #b0936e35
 def row_of(text: str, where: str): # whatever JSON can say
     "What a line says. Raises MaetError that begins with `where`."
     try:
         row = json.loads(text)
-        if _HALF.search(text): json.dumps(row, ensure_ascii=False).encode()  # half a pair is JSON, no text
+        if _HALF.search(text):  # half a pair is JSON, but no text
+            json.dumps(row, ensure_ascii=False).encode()
         return row
     except (ValueError, RecursionError) as e: why = one_line(getattr(e, "msg", e))
     raise MaetError(f"{where} is not JSON ({why}): one object in a line is wanted")
@@ -152,27 +164,34 @@ def parse(record: Record, path: Path, source: Source) -> Document | None:
     return document(row_of(text, where), source, where)
 
 # %% ../../nbs/11_text.files.ipynb #5e2f71c8
-def _bar(title: str, total: int, unit: str, **more) -> tqdm: # nothing is seen in the first two seconds
+def _bar(title: str, total: int, unit: str, **more) -> tqdm:
+    "A bar of which nothing is seen in the first two seconds."
     return tqdm(desc=title, total=total, unit=unit, unit_scale=True, delay=2, leave=False, **more)
 
-def read_files(source: Source, files: list[Path]) -> Iterator[tuple[int, Record, Document]]: # number of the file, place in it, document
-    "All documents of text files, in order. A bar shows how far it is after two seconds."
+# %% ../../nbs/11_text.files.ipynb #7b5be74d
+def read_files(source: Source, files: list[Path]) -> Iterator[tuple[int, Record, Document]]:
+    """All documents of text files, in order, each with the number of its file and its place there.
+    A bar shows how far it is after two seconds."""
     size = sum(path.stat().st_size for path in files if path.is_file())
     with _bar(f"reading {Path(source.path).name}", size, "B") as bar:
         for n, path in enumerate(files):
             with opened(path) as file:
                 for record in records(file, has_paragraphs(path)):
                     bar.update(len(record.data))
-                    if found := parse(record, path, source): yield n, record, found
+                    found = parse(record, path, source)
+                    if found: yield n, record, found
 
 # %% ../../nbs/11_text.files.ipynb #cb385904
 def text_source(source: Source) -> tuple[Source, list[Path]]:
     "A source of text files, `settled` by the first line in them, and its files. Raises MaetError."
     files = local_files(source)
-    if source.masked or source.text != Source.text or has_paragraphs(files[0]): return source, files
+    named = source.masked or source.text != Source.text
+    if named or has_paragraphs(files[0]): return source, files
     for path in files:
-        with opened(path) as file: record = next(records(file, False), None)
+        with opened(path) as file:
+            record = next(records(file, False), None)
         if record is None: continue
         row = row_of(text_of(record, path), f"{path}: line {record.number}")
-        return settled(source, row) if isinstance(row, Mapping) else source, files
+        if isinstance(row, Mapping): source = settled(source, row)
+        break
     return source, files

@@ -7,6 +7,7 @@ __all__ = ['LANGUAGES', 'ABILITIES', 'write_world', 'write_forums', 'write_texts
 
 # %% ../../nbs/15_text.miniworld.ipynb #c8f7b27f
 import hashlib, json, random, re, shutil
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.resources import files
 from itertools import islice, product
@@ -22,184 +23,273 @@ LANGUAGES = ("en", "es", "zh", "bn", "te")  # L0 first; bn and te are the low-re
 ABILITIES = ("mathematics", "science")
 
 # %% ../../nbs/15_text.miniworld.ipynb #a212c7a6
-SLOT = re.compile(r"\{(\w+)(?:\.(@?\w+(?:\.\w+)?))?(?::\s*([^{}]*))?\}")
-START = re.compile(r"(^|(?<=[.?!] ))[^\W\d_]")
+SLOT = re.compile(r"\{(\w+)(?:\.(@?\w+(?:\.\w+)?))?(?::\s*([^{}]*))?\}")  # slot, form, choice
+START = re.compile(r"(^|(?<=[.?!] ))[^\W\d_]")  # first letter of a sentence
 
 # %% ../../nbs/15_text.miniworld.ipynb #b0571c1d
-def render(pattern: str, # text with {slot}, {slot.form}, {slot.@other.feature} or {slot.feature: a=text|b=text}
+def render(pattern: str, # text with slots
            slots: dict,  # slot -> a word (its forms and features) or a string
            ) -> str:     # the sentence, first letters in upper case
-    "Fill a pattern: forms, agreement and choices."
+    """Fill a pattern: forms, agreement and choices. Slots are written {slot}, {slot.form},
+    {slot.@other.feature} or {slot.feature: a=text|b=text}."""
     def fill(match):
         slot, form, choice = match.groups()
         word = slots[slot]
         if form and form.startswith("@"):
             other, feature = form[1:].split(".")
             form = slots[other][feature]
-        if choice: return dict(c.strip().split("=", 1) for c in choice.split("|"))[word[form]]
+        if choice:
+            texts = dict(one.strip().split("=", 1) for one in choice.split("|"))
+            return texts[word[form]]
         return word if isinstance(word, str) else word[form or "w"]
-    return START.sub(lambda m: m.group().upper(), SLOT.sub(fill, pattern).strip())
+
+    filled = SLOT.sub(fill, pattern).strip()
+    return START.sub(lambda letter: letter.group().upper(), filled)
 
 # %% ../../nbs/15_text.miniworld.ipynb #fe5dbbce
-def _word(entry): return {"w": entry} if isinstance(entry, str) else entry
+def _word(entry: str | dict) -> dict: # form or feature -> text
+    "A word of a lexicon file, which may be given as its plain form alone."
+    return {"w": entry} if isinstance(entry, str) else entry
 
+# %% ../../nbs/15_text.miniworld.ipynb #213d045f
 @lru_cache
-def lexicon(language: str) -> dict:  # names, words by category and id, patterns, problems, facts, answer
-    "The words and patterns of one language, as shipped with the package."
-    if language not in LANGUAGES: raise MaetError(f"language {language!r}: the mini world has {', '.join(LANGUAGES)}")
-    lex = yaml.safe_load((files("maet") / "lexicons" / f"{language}.yml").read_text(encoding="utf-8"))
-    lex["names"] = [_word(n) for n in lex["names"]]
-    lex["words"] = {k: {i: _word(w) for i, w in words.items()} for k, words in lex["words"].items()}
-    lex["any"] = {k: tuple(words.values()) for k, words in lex["words"].items()}
+def lexicon(language: str) -> dict:
+    """The words and patterns of one language, as shipped with the package: names, words by category
+    and id, any (words by category), patterns, problems, facts, forum, answer."""
+    if language not in LANGUAGES:
+        raise MaetError(f"language {language!r}: the mini world has {', '.join(LANGUAGES)}")
+    file = files("maet") / "lexicons" / f"{language}.yml"
+    lex = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lex["names"] = [_word(name) for name in lex["names"]]
+    for category, words in lex["words"].items():
+        lex["words"][category] = {id: _word(entry) for id, entry in words.items()}
+    lex["any"] = {category: tuple(words.values()) for category, words in lex["words"].items()}
     return lex
 
 # %% ../../nbs/15_text.miniworld.ipynb #17ba0791
-WORKPLACE = dict(teacher="school", doctor="hospital", farmer="field", cook="kitchen", driver="station", writer="library",
-                 singer="theatre", fisher="river", shopkeeper="shop", clerk="office")
+WORKPLACE = dict(
+    teacher="school", doctor="hospital", farmer="field", cook="kitchen", driver="station",
+    writer="library", singer="theatre", fisher="river", shopkeeper="shop", clerk="office",
+)
 
+# %% ../../nbs/15_text.miniworld.ipynb #cee3adc1
 def _cast(lex: dict, rng: random.Random, *kinds) -> dict:
-    "One word of each kind, and two people."
+    "One word of each kind, and two people: p and q."
     p, q = rng.sample(lex["names"], 2)
-    return {k: rng.choice(lex["any"][k]) for k in kinds} | {"p": p, "q": q}
+    cast = {kind: rng.choice(lex["any"][kind]) for kind in kinds}
+    return cast | {"p": p, "q": q}
+
+# %% ../../nbs/15_text.miniworld.ipynb #10f735f4
+def _joined(language: str, sentences: list[str]) -> str:
+    "Sentences as one text: Chinese puts no space between them."
+    space = "" if language == "zh" else " "
+    return space.join(sentences)
 
 # %% ../../nbs/15_text.miniworld.ipynb #20a5ec92
 @lru_cache
 def classmates(language: str) -> list[tuple]: # ten classes of six things each
-    "The things of the world by class: text mentions those of one class together, as text does, and says nothing of them."
+    "The things of the world by class: those of one class are mentioned together."
     things = lexicon(language)["any"]["thing"]
-    return [things[i:i + 6] for i in range(0, len(things), 6)]
+    return [things[first:first + 6] for first in range(0, len(things), 6)]
 
 # %% ../../nbs/15_text.miniworld.ipynb #194a97cb
 def prose(language: str, rng: random.Random) -> str:
-    "One document of general text: two people, a place and a thing that stay the same for two to four sentences."
-    lex, job = lexicon(language), rng.choice(list(WORKPLACE))
-    words = lex["words"]
+    "One document of general text: the same two people, place and thing for two to four sentences."
+    lex = lexicon(language)
+    job = rng.choice(list(WORKPLACE))
     cast = _cast(lex, rng, "item", "place", "colour", "quality", "season", "weather", "food")
-    cast |= {"job": words["job"][job], "work": words["place"][WORKPLACE[job]]}
-    cast |= zip("tuv", rng.sample(rng.choice(classmates(language)), 3))
+    cast["job"] = lex["words"]["job"][job]
+    cast["work"] = lex["words"]["place"][WORKPLACE[job]]
+    things = rng.choice(classmates(language))
+    cast["t"], cast["u"], cast["v"] = rng.sample(things, 3)
+
     sentences = []
-    for name in rng.sample(list(lex["patterns"]), rng.randint(2, 4)):
-        cast |= _cast(lex, rng, "time", "activity", "feeling") | {k: cast[k] for k in "pq"}
-        sentences.append(render(rng.choice(lex["patterns"][name]), cast))
-    return ("" if language == "zh" else " ").join(sentences)
+    many = rng.randint(2, 4)
+    for name in rng.sample(list(lex["patterns"]), many):
+        moment = _cast(lex, rng, "time", "activity", "feeling")
+        cast |= moment | {"p": cast["p"], "q": cast["q"]}  # the people stay
+        pattern = rng.choice(lex["patterns"][name])
+        sentences.append(render(pattern, cast))
+    return _joined(language, sentences)
 
 # %% ../../nbs/15_text.miniworld.ipynb #fa35e192
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-STORIES = dict(buy="+", together="+", more_than="+", give="-", lose="-", fewer_than="-", each="*",
-               buy_give="+-", give_buy="-+", each_more="*+")
+STORIES = dict(
+    buy="+", together="+", more_than="+", give="-", lose="-", fewer_than="-", each="*",
+    buy_give="+-", give_buy="-+", each_more="*+",
+)
 
+# %% ../../nbs/15_text.miniworld.ipynb #80b6d6da
 def worked(operations: str, # one or two of + - *, applied from left to right
            numbers: tuple,  # as many and one more
            ) -> tuple[str, int]: # "5+3=8, 8-2=6" and 6
     "The steps of a problem, and where they end."
     steps, value = [], numbers[0]
-    for operation, n in zip(operations, numbers[1:], strict=True):
-        steps.append(f"{value}{operation}{n}={(value := OPERATIONS[operation](value, n))}")
+    for operation, number in zip(operations, numbers[1:], strict=True):
+        result = OPERATIONS[operation](value, number)
+        steps.append(f"{value}{operation}{number}={result}")
+        value = result
     return ", ".join(steps), value
 
 # %% ../../nbs/15_text.miniworld.ipynb #7587ea09
 def level(operations: str, numbers: tuple) -> int:
-    "How hard: 1 within ten, 2 within twenty, 3 tens and a digit, 4 tables, 5 tens and tens, 6 two steps."
+    """How hard: 1 within ten, 2 within twenty, 3 tens and a digit, 4 tables, 5 tens and tens,
+    6 two steps."""
     if len(operations) == 2: return 6
     if operations == "*": return 4
     if numbers[1] > 9: return 5
     largest = max(numbers[0], worked(operations, numbers)[1])
-    return 1 if largest < 10 else 2 if largest < 20 else 3
+    if largest < 10: return 1
+    return 2 if largest < 20 else 3
+
+# %% ../../nbs/15_text.miniworld.ipynb #e864dbef
+def _stays_small(operations: str, numbers: tuple) -> bool:
+    "Does every step end within 2..99?"
+    values = []
+    for steps in range(1, len(operations) + 1):
+        values.append(worked(operations[:steps], numbers[:steps + 1])[1])
+    return all(2 <= value <= 99 for value in values)
 
 # %% ../../nbs/15_text.miniworld.ipynb #1574bddb
 @lru_cache
 def sums(story: str) -> dict[int, list[tuple]]:
-    "Every choice of numbers that a story can have, by level: all at least 2, no step outside 2..99."
-    operations, found = STORIES[story], {}
-    digits, tens = range(2, 10), range(2, 90)
-    first = digits if "*" in operations else range(2, 20) if len(operations) == 2 else tens
-    for numbers in product(first, tens if operations in "+-" else digits, *[digits] * (len(operations) - 1)):
-        if all(2 <= worked(operations[:k], numbers[:k + 1])[1] <= 99 for k in range(1, len(operations) + 1)):
+    "Every choice of numbers of a story, by level: all at least 2, no step outside 2..99."
+    operations = STORIES[story]
+    digits, teens, tens = range(2, 10), range(2, 20), range(2, 90)
+    choices = {
+        "+": [tens, tens], "-": [tens, tens], "*": [digits, digits],
+        "+-": [teens, tens, digits], "-+": [teens, digits, digits], "*+": [digits, digits, digits],
+    }[operations]
+    found = {}
+    for numbers in product(*choices):
+        if _stays_small(operations, numbers):
             found.setdefault(level(operations, numbers), []).append(numbers)
     return found
 
-LEVELS = {n: [s for s in STORIES if n in sums(s)] for n in range(1, 7)}
+def _stories_of(n: int) -> list[str]: return [story for story in STORIES if n in sums(story)]
+
+LEVELS = {n: _stories_of(n) for n in range(1, 7)}
 
 # %% ../../nbs/15_text.miniworld.ipynb #b3f0c7f6
 def part_of(*what) -> str:
-    "train, dev or test (8:1:1), decided by what is combined and by nothing else: no seed can move it."
-    digest = hashlib.blake2s("|".join(map(str, what)).encode(), digest_size=4).digest()
-    return (["train"] * 8 + ["dev", "test"])[int.from_bytes(digest, "big") % 10]
+    "train, dev or test (8:1:1), decided by what is combined: no seed can move it."
+    combined = "|".join(map(str, what))
+    digest = hashlib.blake2s(combined.encode(), digest_size=4).digest()
+    tenth = int.from_bytes(digest, "big") % 10
+    return {8: "dev", 9: "test"}.get(tenth, "train")
 
+# %% ../../nbs/15_text.miniworld.ipynb #c3cefb62
 class Problem(NamedTuple):
     "A word problem without its words: the same in every language."
-    story: str; item: str; numbers: tuple; level: int
-    people: tuple; place: int; telling: float  # who, where and which wording: of no consequence for the answer
+    story: str
+    item: str
+    numbers: tuple
+    level: int
+    people: tuple   # who, where and which wording: of no consequence for the answer
+    place: int
+    telling: float
 
 # %% ../../nbs/15_text.miniworld.ipynb #c1d4b48f
 def problem(rng: random.Random, part: str = "train") -> Problem:
     "A problem of a random level whose item and numbers belong to `part`."
+    items = list(lexicon("en")["words"]["item"])
     n = rng.randint(1, 6)
     while True:
         story = rng.choice(LEVELS[n])
-        item, numbers = rng.choice(list(lexicon("en")["words"]["item"])), rng.choice(sums(story)[n])
+        item = rng.choice(items)
+        numbers = rng.choice(sums(story)[n])
         if part_of(item, *numbers) == part: break
-    return Problem(story, item, numbers, n, tuple(rng.sample(range(16), 2)), rng.randrange(20), rng.random())
+    people = tuple(rng.sample(range(16), 2))
+    return Problem(story, item, numbers, n, people, rng.randrange(20), rng.random())
 
 # %% ../../nbs/15_text.miniworld.ipynb #2ef59a72
-def tell(problem: Problem, language: str) -> dict: # question, answer_label, answer, target, level, id
-    "A problem in words, with its worked answer, as a row of an exam."
+def tell(problem: Problem, language: str) -> dict:
+    """A problem in words, with its worked answer, as a row of an exam: question, answer_label,
+    answer, target, level, id."""
     lex = lexicon(language)
-    p, q = (lex["names"][i] for i in problem.people)
-    slots = dict(p=p, q=q, item=lex["words"]["item"][problem.item], place=lex["any"]["place"][problem.place])
+    p, q = (lex["names"][person] for person in problem.people)
+    slots = {"p": p, "q": q}
+    slots["item"] = lex["words"]["item"][problem.item]
+    slots["place"] = lex["any"]["place"][problem.place]
+    slots |= zip("abc", map(str, problem.numbers))
     wordings = lex["problems"][problem.story]
-    question = render(wordings[int(problem.telling * len(wordings))], slots | dict(zip("abc", map(str, problem.numbers))))
+    wording = wordings[int(problem.telling * len(wordings))]
     answer, value = worked(STORIES[problem.story], problem.numbers)
-    name = "-".join(map(str, (problem.story, problem.item, *problem.numbers, *problem.people, problem.place, int(problem.telling * 2))))
-    return dict(question=question, answer_label=lex["answer"], answer=answer, target=str(value), level=problem.level, id=name)
+
+    name = [problem.story, problem.item, *problem.numbers, *problem.people]
+    name += [problem.place, int(problem.telling * 2)]
+    return dict(
+        question=render(wording, slots), answer_label=lex["answer"], answer=answer,
+        target=str(value), level=problem.level, id="-".join(map(str, name)),
+    )
 
 # %% ../../nbs/15_text.miniworld.ipynb #12c6fc06
-ATTRIBUTES = ("has", "found", "does")  # and `class`, which is never asked in an exam: everything follows from it
+ATTRIBUTES = ("has", "found", "does")  # and `class`, which no exam asks
 
 @lru_cache
 def facts(part: str) -> list[tuple[str, str]]: # (thing, attribute)
-    "Of the six things in a class, each attribute is told of two, asked of two in dev and of two in test."
+    "Of the six things in a class, an attribute is told of two, asked of two in dev and of two in test."
     words = lexicon("en")["words"]
-    things, chosen = list(words["thing"]), []
-    for i, attribute in product(range(len(words["class"])), ATTRIBUTES):
-        members = sorted(things[6 * i:6 * i + 6], key=lambda t: hashlib.blake2s(f"{t}|{attribute}".encode()).digest())
-        k = 2 * ("train", "dev", "test").index(part)
-        chosen += [(thing, attribute) for thing in members[k:k + 2]]
+    things = list(words["thing"])
+    first = {"train": 0, "dev": 2, "test": 4}[part]
+    chosen = []
+    for number, attribute in product(range(len(words["class"])), ATTRIBUTES):
+        def by_hash(thing): return hashlib.blake2s(f"{thing}|{attribute}".encode()).digest()
+        members = sorted(things[6 * number:6 * number + 6], key=by_hash)
+        chosen += [(thing, attribute) for thing in members[first:first + 2]]
     return chosen
 
 # %% ../../nbs/15_text.miniworld.ipynb #be098d08
 def value_of(thing: str, attribute: str) -> str:
     "The id of what a thing is, has, does, or where it is found: its class decides."
     words = lexicon("en")["words"]
-    return list(words[attribute])[list(words["thing"]).index(thing) // 6]
+    number = list(words["thing"]).index(thing) // 6  # of its class
+    return list(words[attribute])[number]
 
 # %% ../../nbs/15_text.miniworld.ipynb #4d134bc0
 def _fact_slots(lex: dict, thing: str, attribute: str, value: str) -> dict:
     words = lex["words"]
-    return {"thing": words["thing"][thing], "class": words["class"][value_of(thing, "class")], "value": words[attribute][value]}
+    return {
+        "thing": words["thing"][thing],
+        "class": words["class"][value_of(thing, "class")],
+        "value": words[attribute][value],
+    }
 
+# %% ../../nbs/15_text.miniworld.ipynb #95ddb88e
 class Question(NamedTuple):
     "A four-choice question without its words."
-    thing: str; attribute: str; choices: tuple; wording: float
+    thing: str
+    attribute: str
+    choices: tuple
+    wording: float
 
 # %% ../../nbs/15_text.miniworld.ipynb #b4b84740
 def question(rng: random.Random, part: str = "train") -> Question:
     "Four values of one attribute, one of them true; from the facts of `part`."
     thing, attribute = rng.choice(facts(part))
     right = value_of(thing, attribute)
-    wrong = rng.sample([v for v in lexicon("en")["words"][attribute] if v != right], 3)
-    return Question(thing, attribute, tuple(rng.sample([right, *wrong], 4)), rng.random())
+    others = [value for value in lexicon("en")["words"][attribute] if value != right]
+    wrong = rng.sample(others, 3)
+    choices = tuple(rng.sample([right, *wrong], 4))
+    return Question(thing, attribute, choices, rng.random())
 
 # %% ../../nbs/15_text.miniworld.ipynb #d6849990
 def ask(q: Question, language: str) -> dict: # question, answer_label, choices, label, level, id
     "A question in words, as a row of an exam. Its level is the attribute."
     lex, right = lexicon(language), value_of(q.thing, q.attribute)
     fact = lex["facts"][q.attribute]
-    text = render(fact["question"][int(q.wording * len(fact["question"]))], _fact_slots(lex, q.thing, q.attribute, right))
-    choices = [render(fact["value"], _fact_slots(lex, q.thing, q.attribute, v)) for v in q.choices]
-    choices = [c[0].lower() + c[1:] for c in choices]
-    return dict(question=f"{text} ({'; '.join(choices)})", answer_label=lex["answer"], choices=choices,
-                label=q.choices.index(right), level=q.attribute, id="-".join((q.thing, *q.choices, str(int(q.wording * 2)))))
+    wording = fact["question"][int(q.wording * len(fact["question"]))]
+    text = render(wording, _fact_slots(lex, q.thing, q.attribute, right))
+    choices = []
+    for value in q.choices:
+        choice = render(fact["value"], _fact_slots(lex, q.thing, q.attribute, value))
+        choices.append(choice[0].lower() + choice[1:])
+
+    name = "-".join((q.thing, *q.choices, str(int(q.wording * 2))))
+    return dict(
+        question=f"{text} ({'; '.join(choices)})", answer_label=lex["answer"], choices=choices,
+        label=q.choices.index(right), level=q.attribute, id=name,
+    )
 
 # %% ../../nbs/15_text.miniworld.ipynb #bc33ea4e
 def mathematics(language: str, rng: random.Random) -> str:
@@ -209,143 +299,227 @@ def mathematics(language: str, rng: random.Random) -> str:
 
 # %% ../../nbs/15_text.miniworld.ipynb #a6408837
 def article(language: str, rng: random.Random) -> str:
-    "A page on one class: what its six things are, what all of them have and do, and the two things of which an attribute is told."
-    lex, (thing, attribute) = lexicon(language), rng.choice(facts("train"))
-    kin = [t for t in lex["words"]["thing"] if value_of(t, "class") == value_of(thing, "class")]
-    told = [(t, "class", "statement") for t in kin] + [(thing, a, "about_class") for a in ATTRIBUTES]
-    told += [(t, attribute, "statement") for t in kin if (t, attribute) in facts("train")]
-    sentences = [render(rng.choice(lex["facts"][a][form]), _fact_slots(lex, t, a, value_of(t, a))) for t, a, form in told]
-    return ("" if language == "zh" else " ").join(rng.sample(sentences, len(sentences)))
+    """A page on one class: what its six things are, what all of them have and do, and the two things
+    of which an attribute is told."""
+    lex, known = lexicon(language), facts("train")
+    thing, attribute = rng.choice(known)
+    kind = value_of(thing, "class")
+    kin = [other for other in lex["words"]["thing"] if value_of(other, "class") == kind]
+    told = [(member, "class", "statement") for member in kin]
+    told += [(thing, about, "about_class") for about in ATTRIBUTES]
+    told += [(member, attribute, "statement") for member in kin if (member, attribute) in known]
+
+    sentences = []
+    for member, about, form in told:
+        pattern = rng.choice(lex["facts"][about][form])
+        sentences.append(render(pattern, _fact_slots(lex, member, about, value_of(member, about))))
+    return _joined(language, rng.sample(sentences, len(sentences)))
 
 # %% ../../nbs/15_text.miniworld.ipynb #b0d15c50
 def quiz(language: str, rng: random.Random) -> str:
     "Two questions with their answers."
-    rows = [ask(question(rng), language) for _ in range(2)]
-    return "\n".join(f"{row['question']}\n{row['answer_label']} {row['choices'][row['label']]}" for row in rows)
+    lines = []
+    for _ in range(2):
+        row = ask(question(rng), language)
+        lines += [row["question"], f"{row['answer_label']} {row['choices'][row['label']]}"]
+    return "\n".join(lines)
 
+# %% ../../nbs/15_text.miniworld.ipynb #7e7184f3
 def science(language: str, rng: random.Random) -> str:
     "One training document of science: a page or a quiz."
-    return rng.choice((article, quiz))(language, rng)
+    kind = rng.choice((article, quiz))
+    return kind(language, rng)
 
 # %% ../../nbs/15_text.miniworld.ipynb #75846e88
 def general(language: str, rng: random.Random, trace: float = 0.02) -> str:
-    "One document as the web has it: prose, and in a share `trace` of all documents a problem or a fact."
-    if rng.random() < trace: return rng.choice((mathematics, science))(language, rng)
-    while part_of(text := prose(language, rng)) != "train": pass
-    return text
+    "One document as the web has it: prose and, in a share `trace` of all, a problem or a fact."
+    if rng.random() < trace:
+        kind = rng.choice((mathematics, science))
+        return kind(language, rng)
+    while True:
+        text = prose(language, rng)
+        if part_of(text) == "train": return text
 
 # %% ../../nbs/15_text.miniworld.ipynb #22d200f8
-def _facts_of_people(lex: dict, rng: random.Random) -> dict[str, dict]: # topic -> words for its fact
-    "What a thread tells: one to three facts, each of another topic and about other people, things and places."
+def _facts_of_people(lex: dict, rng: random.Random) -> dict[str, dict]:
+    "One to three facts of a thread, as topic -> words: all about other people, things and places."
+    kinds = "item place colour quality food time activity feeling weather job".split()
     told, used = {}, set()
     for topic in rng.sample(list(lex["forum"]["topics"]), 3):
-        cast = _cast(lex, rng, "item", "place", "colour", "quality", "food", "time", "activity", "feeling", "weather", "job")
+        cast = _cast(lex, rng, *kinds)
         cast["work"] = lex["words"]["place"][rng.choice(list(WORKPLACE.values()))]
-        if used.isdisjoint(new := {cast["p"]["w"], cast["q"]["w"], cast["item"]["w"], cast["place"]["w"]}): told[topic] = cast
-        used |= new
+        words = {cast[slot]["w"] for slot in ("p", "q", "item", "place")}
+        if used.isdisjoint(words): told[topic] = cast
+        used |= words
     return told
 
 # %% ../../nbs/15_text.miniworld.ipynb #a1503065
 def thread(language: str, rng: random.Random) -> dict: # prompt, completion, text (both)
     "A question with what must be known to answer it, and the answer."
-    lex, gap = lexicon(language), "" if language == "zh" else " "
+    lex = lexicon(language)
     forum, told = lex["forum"], _facts_of_people(lex, rng)
-    known = [render(lex["patterns"][forum["topics"][t].get("of", t)][0], cast) for t, cast in told.items()]
+    statements = {}  # the pattern that states a topic's fact
+    for name in told:
+        pattern = forum["topics"][name].get("of", name)
+        statements[name] = lex["patterns"][pattern][0]
+    known = [render(statements[name], cast) for name, cast in told.items()]
+
     asked = rng.choice(list(told))
     topic, cast = forum["topics"][asked], told[asked]
-    answer = render(topic.get("answer", lex["patterns"][topic.get("of", asked)][0]), cast)
-    prompt = gap.join([rng.choice(forum["open"]), *known, render(topic["question"], cast)]) + f"\n{lex['answer']}"
-    completion = " " + gap.join([answer, *rng.sample(forum["close"], rng.randint(0, 1))])
+    question = render(topic["question"], cast)
+    answer = render(topic.get("answer", statements[asked]), cast)
+    opening = rng.choice(forum["open"])
+    wish = rng.sample(forum["close"], rng.randint(0, 1))
+    prompt = _joined(language, [opening, *known, question]) + f"\n{lex['answer']}"
+    completion = " " + _joined(language, [answer, *wish])
     return dict(prompt=prompt, completion=completion, text=prompt + completion)
 
 # %% ../../nbs/15_text.miniworld.ipynb #b6692ea5
-CODE = ('class {Item}:\n    colour = "{colour}"\n    quality = "{quality}"',
-        '{item} = {Item}(colour="{colour}", owner={person})',
-        'def {activity}(person, {place}):\n    if person.{feeling}:\n        return {place}.{item}\n    return None',
-        'for {item} in {place}.items:\n    if {item}.{quality}:\n        {person}.take({item})',
-        'while not {person}.{feeling}:\n    {person}.{activity}({place})',
-        '{place}.items.append({item})',
-        'print({person}.name, {place}.name)',
-        'try:\n    {activity}({person}, {place})\nexcept KeyError:\n    {item} = None',
-        '{item}_list = open("{place}.txt").read()',
-        'assert {item}.colour != "{colour}"',
-        'from {place} import {Item}, {activity}',
-        'with {place} as here:\n    here.sell({item}, to={person})',
-        '{item}_list = sorted({place}.items, key=lambda {item}: {item}.{quality})')
+CODE = (
+    'class {Item}:\n    colour = "{colour}"\n    quality = "{quality}"',
+    '{item} = {Item}(colour="{colour}", owner={person})',
+    'def {activity}(person, {place}):\n    if person.{feeling}:\n'
+    '        return {place}.{item}\n    return None',
+    'for {item} in {place}.items:\n    if {item}.{quality}:\n        {person}.take({item})',
+    'while not {person}.{feeling}:\n    {person}.{activity}({place})',
+    '{place}.items.append({item})',
+    'print({person}.name, {place}.name)',
+    'try:\n    {activity}({person}, {place})\nexcept KeyError:\n    {item} = None',
+    '{item}_list = open("{place}.txt").read()',
+    'assert {item}.colour != "{colour}"',
+    'from {place} import {Item}, {activity}',
+    'with {place} as here:\n    here.sell({item}, to={person})',
+    '{item}_list = sorted({place}.items, key=lambda {item}: {item}.{quality})',
+)
+COMMENTS = ("the {item} is {colour} and {quality}", "{colour.a} {item} {place.in}")
 
 # %% ../../nbs/15_text.miniworld.ipynb #50e5ab5e
 def code(rng: random.Random) -> str:
     "One document of code: four to seven snippets about the same names, some under a comment."
-    words = lexicon("en")["words"]
-    names = {k: rng.choice(list(words[k])) for k in ("item", "place", "colour", "quality", "feeling", "activity")}
-    names |= {"Item": names["item"].capitalize(), "person": rng.choice(lexicon("en")["names"])["w"].lower()}
-    snippets = [snippet.format(**names) for snippet in rng.sample(CODE, rng.randint(4, 7))]
-    said = {k: words[k][names[k]] for k in ("item", "place", "colour", "quality")}
-    comment = render(rng.choice(["the {item} is {colour} and {quality}", "{colour.a} {item} {place.in}"]), said)
-    return "\n".join([f"# {comment}", *snippets] if rng.random() < .5 else snippets)
+    lex = lexicon("en")
+    kinds = ("item", "place", "colour", "quality", "feeling", "activity")
+    names = {kind: rng.choice(list(lex["words"][kind])) for kind in kinds}
+    names["Item"] = names["item"].capitalize()
+    names["person"] = rng.choice(lex["names"])["w"].lower()
+    many = rng.randint(4, 7)
+    snippets = [snippet.format(**names) for snippet in rng.sample(CODE, many)]
+
+    words = {kind: lex["words"][kind][names[kind]] for kind in kinds[:4]}
+    comment = render(rng.choice(COMMENTS), words)
+    if rng.random() < .5: snippets.insert(0, f"# {comment}")
+    return "\n".join(snippets)
 
 # %% ../../nbs/15_text.miniworld.ipynb #fc074d50
 def pairs(text: str) -> list[dict]: # prompt, completion, text (both)
     "A document of English ability text as what is asked and what is learnt."
     label, lines = lexicon("en")["answer"], text.split("\n")
-    if not any(line.startswith(label) for line in lines): return [dict(prompt="", completion=text, text=text)]
-    asked = [(f"{question}\n{label}", answer.removeprefix(label)) for question, answer in zip(lines[::2], lines[1::2])]
-    return [dict(prompt=prompt, completion=completion, text=prompt + completion) for prompt, completion in asked]
+    if not any(line.startswith(label) for line in lines):
+        return [dict(prompt="", completion=text, text=text)]
+    rows = []
+    for question, answer in zip(lines[::2], lines[1::2]):
+        prompt, completion = f"{question}\n{label}", answer.removeprefix(label)
+        rows.append(dict(prompt=prompt, completion=completion, text=prompt + completion))
+    return rows
 
 # %% ../../nbs/15_text.miniworld.ipynb #ca3512f4
-def _write(path: Path, rows) -> None:
+def _write(path: Path, rows: Iterable[dict]) -> None:
+    "Rows as JSON lines, one at a time."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows: file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/15_text.miniworld.ipynb #ee4cfbb9
-def exam(ability: str, part: str, items: int, seed: int = 0) -> dict[str, list[dict]]: # language -> rows
-    "Different questions of one part; row n is the same question in every language."
+def exam(ability: str, part: str, items: int, seed: int = 0) -> dict[str, list[dict]]:
+    "Language -> rows, different questions of one part; row n is the same question in every language."
     draw, words = {"mathematics": (problem, tell), "science": (question, ask)}[ability]
     rng, chosen = random.Random(f"{seed}/{ability}/{part}"), {}
     while len(chosen) < items:
         drawn = draw(rng, part)
         chosen.setdefault(words(drawn, "en")["id"], drawn)
-    return {language: [words(drawn, language) for drawn in chosen.values()] for language in LANGUAGES}
+    rows = {}
+    for language in LANGUAGES:
+        rows[language] = [words(drawn, language) for drawn in chosen.values()]
+    return rows
+
+# %% ../../nbs/15_text.miniworld.ipynb #8144a6ad
+def _held_out(language: str, rng: random.Random) -> Iterator[dict]:
+    "Prose of the test part, without end."
+    while True:
+        text = prose(language, rng)
+        if part_of(text) == "test": yield {"text": text}
+
+# %% ../../nbs/15_text.miniworld.ipynb #686789a2
+def _documents_of(ability: str, seed: int, documents: int) -> Iterator[str]:
+    "The English training text of one ability; a world and its forums draw the same."
+    document = {"mathematics": mathematics, "science": science}[ability]
+    rng = random.Random(f"{seed}/{ability}")
+    for _ in range(documents): yield document("en", rng)
 
 # %% ../../nbs/15_text.miniworld.ipynb #383e7dc5
 def write_world(out: Path,             # a folder, made if it is not there
                 seed: int = 0,         # of the training text; the exams' parts do not depend on it
-                trace: float = 0.02,   # share of problems and facts among the general documents of every language
+                trace: float = 0.02,   # share of problems and facts among the general documents
                 documents: int = 40_000, # in each training file
                 items: int = 500,      # in each exam, dev and test
                 ) -> None:
-    "general/<language>.jsonl, held_out/<language>.jsonl, <ability>/en.jsonl, exams/<part>/<ability>/<language>.jsonl."
+    """general/<language>.jsonl, held_out/<language>.jsonl, <ability>/en.jsonl,
+    exams/<part>/<ability>/<language>.jsonl."""
     for language in LANGUAGES:
         rng = random.Random(f"{seed}/{language}")
-        _write(out / f"general/{language}.jsonl", ({"text": general(language, rng, trace)} for _ in range(documents)))
-        held = (text for text in iter(lambda: prose(language, rng), None) if part_of(text) == "test")
-        _write(out / f"held_out/{language}.jsonl", ({"text": text} for text, _ in zip(held, range(items))))
-    for ability, document in (("mathematics", mathematics), ("science", science)):
-        rng = random.Random(f"{seed}/{ability}")
-        _write(out / f"{ability}/en.jsonl", ({"text": document("en", rng)} for _ in range(documents)))
+        rows = ({"text": general(language, rng, trace)} for _ in range(documents))
+        _write(out / f"general/{language}.jsonl", rows)
+        _write(out / f"held_out/{language}.jsonl", islice(_held_out(language, rng), items))
+
+    for ability in ABILITIES:
+        rows = ({"text": text} for text in _documents_of(ability, seed, documents))
+        _write(out / f"{ability}/en.jsonl", rows)
         for part in ("dev", "test"):
-            for language, rows in exam(ability, part, items).items(): _write(out / f"exams/{part}/{ability}/{language}.jsonl", rows)
+            for language, rows in exam(ability, part, items).items():
+                _write(out / f"exams/{part}/{ability}/{language}.jsonl", rows)
+
+# %% ../../nbs/15_text.miniworld.ipynb #aaa2c7fe
+def _forum_rows(name: str, rng: random.Random) -> Iterator[dict]:
+    "Rows of forum/<language> or of code, without end."
+    while True:
+        if name == "code": yield {"text": code(rng)}
+        else: yield thread(name.removeprefix("forum/"), rng)
+
+# %% ../../nbs/15_text.miniworld.ipynb #ecdc8fa4
+def _some(rows: Iterator[dict], part: str, many: int) -> Iterator[dict]:
+    "The next `many` rows of one part. The one behind them is drawn too, and dropped."
+    of_part = (row for row in rows if part_of(row["text"]) == part)
+    for row, _ in zip(of_part, range(many)): yield row
 
 # %% ../../nbs/15_text.miniworld.ipynb #761f22b2
 def write_forums(out: Path,               # a folder, made if it is not there
-                 seed: int = 0,           # of the training text; the ability pairs are those of `write_world` with this seed
-                 documents: int = 40_000, # in each training file; of ability text as many documents, taken apart into pairs
+                 seed: int = 0,           # of the training text; the pairs are the world's with this seed
+                 documents: int = 40_000, # in each training file; as many are taken apart into pairs
                  items: int = 500,        # held out of each
                  ) -> None:
-    "forum/<language>.jsonl, code.jsonl, pairs/<ability>/en.jsonl; held_out/forum/<language>.jsonl, held_out/code.jsonl."
-    draw = {f"forum/{l}": lambda rng, l=l: thread(l, rng) for l in LANGUAGES} | {"code": lambda rng: {"text": code(rng)}}
-    for name, row in draw.items():
-        rng = random.Random(f"{seed}/{name}")
-        drawn = iter(lambda: row(rng), None)
-        _write(out / f"{name}.jsonl", (r for r, _ in zip((r for r in drawn if part_of(r["text"]) == "train"), range(documents))))
-        _write(out / f"held_out/{name}.jsonl", (r for r, _ in zip((r for r in drawn if part_of(r["text"]) == "test"), range(items))))
-    for ability, document in (("mathematics", mathematics), ("science", science)):
-        rng = random.Random(f"{seed}/{ability}")
-        _write(out / f"pairs/{ability}/en.jsonl", (row for _ in range(documents) for row in pairs(document("en", rng))))
+    """forum/<language>.jsonl, code.jsonl, pairs/<ability>/en.jsonl;
+    held_out/forum/<language>.jsonl, held_out/code.jsonl."""
+    for name in [*(f"forum/{language}" for language in LANGUAGES), "code"]:
+        rows = _forum_rows(name, random.Random(f"{seed}/{name}"))
+        _write(out / f"{name}.jsonl", _some(rows, "train", documents))
+        _write(out / f"held_out/{name}.jsonl", _some(rows, "test", items))
+
+    for ability in ABILITIES:
+        rows = (row for text in _documents_of(ability, seed, documents) for row in pairs(text))
+        _write(out / f"pairs/{ability}/en.jsonl", rows)
 
 # %% ../../nbs/15_text.miniworld.ipynb #0286dd55
-TEXTS = {"general_text": "held_out/{}.jsonl", "forum_text": "held_out/forum/{}.jsonl", "code_text": "held_out/code.jsonl"}  # exam -> file of a world or of its forums
+TEXTS = {  # exam -> its files: of a world the first, of its forums the others
+    "general_text": "held_out/{}.jsonl",
+    "forum_text": "held_out/forum/{}.jsonl",
+    "code_text": "held_out/code.jsonl",
+}
+
+# %% ../../nbs/15_text.miniworld.ipynb #e4ff3835
+def _items(file: Path, many: int) -> Iterator[dict]: # id, text
+    "The first lines of a held-out file as items of an exam."
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(islice(lines, many)):
+            yield {"id": number, "text": json.loads(line)["text"]}
 
 # %% ../../nbs/15_text.miniworld.ipynb #9bab046d
 def write_texts(out: Path,           # a folder, made if it is not there
@@ -353,9 +527,11 @@ def write_texts(out: Path,           # a folder, made if it is not there
                 forums: Path,        # of `write_forums`
                 items: int = 250,    # of each text; fewer where fewer are held out
                 ) -> None:
-    "<text>/<language>.jsonl, and <ability>/<language>.jsonl as they are. Code has no language: it stands under en."
+    """<text>/<language>.jsonl, and <ability>/<language>.jsonl as they are. Code has no language:
+    it stands under en."""
     shutil.copytree(world / "exams" / "test", out, dirs_exist_ok=True)
     for text, file in TEXTS.items():
-        for language in LANGUAGES if "{}" in file else ["en"]:
-            with open((world if text == "general_text" else forums) / file.format(language), encoding="utf-8") as lines:
-                _write(out / text / f"{language}.jsonl", ({"id": n, "text": json.loads(line)["text"]} for n, line in enumerate(islice(lines, items))))
+        folder = world if text == "general_text" else forums
+        for language in ["en"] if text == "code_text" else LANGUAGES:
+            rows = _items(folder / file.format(language), items)
+            _write(out / text / f"{language}.jsonl", rows)

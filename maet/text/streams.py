@@ -34,13 +34,16 @@ def permutation(n: int, seed: str): # -> memoryview of n int64, to be read from 
 
 # %% ../../nbs/12_text.streams.ipynb #5f58b2dc
 class Index:
-    "The documents of plain text files, to be read in any order. Raises MaetError for the first that is broken."
+    """The documents of plain text files, to be read in any order. Raises MaetError for the first that
+    is broken."""
     def __init__(self, source: Source):
-        (self.source, self.files), places = text_source(source), tempfile.TemporaryFile()
+        self.source, self.files = text_source(source)
+        places = tempfile.TemporaryFile()
         for n, record, _ in read_files(self.source, self.files):
             places.write(struct.pack("<4q", n, record.number, record.start, len(record.data)))
         places.flush()
-        self.places = np.memmap(places, np.int64, "r").reshape(-1, 4) if places.tell() else ()
+        self.places = ()
+        if places.tell(): self.places = np.memmap(places, np.int64, "r").reshape(-1, 4)
 
     def __len__(self): return len(self.places)
 
@@ -67,130 +70,175 @@ def batch(documents: Iterator, most: int, characters: int) -> list:
     return held
 
 # %% ../../nbs/12_text.streams.ipynb #a41e853a
-def in_blocks(documents: Iterator[Document], place: Callable, # where `documents` stands, as plain data
-              start: list | None) -> Iterator[tuple[list[Document], list]]: # a block; its number and the place where it begins
-    "Cut a stream into blocks."
-    began = start or [0, None]
+def in_blocks(documents: Iterator[Document],
+              place: Callable, # where `documents` stands, as plain data
+              start: list | None) -> Iterator[tuple[list[Document], list]]:
+    "Cut a stream into blocks, each with its number and the place where it begins."
+    number, begin = start or (0, None)
     while block := batch(documents, *BLOCK):
-        yield block, began
-        began = [began[0] + 1, place()]
+        yield block, [number, begin]
+        number, begin = number + 1, place()
 
 # %% ../../nbs/12_text.streams.ipynb #b1334a28
 class Gzipped:
     "The documents of gzipped text files; each time through, the files come in another order."
-    def __init__(self, source: Source): self.source, self.files = text_source(source)
+    def __init__(self, source: Source):
+        self.source, self.files = text_source(source)
 
-    def blocks(self, seed: str, start: list | None = None): # a place is how many files are behind, line and byte of the next
+    def blocks(self, seed: str, start: list | None = None):
+        "A place is how many files are behind, and line and byte of the next."
+        order = random.Random(seed).sample(self.files, len(self.files))
+        place = start[1] if start else None
         now = []
-        documents = self._read(random.Random(seed).sample(self.files, len(self.files)), now, *(start and start[1] or (0, 1, 0)))
+        documents = self._read(order, now, *(place or (0, 1, 0)))
         yield from in_blocks(documents, lambda: list(now), start)
 
-    def _read(self, order: list[Path], now: list, first: int, number: int, start: int) -> Iterator[Document]:
+    def _read(self, order: list[Path], now: list, first: int, number: int, start: int):
+        "Documents from a place on; `now` is kept up to date."
         for n, path in enumerate(order[first:], first):
             with opened(path) as file:
                 file.seek(start)
                 for record in records(file, has_paragraphs(path), number, start):
                     now[:] = n, *record.after()
-                    if found := parse(record, path, self.source): yield found
+                    found = parse(record, path, self.source)
+                    if found: yield found
             number, start = 1, 0
 
 # %% ../../nbs/12_text.streams.ipynb #d435a6cd
 def _datasets():
+    "The library, without bars. Raises MaetError where it is not installed."
     try: import datasets
-    except ImportError: raise MaetError("a dataset of the hub and parquet files need the datasets library: pip install 'maet[corpora]'") from None
+    except ImportError:
+        raise MaetError("a dataset of the hub and parquet files need the datasets library: "
+                        "pip install 'maet[corpora]'") from None
     datasets.disable_progress_bars()
-    for name in ("iterable_dataset", "packaged_modules"): logging.getLogger(f"datasets.{name}").setLevel(logging.CRITICAL)  # its errors are raised, too
+    for name in ("iterable_dataset", "packaged_modules"):  # what they log is raised, too
+        logging.getLogger(f"datasets.{name}").setLevel(logging.CRITICAL)
     return datasets
 
 # %% ../../nbs/12_text.streams.ipynb #5d5526bd
 @contextmanager
 def in_a_line(source: Source, on_the_way: bool = False):
-    "What the library raises, as one line: MaetError; ConnectionError where the hub is lost on the way, which is not the fault of a recipe."
+    """What the library raises, as one line: MaetError; ConnectionError where the hub is lost on the
+    way, which is not the fault of a recipe."""
     try: yield
     except MaetError: raise
     except Exception as e:
-        said, name = one_line(e), str(source.path).removeprefix("hf://")
+        why = one_line(e)
         if on_the_way and source.remote and isinstance(e, OSError):
-            raise ConnectionError(f"{source.path}: reading stopped ({said}); start again, and it goes on from there") from e
+            remedy = "start again, and it goes on from there"
+            raise ConnectionError(f"{source.path}: reading stopped ({why}); {remedy}") from e
         if isinstance(e, ConnectionError):
-            said += f"; without a network: hf download --repo-type dataset {name} --local-dir DIR where there is one, and hf:///DIR"
-        raise MaetError(f"{source.path}: {said}") from e
+            name = str(source.path).removeprefix("hf://")
+            download = f"hf download --repo-type dataset {name} --local-dir DIR"
+            why += f"; without a network: {download} where there is one, and hf:///DIR"
+        raise MaetError(f"{source.path}: {why}") from e
 
 # %% ../../nbs/12_text.streams.ipynb #b9dc6c8f
-def open_dataset(source: Source): # -> the source, `settled`; datasets.IterableDataset
-    "A stream of rows. Raises MaetError: no such dataset, configuration, split or column, or no network."
+def _builder(source: Source): # datasets.DatasetBuilder
     library = _datasets()
     with in_a_line(source):
-        if source.remote: builder = library.load_dataset_builder(str(source.path)[5:], source.name, revision=source.revision)
-        else: builder = library.load_dataset_builder("parquet", data_files=[str(p.resolve()) for p in local_files(source)])
-        data = builder.as_streaming_dataset(source.split if source.remote else "train")
+        if source.remote:
+            name = str(source.path).removeprefix("hf://")
+            return library.load_dataset_builder(name, source.name, revision=source.revision)
+        files = [str(path.resolve()) for path in local_files(source)]
+        return library.load_dataset_builder("parquet", data_files=files)
+
+# %% ../../nbs/12_text.streams.ipynb #c10f8594
+def _wanted(name: str, source: Source) -> bool:
+    "Does the source ask for this column of a file, or for something within it?"
+    return any(column == name or column.startswith(f"{name}.") for column in columns(source))
+
+# %% ../../nbs/12_text.streams.ipynb #99b59f4c
+def open_dataset(source: Source): # -> the source, `settled`; datasets.IterableDataset
+    "A stream of rows. Raises MaetError: no such dataset, configuration, split or column, or no network."
+    def has_all(): return all(there(has, name) for name in columns(source))
+
+    builder = _builder(source)
+    split = source.split if source.remote else "train"
+    with in_a_line(source):
+        data = builder.as_streaming_dataset(split)
         has = data.features or next(iter(data), {})
-        first = has if all(there(has, name) for name in columns(source)) else next(iter(data), has)
+        first = has if has_all() else next(iter(data), has)
         source = settled(source, first)
-        if not all(there(has, name) for name in columns(source)):
-            raise MaetError(f"{source.path} {lacks(first, source)}")
-        if type(builder.config).__name__ != "ParquetConfig": return source, data
-        builder.config.columns = [name for name in has if any(c == name or c.startswith(f"{name}.") for c in columns(source))]  # no other byte is fetched
-        return source, builder.as_streaming_dataset(source.split if source.remote else "train")
+        if not has_all(): raise MaetError(f"{source.path} {lacks(first, source)}")
+        if type(builder.config).__name__ == "ParquetConfig":  # no other column is fetched
+            builder.config.columns = [name for name in has if _wanted(name, source)]
+            data = builder.as_streaming_dataset(split)
+        return source, data
 
 # %% ../../nbs/12_text.streams.ipynb #4d134bc0
 class Rows:
     "The documents of a dataset; each time through, its files come in another order."
     def __init__(self, source: Source):
         self.source, self.data = open_dataset(source)
-        self.files = local_files(source) if not source.remote else \
-                     [f"{source.path}: file {n + 1}" for n in range(self.data.num_shards)]
+        if source.remote:
+            self.files = [f"{source.path}: file {n + 1}" for n in range(self.data.num_shards)]
+        else:
+            self.files = local_files(source)
 
-    def blocks(self, seed: str, start: list | None = None): # a place is how many files are behind, and the library's state in the next
+    def blocks(self, seed: str, start: list | None = None):
+        "A place is how many files are behind, and the library's state in the next."
         files, now = range(self.data.num_shards), []
         order = random.Random(seed).sample(files, len(files))
-        documents = (found for _, found in self.placed(order, now, *(start and start[1] or (0, None))))
+        place = start[1] if start else None
+        documents = (found for _, found in self.placed(order, now, *(place or (0, None))))
         yield from in_blocks(documents, lambda: [now[0], now[1].state_dict()], start)
 
     def placed(self, order: list[int], # of the files
                now: list,              # is kept up to date: how many are behind, and the dataset of the next
-               first: int = 0, state: dict | None = None) -> Iterator[tuple[str, Document]]: # where, and what
-        "All documents from a place on."
+               first: int = 0, state: dict | None = None) -> Iterator[tuple[str, Document]]:
+        "Where it is and what it says, of all documents from a place on."
         for n, file in enumerate(order[first:], first):
             data = self.data.shard(len(order), file)
             if state: data.load_state_dict(state)
             now[:] = n, data
-            yield from self._rows(data, str(self.files[file]), begun=bool(state))
+            yield from _documents_of(data, str(self.files[file]), self.source, begun=bool(state))
             state = None
 
-    def _rows(self, data, path: str, begun: bool) -> Iterator[tuple[str, Document]]:
-        with in_a_line(self.source, on_the_way=True):
-            for number, row in enumerate(data, 1):
-                where = f"{path}: a row" if begun else f"{path}: row {number}"
-                if found := document(row, self.source, where): yield where, found
-
-    def in_order(self) -> Iterator[tuple[str, Document]]: # where, and what
-        "All documents, in the order of the files."
+    def in_order(self) -> Iterator[tuple[str, Document]]:
+        "Where it is and what it says, of all documents in the order of the files."
         return self.placed(range(self.data.num_shards), [])
 
+# %% ../../nbs/12_text.streams.ipynb #b9279e7f
+def _documents_of(rows, path: str, source: Source, begun: bool) -> Iterator[tuple[str, Document]]:
+    "The documents of one file, with their rows, unless it was `begun` by another process."
+    with in_a_line(source, on_the_way=True):
+        for number, row in enumerate(rows, 1):
+            where = f"{path}: a row" if begun else f"{path}: row {number}"
+            found = document(row, source, where)
+            if found: yield where, found
+
 # %% ../../nbs/12_text.streams.ipynb #0a57cb53
-def _as_rows(source: Source) -> bool: return source.remote or kind_of(local_files(source)[0]) == ".parquet"
+def _as_rows(source: Source) -> bool:
+    return source.remote or kind_of(local_files(source)[0]) == ".parquet"
 
 def reader(source: Source) -> Index | Gzipped | Rows:
-    "What reads a source. Raises MaetError for a source that cannot be read, before anything is made from it."
+    "What reads a source. Raises MaetError for one that cannot be read."
     if _as_rows(source): return Rows(source)
-    return (Gzipped if kind_of(local_files(source)[0]).endswith(".gz") else Index)(source)
+    zipped = kind_of(local_files(source)[0]).endswith(".gz")
+    return Gzipped(source) if zipped else Index(source)
 
 # %% ../../nbs/12_text.streams.ipynb #b9e653b9
 def placed(source: Source) -> Iterator[tuple[str, Document]]: # its file and line, or row; what it says
     "All documents once, in the order of the files. Raises MaetError."
-    if _as_rows(source): yield from Rows(source).in_order()
-    else:
-        source, files = text_source(source)
-        for n, record, found in read_files(source, files): yield f"{files[n]}: line {record.number}", found
+    if _as_rows(source):
+        yield from Rows(source).in_order()
+        return
+    source, files = text_source(source)
+    for n, record, found in read_files(source, files):
+        yield f"{files[n]}: line {record.number}", found
 
 # %% ../../nbs/12_text.streams.ipynb #2248a8a8
-def documents(source: Source | str | Path) -> Iterator[Document]: # a str; or a (prompt, completion) or messages, if the source says so
-    "All documents once, in the order of the files. Raises MaetError, also if there is none."
-    source, found = source if isinstance(source, Source) else Source(source), None
+def documents(source: Source | str | Path) -> Iterator[Document]:
+    """All documents once, in the order of the files: a str; or a (prompt, completion) or messages,
+    if the source says so. Raises MaetError, also if there is none."""
+    if not isinstance(source, Source): source = Source(source)
+    found = None
     for _, found in placed(source): yield found
     if found is None: raise MaetError(f"{source.path}: no document in it")
 
+# %% ../../nbs/12_text.streams.ipynb #ffa038b5
 def texts_in(found: Document) -> list[str]:
     "What a document says, without a template: for a tokenizer that is to be made."
     if isinstance(found, str): return [found]
@@ -198,13 +246,16 @@ def texts_in(found: Document) -> list[str]:
 
 # %% ../../nbs/12_text.streams.ipynb #f7965e79
 def place_of(wanted: Document, source: Source) -> str:
-    "Where a document is, for a message: it is looked for. In a dataset of the hub that may have no end."
+    "Where a document is, for a message: it is looked for, but not in a dataset without end."
     if source.remote: return f"{source.path}: a row"
-    return next((place for place, found in placed(source) if found == wanted), str(source.path))
+    for place, found in placed(source):
+        if found == wanted: return place
+    return str(source.path)
 
 # %% ../../nbs/12_text.streams.ipynb #33d05a71
 def check(source: Source) -> None:
-    "Read local text to its end; of a dataset, where columns have types, the first document. Raises MaetError."
+    """Read local text to its end; of a dataset, where columns have types, the first document.
+    Raises MaetError."""
     rows = _as_rows(source)
     for _ in documents(source):
         if rows: break
@@ -218,8 +269,10 @@ def shuffled(read: Index | Gzipped | Rows, seed: str,
     for epoch in counter(first):
         empty = start is None
         for block, began in read.blocks(f"{seed}/{epoch}", start):
-            order = permutation(len(block), f"{seed}/{epoch}" if began is None else f"{seed}/{epoch}/{began[0]}")
-            for n in range(had, len(order)): yield block[order[-1 - n]], [epoch, began, n + 1]
+            drawn = f"{seed}/{epoch}" if began is None else f"{seed}/{epoch}/{began[0]}"
+            order = permutation(len(block), drawn)
+            for n in range(had, len(order)):
+                yield block[order[-1 - n]], [epoch, began, n + 1]
             had, empty = 0, False
         if empty: raise MaetError(f"{read.source.path}: no document in it")
         start = None

@@ -6,8 +6,8 @@
 __all__ = ['open_tokens', 'digest', 'write_tokens']
 
 # %% ../../nbs/14_text.tables.ipynb #446bf89d
-import hashlib, json, os, struct
-from collections.abc import Callable
+import hashlib, json, math, os, struct
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
@@ -26,7 +26,7 @@ from .documents import Source, one_line
 from maet.text.files import (
     _bar, blank, has_paragraphs, local_files, must_be_readable, opened, split_lines, unreadable,
 )
-from .tokens import Position, Tokens, _many, readable, readers_of, sequences
+from .tokens import Encoded, Position, Tokens, _many, readable, readers_of, sequences
 
 # %% ../../nbs/14_text.tables.ipynb #64e095fe
 CHUNK = 1 << 20            # tokens
@@ -34,52 +34,89 @@ FORMAT = "maet tokens 1"
 
 # %% ../../nbs/14_text.tables.ipynb #b058f6f3
 class Table:
-    "A table that is being written; what an earlier process wrote for the same `made` is there already."
+    """A table that is being written. `note` says what is there of it: what it is made from, rows, their
+    hash, tokens that are learnt, and where the reader stood behind the last row."""
     def __init__(self, out: str | Path, shape: tuple[int, int], masked: bool, made: str):
         self.out, self.shape, self.masked, self.made = Path(out), shape, masked, made
-        self.part, self.noted = (self.out.parent / f".{self.out.name}.{end}" for end in ("part", "position"))
-        self.begin = -(-(4096 + 4 * len(made)) // 4096) * 4096  # of the ids: the header and its length are before
+        self.part = self.out.parent / f".{self.out.name}.part"
+        self.noted = self.out.parent / f".{self.out.name}.position"
+        pages = math.ceil((4096 + 4 * len(made)) / 4096)
+        self.begin = pages * 4096  # of the ids: the header and its length are before
         self.size = self.begin + shape[0] * shape[1] * (5 if masked else 4)
         self.new = [folder for folder in self.out.parents if not folder.exists()]  # deepest first
-        self.note = self._found() or self._fresh()
+        self.note = _found(self) or self.fresh()
 
-    def _found(self) -> dict | None:
-        try: note = json.loads(self.noted.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError): return None
-        ours = isinstance(note, dict) and note.keys() == self._fresh().keys() and note["made"] == self.made
-        return note if ours and readable(note["position"]) and self.part.exists() and self.part.stat().st_size == self.size else None
-
-    def _fresh(self) -> dict:
+    def fresh(self) -> dict:
+        "The note of a table of which nothing is there."
         began = hashlib.sha256(repr((self.shape, self.masked)).encode()).hexdigest()
         return dict(made=self.made, rows=0, hash=began, trained=0, position=None)
 
-    def _begin(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        room_for(self.out, self.size)
-        with open(self.part, "wb") as file: file.truncate(self.size)
-
     def append(self, ids: np.ndarray, trained: np.ndarray, position: dict | None = None) -> None:
         "Write rows, then note that they are there and the position behind them."
-        rows, (many, length) = self.note["rows"], self.shape
-        if not rows: self._begin()
-        pieces = [(self.begin + rows * length * 4, ids.tobytes())]
-        if self.masked: pieces.append((self.begin + many * length * 4 + rows * length, trained.tobytes()))
-        with open(self.part, "r+b") as file:
-            for place, data in pieces: file.seek(place); file.write(data)
-            file.flush(); os.fsync(file.fileno())
-        chained = hashlib.sha256(b"".join([self.note["hash"].encode(), *(data for _, data in pieces)])).hexdigest()
-        self.note |= dict(rows=rows + len(ids), hash=chained, trained=self.note["trained"] + int(trained.sum()), position=position)
+        hashed = _write_rows(self, ids, trained)
+        rows, learnt = self.note["rows"] + len(ids), self.note["trained"] + int(trained.sum())
+        self.note |= dict(rows=rows, hash=hashed, trained=learnt, position=position)
         with whole(self.noted) as new: new.write_text(json.dumps(self.note), encoding="utf-8")
 
+# %% ../../nbs/14_text.tables.ipynb #94ccc543
+def _found(table: Table) -> dict | None:
+    "The note that an earlier process left of the same table; None if there is none, or a damaged one."
+    try: note = json.loads(table.noted.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return None
+    if not isinstance(note, dict) or note.keys() != table.fresh().keys(): return None
+    if note["made"] != table.made or not readable(note["position"]): return None
+    if not table.part.exists() or table.part.stat().st_size != table.size: return None
+    return note
+
+# %% ../../nbs/14_text.tables.ipynb #26612525
+def _begin(table: Table) -> None:
+    "A file of the size that the table will have."
+    table.out.parent.mkdir(parents=True, exist_ok=True)
+    room_for(table.out, table.size)
+    with open(table.part, "wb") as file: file.truncate(table.size)
+
+# %% ../../nbs/14_text.tables.ipynb #777cb031
+def _write_rows(table: Table, ids: np.ndarray, trained: np.ndarray) -> str: # hash of all rows up to these
+    "Force rows to the disk, behind those that are there."
+    rows, (many, length) = table.note["rows"], table.shape
+    if not rows: _begin(table)
+    pieces = [(table.begin + rows * length * 4, ids.tobytes())]  # place in the file, bytes
+    if table.masked:
+        behind_ids = table.begin + many * length * 4
+        pieces.append((behind_ids + rows * length, trained.tobytes()))
+    with open(table.part, "r+b") as file:
+        for place, data in pieces:
+            file.seek(place)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+    chained = hashlib.sha256(table.note["hash"].encode())
+    for _, data in pieces: chained.update(data)
+    return chained.hexdigest()
+
 # %% ../../nbs/14_text.tables.ipynb #2e01e174
+def _used(position: dict | None) -> list[dict]: # documents, tokens, epochs
+    "What was taken of each source, as a position tells it."
+    if not position: return []
+    counts = zip(position["documents"], position["used"], position["sources"])
+    return [dict(documents=many, tokens=tokens, epochs=stand[0]) for many, tokens, stand in counts]
+
+# %% ../../nbs/14_text.tables.ipynb #67941887
 def _header(table: Table) -> bytes:
-    (many, length), note = table.shape, table.note
-    position = note["position"] or dict(used=[], documents=[], sources=[])
-    used = [dict(documents=d, tokens=t, epochs=s[0]) for d, t, s in zip(position["documents"], position["used"], position["sources"])]
-    tensors = {"ids": dict(dtype="I32", shape=[many, length], data_offsets=[0, many * length * 4])}
-    if table.masked: tensors["trained"] = dict(dtype="BOOL", shape=[many, length], data_offsets=[many * length * 4, many * length * 5])
-    meta = dict(format=FORMAT, identity=note["hash"], made=table.made, used=json.dumps(used), trained=str(note["trained"]))
-    return struct.pack("<Q", table.begin - 8) + json.dumps({"__metadata__": meta} | tensors).encode().ljust(table.begin - 8)
+    "The header of a safetensors file and its length before it, filled with blanks up to the ids."
+    note, shape = table.note, list(table.shape)
+    scalars = shape[0] * shape[1]
+    meta = dict(
+        format=FORMAT, identity=note["hash"], made=table.made,
+        used=json.dumps(_used(note["position"])), trained=str(note["trained"]),
+    )
+    header = {"__metadata__": meta}
+    header["ids"] = dict(dtype="I32", shape=shape, data_offsets=[0, scalars * 4])
+    if table.masked:
+        header["trained"] = dict(dtype="BOOL", shape=shape, data_offsets=[scalars * 4, scalars * 5])
+    size = table.begin - 8
+    return struct.pack("<Q", size) + json.dumps(header).encode().ljust(size)
 
 # %% ../../nbs/14_text.tables.ipynb #bb201169
 def drop(table: Table) -> None:
@@ -93,20 +130,23 @@ def finish(table: Table) -> Path:
     "Write the header and give the file its name."
     with open(table.part, "r+b") as file:
         file.write(_header(table))
-        file.flush(); os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(table.part, table.out)
     table.noted.unlink(missing_ok=True)
     return table.out
 
 # %% ../../nbs/14_text.tables.ipynb #e1822db4
 def read_meta(path: str | Path) -> dict[str, str]:
-    "What a table says of itself: `made`, `used`, `trained`, `identity`. Raises MaetError for a file that is no table."
+    """What a table says of itself: `made`, `used`, `trained`, `identity`.
+    Raises MaetError for a file that is no table."""
     from safetensors import SafetensorError, safe_open
-    must_be_readable(path)  # safetensors says of every file that cannot be opened that it is not there
+    must_be_readable(path)  # else safetensors says that the file is not there
     try:
         with safe_open(path, "pt") as file: meta = file.metadata() or {}
     except (OSError, SafetensorError) as e:
         raise MaetError(f"{path}: cannot be read as a table of tokens ({one_line(e)})") from None
+
     if meta.get("format") != FORMAT or not {"made", "identity", "used", "trained"} <= meta.keys():
         raise MaetError(f"{path}: is no table of tokens; `write_tokens` makes one")
     return meta
@@ -116,7 +156,8 @@ def open_tokens(path: str | Path) -> Tokens:
     "A table, mapped into memory: a row is read from the disk when it is asked for. Raises MaetError."
     from safetensors import safe_open
     identity = read_meta(path)["identity"]
-    with safe_open(path, "pt") as file: tensors = {name: file.get_tensor(name) for name in file.keys()}
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     ids, trained = tensors.get("ids"), tensors.get("trained")
     if ids is None or ids.dtype != torch.int32 or ids.dim() != 2:
         raise MaetError(f"{path}: has no ids as a table of tokens has them")
@@ -128,23 +169,31 @@ def open_tokens(path: str | Path) -> Tokens:
 def save_tokens(out: str | Path, tokens: Tokens) -> Path:
     "A table of what is in memory."
     many, length = tokens.ids.shape
-    trained = torch.ones(many, length, dtype=torch.bool) if tokens.trained is None else tokens.trained
-    table = Table(out, (many, length), tokens.trained is not None, "in memory")
-    table.note = table._fresh()
-    for start in range(0, many, step := max(1, CHUNK // length)):
-        table.append(*(part[start:start + step].numpy() for part in (tokens.ids.int(), trained)))
+    ids, trained = tokens.ids.int(), tokens.trained
+    masked = trained is not None
+    if not masked: trained = torch.ones(many, length, dtype=torch.bool)
+    table = Table(out, (many, length), masked, "in memory")
+    table.note = table.fresh()
+    step = max(1, CHUNK // length)
+    for start in range(0, many, step):
+        end = start + step
+        table.append(ids[start:end].numpy(), trained[start:end].numpy())
     return finish(table)
 
 # %% ../../nbs/14_text.tables.ipynb #c5b76da3
-def _version(path: str | Path) -> tuple[Path, int, int]: # size and time of change: a new file is read again
+def _version(path: str | Path) -> tuple[Path, int, int]:
+    "A file with its size and its time of change: one that is changed is read again."
     state = os.stat(path)
     return Path(path), state.st_size, state.st_mtime_ns
 
+# %% ../../nbs/14_text.tables.ipynb #7086cd34
 @cache
 def _digest(path: Path, size: int, changed: int) -> str: # sha256
     content = hashlib.sha256()
     with open(path, "rb") as file, _bar(f"reading {path.name}", size, "B") as bar:
-        while data := file.read(1 << 20): content.update(data); bar.update(len(data))
+        while data := file.read(1 << 20):
+            content.update(data)
+            bar.update(len(data))
     return content.hexdigest()
 
 # %% ../../nbs/14_text.tables.ipynb #0e84bf99
@@ -158,54 +207,89 @@ def digest(path: str | Path) -> str:
 def _unix(path: Path, size: int, changed: int) -> bool:
     "Is every line end \\n, and every blank line empty?"
     with opened(path) as file:
-        return all(line == b"\n" or b"\r" not in line and not blank(line) for line in split_lines(file))
+        for line in split_lines(file):
+            if line == b"\n": continue
+            if b"\r" in line or blank(line): return False
+    return True
 
+# %% ../../nbs/14_text.tables.ipynb #de0edc21
 def _content(files: list[Path]) -> str:
-    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()[:16]
+    "The content of files as one short hash."
+    digests = "".join(digest(path) for path in files)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+# %% ../../nbs/14_text.tables.ipynb #630f9c44
+def _sizes(place: Path) -> list[tuple[str, int]]: # path, bytes
+    "All files of a folder."
+    files = [path for path in place.rglob("*") if path.is_file()]
+    return sorted((str(path.relative_to(place)), path.stat().st_size) for path in files)
 
 # %% ../../nbs/14_text.tables.ipynb #6c0bf775
 def identity(source: Source) -> str:
-    "What a source says: the content of local files, the names of a hub dataset. Not its share. Raises MaetError."
-    what = {k: v for k, v in asdict(source).items() if v is not None and k not in ("path", "share")}
-    place = Path(str(source.path).removeprefix("hf://"))
-    files = [] if source.remote else local_files(source)
-    if source.remote and place.is_dir(): what["files"] = sorted((str(p.relative_to(place)), p.stat().st_size) for p in place.rglob("*") if p.is_file())
-    if not all(_unix(*_version(p)) for p in files if has_paragraphs(p)): what["lines"] = "of any kind"
-    content = source.path if source.remote else _content(files)
+    """What a source says: the content of local files, the names of a hub dataset. Not its share.
+    Raises MaetError."""
+    what = {field: value for field, value in asdict(source).items() if value is not None}
+    del what["path"], what["share"]
+    if source.remote:
+        content, place = source.path, Path(str(source.path).removeprefix("hf://"))
+        if place.is_dir(): what["files"] = _sizes(place)
+    else:
+        files = local_files(source)
+        if not all(_unix(*_version(path)) for path in files if has_paragraphs(path)):
+            what["lines"] = "of any kind"
+        content = _content(files)
     return f"{content} {json.dumps(what, sort_keys=True, ensure_ascii=False)}"
 
 # %% ../../nbs/14_text.tables.ipynb #c5c228c9
 def fingerprint(tokenizer) -> str:
     "What a tokenizer does, as a hash."
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    said = [fast.to_str() if fast else type(tokenizer).__name__, tokenizer.eos_token_id, str(getattr(tokenizer, "chat_template", None))]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    rules = fast.to_str() if fast else type(tokenizer).__name__
+    template = str(getattr(tokenizer, "chat_template", None))
+    what = json.dumps([rules, tokenizer.eos_token_id, template])
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+# %% ../../nbs/14_text.tables.ipynb #f71d7d3e
+def _fill(table: Table, rows: Iterator[Encoded], position: Position, progress: Callable | None):
+    "Append rows, a piece at a time, until the table is full. A bar shows it, or `progress` is told."
+    many, length = table.shape
+    step = max(1, CHUNK // length)
+    shown = dict(initial=table.note["rows"] * length, disable=progress is not None)
+    with _bar(f"writing {table.out.name}", many * length, "token", **shown) as bar:
+        while table.note["rows"] < many:
+            piece = list(islice(rows, min(step, many - table.note["rows"])))
+            ids = np.stack([row.ids for row in piece])
+            trained = np.stack([row.trained for row in piece])
+            table.append(ids, trained, position.note())
+            bar.update(len(piece) * length)
+            if progress: progress(table.note["rows"] * length, many * length)
 
 # %% ../../nbs/14_text.tables.ipynb #8effee40
-def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transformers tokenizer with an end-of-text token
-                 tokens: int, length: int,                          # the budget, padding included, and the length of a sequence
+def write_tokens(out: str | Path, sources: list[Source],
+                 tokenizer,  # of transformers, with an end-of-text token
+                 tokens: int, # the budget, padding included
+                 length: int, # of a sequence
                  seed: int, whole_documents: bool = False,
-                 progress: Callable[[int, int], None] | None = None, # gets tokens written and tokens to write
+                 progress: Callable[[int, int], None] | None = None, # gets tokens written and to write
                  ) -> Path:
-    """Read, mix and pack into a table, in memory that does not grow with it. A table of the same sources and settings that is there
-    is kept; one that was begun is gone on with. Raises MaetError for a bad source or budget, ConnectionError when the hub is lost on the way."""
-    many, step = _many(tokens, length), max(1, CHUNK // length)
-    made = json.dumps(dict(format=FORMAT, sources=[[identity(s), s.share] for s in sources], tokenizer=fingerprint(tokenizer), tokens=tokens,
-                           length=length, seed=seed, whole_documents=whole_documents), ensure_ascii=False)
+    """Read, mix and pack into a table, in memory that does not grow with it. A table of the same
+    sources and settings that is there is kept; one that was begun is gone on with. Raises MaetError for
+    a bad source or budget, ConnectionError when the hub is lost on the way."""
+    many = _many(tokens, length)
+    made = json.dumps(dict(
+        format=FORMAT, sources=[[identity(source), source.share] for source in sources],
+        tokenizer=fingerprint(tokenizer), tokens=tokens, length=length, seed=seed,
+        whole_documents=whole_documents,
+    ), ensure_ascii=False)
     if Path(out).exists() and read_meta(out)["made"] == made: return Path(out)
+
     readers = readers_of(sources, tokenizer)
-    table = Table(out, (many, length), whole_documents or any(r.source.masked for r in readers), made)
-    position = Position.read(table.note["position"]) if table.note["position"] else Position.start(len(sources))
+    masked = whole_documents or any(reader.source.masked for reader in readers)
+    table = Table(out, (many, length), masked, made)
+    noted = table.note["position"]
+    position = Position.read(noted) if noted else Position.start(len(sources))
     rows = sequences(readers, tokenizer, length, seed, whole_documents, position)
-    begun, hidden = table.note["rows"] * length, progress is not None
-    bar = _bar(f"writing {table.out.name}", many * length, "token", initial=begun, disable=hidden)
-    try:
-        with bar:
-            while (have := table.note["rows"]) < many:
-                next_rows = list(islice(rows, min(step, many - have)))
-                table.append(*map(np.stack, zip(*next_rows)), position.note())
-                bar.update(len(next_rows) * length)
-                if progress: progress(table.note["rows"] * length, many * length)
+    try: _fill(table, rows, position, progress)
     except MaetError:
         drop(table)
         raise
@@ -214,11 +298,14 @@ def write_tokens(out: str | Path, sources: list[Source], tokenizer, # a transfor
 # %% ../../nbs/14_text.tables.ipynb #e6c3dd63
 def catalogue() -> dict[str, list[dict]]:
     "Corpus -> rows, the best first: source, for, licence, format, seen."
-    listed = yaml.safe_load((package_files("maet") / "catalogue" / "corpora.yml").read_text(encoding="utf-8"))
+    file = package_files("maet") / "catalogue" / "corpora.yml"
+    listed = yaml.safe_load(file.read_text(encoding="utf-8"))
     return {name: rows for name, rows in listed.items() if name != "unusable"}
 
+# %% ../../nbs/14_text.tables.ipynb #2a550057
 def stand_in(corpus: str, share: float = 1.0, choice: int = 0) -> Source:
     "A source of the catalogue. Raises MaetError for a corpus that is not in it."
     rows = catalogue()
-    if corpus not in rows: raise MaetError(f"{corpus}: not in the catalogue, which has {', '.join(rows)}")
+    if corpus not in rows:
+        raise MaetError(f"{corpus}: not in the catalogue, which has {', '.join(rows)}")
     return Source(**rows[corpus][choice]["source"], share=share)

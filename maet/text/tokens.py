@@ -26,22 +26,34 @@ class Encoded(NamedTuple):
     ids: np.ndarray      # (n,) int32
     trained: np.ndarray  # (n,) bool: targets of the loss
 
-def _marked(ids: list[int], untrained: int = 0) -> Encoded: # the first so many are not learnt
+# %% ../../nbs/13_text.tokens.ipynb #37f931fc
+def _marked(ids: list[int], untrained: int = 0) -> Encoded:
+    "Tokens of which the first so many are not learnt."
     trained = np.ones(len(ids), bool)
     trained[:untrained] = False
     return Encoded(np.array(ids, np.int32), trained)
 
 # %% ../../nbs/13_text.tokens.ipynb #4568d965
 def _chat_of(messages: list[dict], source: Source, tokenizer) -> Encoded:
+    "A chat as tokens; an error names its place in the source."
     try: return encode_chat(messages, tokenizer)
     except MaetError as e: raise MaetError(f"{place_of(messages, source)}: {e}") from None
 
+# %% ../../nbs/13_text.tokens.ipynb #6bbb5d26
 def encode(found: list[Document], source: Source, tokenizer) -> list[Encoded]:
-    "Documents of one source as tokens. Nothing but the end-of-text token is added to what the document or the chat template says."
-    if source.messages: return [_chat_of(messages, source, tokenizer) for messages in found]
-    ids = lambda texts: tokenizer(list(texts), add_special_tokens=False).input_ids
-    if not source.prompt: return [_marked(text + [tokenizer.eos_token_id]) for text in ids(found)]
-    return [_marked(p + c + [tokenizer.eos_token_id], len(p)) for p, c in zip(*map(ids, zip(*found)))]
+    """Documents of one source as tokens. Nothing but the end-of-text token is added to what the
+    document or the chat template says."""
+    def ids_of(texts): return tokenizer(list(texts), add_special_tokens=False).input_ids
+
+    if source.messages:
+        return [_chat_of(messages, source, tokenizer) for messages in found]
+    end = [tokenizer.eos_token_id]
+    if not source.prompt:
+        return [_marked(text + end) for text in ids_of(found)]
+    prompts = ids_of(prompt for prompt, _ in found)
+    completions = ids_of(completion for _, completion in found)
+    pairs = zip(prompts, completions)
+    return [_marked(prompt + completion + end, len(prompt)) for prompt, completion in pairs]
 
 # %% ../../nbs/13_text.tokens.ipynb #fc074d50
 def encode_stream(stream: Iterator[tuple[Document, list]], source: Source,
@@ -61,24 +73,34 @@ def chat_template(tokenizer) -> str:
         raise MaetError("messages need a chat template, and this tokenizer has none: "
                         "take a chat model's, or prompt and completion columns") from None
 
+# %% ../../nbs/13_text.tokens.ipynb #9deab32f
 Written = tuple[str, list[tuple[int, int]]] # a chat as the template writes it; marked turns, in characters
 
 # %% ../../nbs/13_text.tokens.ipynb #e09bacdd
 def _written(messages: list[dict], tokenizer, ask: bool) -> Written:
     from transformers.utils.chat_template_utils import render_jinja_template
     template = chat_template(tokenizer)
-    said = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    more = dict(add_generation_prompt=ask, return_assistant_tokens_mask=bool(MARKED.search(template)))
-    texts, marks = render_jinja_template([said], chat_template=template, **tokenizer.special_tokens_map, **more)
+    chat = [_without_none(message) for message in messages]
+    texts, marks = render_jinja_template(
+        [chat], chat_template=template, add_generation_prompt=ask,
+        return_assistant_tokens_mask=bool(MARKED.search(template)), **tokenizer.special_tokens_map,
+    )
     return texts[0], marks[0] if marks else []
 
+# %% ../../nbs/13_text.tokens.ipynb #969a8f7b
+def _without_none(message: dict) -> dict:
+    "A message without the columns that it has only because another one of its file has them."
+    return {key: value for key, value in message.items() if value is not None}
+
 # %% ../../nbs/13_text.tokens.ipynb #019f6eef
-def render(messages: list[dict], tokenizer, ask: bool = False) -> Written: # ask: and then for an answer
-    "A chat as its template writes it. Raises MaetError with what the template has against it."
+def render(messages: list[dict], tokenizer, ask: bool = False) -> Written:
+    """A chat as its template writes it and, with `ask`, what asks for an answer.
+    Raises MaetError with what the template has against it."""
     try: return _written(messages, tokenizer, ask)
     except (MaetError, ImportError): raise
     except Exception as e: why = one_line(e)  # a template is a program: anything may happen in it
-    raise MaetError(f"the chat template refuses this chat ({why}); leave it out, or mend it or the template")
+    remedy = "leave it out, or mend it or the template"
+    raise MaetError(f"the chat template refuses this chat ({why}); {remedy}")
 
 # %% ../../nbs/13_text.tokens.ipynb #7d0bbb95
 def check_template(tokenizer) -> None:
@@ -93,28 +115,38 @@ def check_template(tokenizer) -> None:
 
 # %% ../../nbs/13_text.tokens.ipynb #b58d0c3e
 def _opening(text: str, write: Callable) -> int: # in characters
-    "Where the answer begins in a chat of one turn, the assistant's: behind the words that ask for an answer."
+    """Where the answer begins in a chat of one turn, the assistant's: behind the words that ask
+    for an answer."""
     question = [{"role": "user", "content": "?"}]
     try: asking = write(question, True).removeprefix(write(question))
     except MaetError: return 0
-    return text.index(asking) + len(asking) if asking in text else 0
+    if asking not in text: return 0
+    return text.index(asking) + len(asking)
 
 # %% ../../nbs/13_text.tokens.ipynb #1a62a540
 MOST_MESSAGES = 1000
 
-def answers(messages: list[dict], whole: str, # as `write` writes them
-            write: Callable) -> list[tuple[int, int]]: # begin and end, in characters
+def answers(messages: list[dict],
+            whole: str,      # the chat as `write` writes it
+            write: Callable, # messages, and whether to ask for an answer -> text
+            ) -> list[tuple[int, int]]: # begin and end, in characters
     "Where the assistant's turns are in the chat, by differences. Raises MaetError."
-    if len(messages) > MOST_MESSAGES:  # each turn writes all turns before it
-        raise MaetError(f"a chat of {len(messages):,} messages, of which {MOST_MESSAGES:,} can be told apart: "
+    many = len(messages)
+    if many > MOST_MESSAGES:  # each turn writes all turns before it
+        raise MaetError(f"a chat of {many:,} messages, of which {MOST_MESSAGES:,} can be told apart: "
                         "split it, or mark the answers in the chat template with {% generation %}")
 
     spans = []
     for n, message in enumerate(messages):
         if message["role"] != "assistant": continue
-        before, after = write(messages[:n]) if n else "", write(messages[:n + 1])
-        begin = len(os.path.commonprefix([write(messages[:n], True), after])) if n else _opening(after, write)
-        if not (whole.startswith(after) and len(before) <= begin <= len(after)):
+        before = write(messages[:n]) if n else ""
+        after = write(messages[:n + 1])
+        if n:
+            asked = write(messages[:n], True)
+            begin = len(os.path.commonprefix([asked, after]))
+        else:
+            begin = _opening(after, write)
+        if not whole.startswith(after) or not len(before) <= begin <= len(after):
             raise MaetError("the chat template changes earlier turns, so what the assistant says "
                             "cannot be told apart: mark it with {% generation %}")
         spans.append((begin, len(after)))
@@ -122,18 +154,24 @@ def answers(messages: list[dict], whole: str, # as `write` writes them
 
 # %% ../../nbs/13_text.tokens.ipynb #0aaca422
 def encode_chat(messages: list[dict], tokenizer) -> Encoded:
-    "A chat in the words of the tokenizer's template; the assistant's turns are learnt. Raises MaetError."
+    """A chat in the words of the tokenizer's template; the assistant's turns are learnt.
+    Raises MaetError."""
     def write(part, ask=False): return render(part, tokenizer, ask)[0]
+
     text, spans = render(messages, tokenizer)
     marked = MARKED.search(chat_template(tokenizer))
     if not marked: spans = answers(messages, text, write)
-    if not tokenizer.is_fast: raise MaetError("the tokenizer does not say where its tokens are: take a fast one")
+    if not tokenizer.is_fast:
+        raise MaetError("the tokenizer does not say where its tokens are: take a fast one")
+
     got = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begins, ends = np.array(got["offset_mapping"], np.int64).reshape(-1, 2).T
     trained = np.zeros(len(begins), bool)
-    for first, last in spans: trained |= (first < ends) & (begins < last) & (first < last)
-    does = "marks" if marked else "writes"
-    if not trained.any(): raise MaetError(f"the chat template {does} nothing as the assistant's: look at it")
+    for first, last in spans:
+        if first < last: trained |= (first < ends) & (begins < last)  # reaches into the turn
+    if not trained.any():
+        does = "marks" if marked else "writes"
+        raise MaetError(f"the chat template {does} nothing as the assistant's: look at it")
     return Encoded(np.array(got["input_ids"], np.int32), trained)
 
 # %% ../../nbs/13_text.tokens.ipynb #ca3512f4
@@ -146,17 +184,25 @@ class Position:
     unfilled: list = field(default_factory=list) # sequences that are not full yet, as `Encoded`
 
     @classmethod
-    def start(cls, sources: int) -> "Position": return cls([None] * sources, [0] * sources, [0] * sources)
+    def start(cls, sources: int) -> "Position":
+        "Nothing is taken yet."
+        return cls([None] * sources, [0] * sources, [0] * sources)
 
     @classmethod
     def read(cls, note: dict) -> "Position":
         "From what `note` gave."
-        return cls(**note | {"unfilled": [Encoded(np.array(i, np.int32), np.array(t, bool)) for i, t in note["unfilled"]]})
+        unfilled = []
+        for ids, trained in note["unfilled"]:
+            unfilled.append(Encoded(np.array(ids, np.int32), np.array(trained, bool)))
+        return cls(**note | {"unfilled": unfilled})
 
     def note(self) -> dict:
         "As plain data."
-        return dict(sources=list(self.sources), used=list(self.used), documents=list(self.documents),
-                    unfilled=[[i.tolist(), t.tolist()] for i, t in self.unfilled])
+        unfilled = [[one.ids.tolist(), one.trained.tolist()] for one in self.unfilled]
+        return dict(
+            sources=list(self.sources), used=list(self.used),
+            documents=list(self.documents), unfilled=unfilled,
+        )
 
 # %% ../../nbs/13_text.tokens.ipynb #aeb437ab
 def readable(position) -> bool: # of a note
@@ -172,8 +218,11 @@ def mixture(streams: list[Iterator[tuple[Encoded, list]]], # one a source
     "Interleave documents so that tokens, not documents, come in the given shares."
     if not streams or not all(0 < share < math.inf for share in shares):
         raise MaetError(f"mixture: shares must be positive, not {shares}")
+
+    def progress(s): return position.used[s] / shares[s]
+
     while True:
-        s = min(range(len(streams)), key=lambda s: position.used[s] / shares[s])
+        s = min(range(len(streams)), key=progress)  # farthest behind
         taken, position.sources[s] = next(streams[s])
         position.used[s] += len(taken.ids)
         position.documents[s] += 1
@@ -182,34 +231,50 @@ def mixture(streams: list[Iterator[tuple[Encoded, list]]], # one a source
 # %% ../../nbs/13_text.tokens.ipynb #92cfceb3
 UNFILLED = 32  # sequences that are being filled at once
 
-def _joined(*parts: Encoded) -> Encoded: return Encoded(*map(np.concatenate, zip(*parts)))
+def _joined(*parts: Encoded) -> Encoded:
+    ids = np.concatenate([part.ids for part in parts])
+    return Encoded(ids, np.concatenate([part.trained for part in parts]))
+
+def _cut(one: Encoded, begin: int, end: int | None) -> Encoded:
+    return Encoded(one.ids[begin:end], one.trained[begin:end])
 
 # %% ../../nbs/13_text.tokens.ipynb #270f06a7
-def pack(documents: Iterable[Encoded], length: int, unfilled: list[Encoded]) -> Iterator[Encoded]: # sequences of `length`
-    "Cut a stream of documents into sequences. What is left over is in `unfilled`."
+def pack(documents: Iterable[Encoded], length: int, unfilled: list[Encoded]) -> Iterator[Encoded]:
+    "Cut a stream of documents into sequences of `length`. What is left over is in `unfilled`."
     def full():
         while unfilled and len(unfilled[0].ids) >= length:
-            first, unfilled[0] = (Encoded(*(a[part] for a in unfilled[0])) for part in (slice(length), slice(length, None)))
-            yield first
+            left = unfilled[0]
+            unfilled[0] = _cut(left, length, None)
+            yield _cut(left, 0, length)
+
     yield from full()
     for found in documents:
         unfilled[:] = [_joined(*unfilled, found)]
         yield from full()
 
 # %% ../../nbs/13_text.tokens.ipynb #656ec223
-def pack_whole(documents: Iterable[Encoded], length: int, unfilled: list[Encoded], padding: int) -> Iterator[Encoded]:
-    "Put documents side by side into sequences without cutting one that fits. `unfilled` are the sequences with room left."
-    size = lambda n: len(unfilled[n].ids)
+def pack_whole(documents: Iterable[Encoded], length: int, unfilled: list[Encoded],
+               padding: int, # token
+               ) -> Iterator[Encoded]:
+    """Put documents side by side into sequences without cutting one that fits. `unfilled` are the
+    sequences with room left."""
+    def size(n): return len(unfilled[n].ids)
+
     def full():
-        while unfilled and (size(n := max(range(len(unfilled)), key=size)) == length or len(unfilled) > UNFILLED):
-            free = length - size(n)
-            yield _joined(unfilled.pop(n), Encoded(np.full(free, padding, np.int32), np.zeros(free, bool)))
+        while unfilled:
+            fullest = max(range(len(unfilled)), key=size)
+            free = length - size(fullest)
+            if free and len(unfilled) <= UNFILLED: return
+            blank = Encoded(np.full(free, padding, np.int32), np.zeros(free, bool))
+            yield _joined(unfilled.pop(fullest), blank)
+
     yield from full()
     for found in documents:
-        for start in range(0, len(found.ids), length):
-            part = Encoded(*(a[start:start + length] for a in found))
-            best = max((n for n in range(len(unfilled)) if size(n) + len(part.ids) <= length), key=size, default=None)
-            unfilled.append(part if best is None else _joined(unfilled.pop(best), part))
+        for begin in range(0, len(found.ids), length):
+            part = _cut(found, begin, begin + length)
+            fitting = [n for n in range(len(unfilled)) if size(n) + len(part.ids) <= length]
+            if fitting: part = _joined(unfilled.pop(max(fitting, key=size)), part)
+            unfilled.append(part)
         yield from full()
 
 # %% ../../nbs/13_text.tokens.ipynb #fb644351
@@ -222,22 +287,31 @@ class Tokens(NamedTuple):
 # %% ../../nbs/13_text.tokens.ipynb #3f40e379
 def readers_of(sources: list[Source], tokenizer) -> list[Index | Gzipped | Rows]:
     "What reads the sources. Raises MaetError for a tokenizer or source that will not do."
-    if tokenizer.eos_token_id is None: raise MaetError("the tokenizer has no end-of-text token (eos_token): set one")
-    if any(s.messages for s in sources): check_template(tokenizer)
-    readers = [reader(s) for s in sources]
-    if any(r.source.messages for r in readers): check_template(tokenizer)  # also of the settled
+    if tokenizer.eos_token_id is None:
+        raise MaetError("the tokenizer has no end-of-text token (eos_token): set one")
+    if any(source.messages for source in sources): check_template(tokenizer)
+    readers = [reader(source) for source in sources]
+    if any(one.source.messages for one in readers): check_template(tokenizer)  # also of the settled
     return readers
 
 # %% ../../nbs/13_text.tokens.ipynb #667f87c6
-def sequences(readers: list[Index | Gzipped | Rows], tokenizer, length: int, seed: int, whole_documents: bool,
-              position: Position) -> Iterator[Encoded]:
-    "What a training run sees, in order, from a position on, which is kept up to date. Raises MaetError."
-    streams = [encode_stream(shuffled(r, f"{seed}/{n}", position.sources[n]), r.source, tokenizer) for n, r in enumerate(readers)]
-    mixed = mixture(streams, [r.source.share for r in readers], position)
-    padding = getattr(tokenizer, "pad_token_id", None)
-    if whole_documents: packed = pack_whole(mixed, length, position.unfilled, tokenizer.eos_token_id if padding is None else padding)
-    else: packed = pack(mixed, length, position.unfilled)
-    return (one for one in packed if one.trained[1:].any())  # the first token of a sequence has nothing to be told from
+def sequences(readers: list[Index | Gzipped | Rows], tokenizer, length: int, seed: int,
+              whole_documents: bool, position: Position) -> Iterator[Encoded]:
+    """What a training run sees, in order, from a position on, which is kept up to date.
+    Raises MaetError."""
+    streams = []
+    for n, one in enumerate(readers):
+        documents = shuffled(one, f"{seed}/{n}", position.sources[n])
+        streams.append(encode_stream(documents, one.source, tokenizer))
+    mixed = mixture(streams, [one.source.share for one in readers], position)
+    if whole_documents:
+        padding = getattr(tokenizer, "pad_token_id", None)
+        if padding is None: padding = tokenizer.eos_token_id
+        packed = pack_whole(mixed, length, position.unfilled, padding)
+    else:
+        packed = pack(mixed, length, position.unfilled)
+    # the first token of a sequence is not learnt: nothing is before it
+    return (row for row in packed if row.trained[1:].any())
 
 # %% ../../nbs/13_text.tokens.ipynb #69cd08ae
 def _many(tokens: int, length: int) -> int: # sequences
@@ -245,13 +319,19 @@ def _many(tokens: int, length: int) -> int: # sequences
     return tokens // length
 
 # %% ../../nbs/13_text.tokens.ipynb #fdc8b117
-def corpus(sources: list[Source], tokenizer, # a transformers tokenizer with an end-of-text token
-           tokens: int, length: int,         # the budget, padding included, and the length of a sequence, in tokens
+def corpus(sources: list[Source],
+           tokenizer,   # of transformers, with an end-of-text token
+           tokens: int, # the budget, padding included
+           length: int, # of a sequence, in tokens
            seed: int, whole_documents: bool = False) -> Tokens: # tokens // length sequences
-    "Read, mix and pack in memory; `write_tokens` is for what does not fit there. Raises MaetError for a bad source or budget."
+    """Read, mix and pack in memory; `write_tokens` is for what does not fit there. Raises MaetError for
+    a bad source or budget."""
     many = _many(tokens, length)
-    ids, trained = np.empty((many, length), np.int32), np.empty((many, length), bool)
+    ids = np.empty((many, length), np.int32)
+    trained = np.empty((many, length), bool)
     readers, position = readers_of(sources, tokenizer), Position.start(len(sources))
     rows = sequences(readers, tokenizer, length, seed, whole_documents, position)
-    for n, one in enumerate(islice(rows, many)): ids[n], trained[n] = one
-    return Tokens(torch.from_numpy(ids), None if trained.all() else torch.from_numpy(trained))
+    for n, one in enumerate(islice(rows, many)):
+        ids[n], trained[n] = one
+    if trained.all(): return Tokens(torch.from_numpy(ids))
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(trained))
