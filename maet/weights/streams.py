@@ -277,9 +277,7 @@ def read_header(path: Path, file) -> dict[str, Stored]: # by tensor name
 
 # %% ../../nbs/03_weights.streams.ipynb #22d200f8
 class Shard:
-    """A safetensors file, open for reading pieces; safe to share between threads.
-
-    Raises MaetError if it is not whole."""
+    "A safetensors file, open for reading pieces; threads may share it. MaetError if it is not whole."
     def __init__(self, path: str | Path):
         self.path, self.direct = Path(path), False
         with open_shard(self.path) as file: self.metadata = file.metadata() or {}
