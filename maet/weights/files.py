@@ -67,7 +67,8 @@ _serial = count()  # two threads may write to one path
 def sibling(path: Path, identity: str = "") -> Path:
     "A hidden name beside `path` that says which process writes there, and what."
     host = re.sub(r"[^\w-]", "_", socket.gethostname())[:60]
-    which = hashlib.sha256(path.name.encode()).hexdigest()[:8]  # of long names only the beginning is shown
+    # of long names only the beginning is shown, so a hash tells them apart
+    which = hashlib.sha256(path.name.encode()).hexdigest()[:8]
     writer = f"{os.getpid()}.{born(os.getpid())}.{next(_serial)}"
     return path.parent/f".{path.name[:30]}@{which}.{host}.{identity[:16] or 0}.{writer}.part"
 
@@ -118,7 +119,7 @@ def _withdraw(part: Path, new: list[Path]) -> None:
 @contextmanager
 def whole(path: str | Path,   # a file or folder to be
           identity: str = "", # what determines all of the content; "" if that cannot be said
-          ) -> Iterator[Path]: # a hidden sibling to write instead; it exists only if it was inherited
+          ) -> Iterator[Path]: # a hidden sibling to write instead; it exists if it was inherited
     """Write beside, then rename: `path` gets all of it or stays as it was. A file there is replaced.
 
     Raises MaetError if `path` is a folder with something in it, or if the system cannot write
