@@ -29,39 +29,66 @@ from .algorithm import Pipeline, Run, transferred
 from .memory import KINDS, SAME, Rehearsal, rehearse, stored
 
 # %% ../../nbs/65_study.plan.ipynb #63266754
-BUCKET = 5*10**8                      # scalars: DeepSpeed's reduce_bucket_size
-IN_USE, PREFETCHED = 10**9, 5*10**7   # scalars: its stage3_max_live_parameters, and what it gathers at once
+SPREAD_FROM = dict(optimizer=1, gradients=2, weights=3, values=3)  # ZeRO stage, by kind
 
-def shares(zero: int | None, gpus: int, offload: bool = False) -> dict[str, float]: # kind -> part of it that one GPU holds
-    "What a ZeRO stage leaves on a GPU of what it would hold alone. None: no DeepSpeed."
-    from_stage = dict(optimizer=1, gradients=2, weights=3, values=3)
-    away = {"optimizer", "gradients"} | ({"weights", "values"} if zero == 3 else set()) if offload else set()
-    return {kind: 0. if kind in away else 1/gpus if (zero or 0) >= from_stage.get(kind, 4) else 1. for kind in KINDS}
+def _on_host(kind: str, zero: int | None) -> bool:
+    "Does offload take this kind off the GPU?"
+    if kind in ("weights", "values"): return zero == 3
+    return kind in ("optimizer", "gradients")
+
+def shares(zero: int | None, gpus: int, offload: bool = False) -> dict[str, float]:
+    "What a ZeRO stage leaves on a GPU of what it would hold alone, 0 to 1. None: no DeepSpeed."
+    left = dict.fromkeys(KINDS, 1.)
+    for kind, first in SPREAD_FROM.items():
+        if zero is not None and zero >= first: left[kind] = 1/gpus
+        if offload and _on_host(kind, zero): left[kind] = 0.
+    return left
 
 # %% ../../nbs/65_study.plan.ipynb #bd4cdc1b
-def _buffers(r, zero) -> float: # bytes
-    "What ZeRO takes for itself on each GPU: a bucket of gradients; at stage 3 the weights in use, and twice those that just come."
-    in_use = (min(IN_USE, r.scalars) + min(PREFETCHED, r.scalars))*r.weight_bytes/r.scalars if zero == 3 else 0.
-    return BUCKET*r.trained_bytes/r.trained + in_use if zero else 0.
+BUCKET = 5*10**8      # scalars: DeepSpeed's reduce_bucket_size
+IN_USE = 10**9        # scalars: its stage3_max_live_parameters
+PREFETCHED = 5*10**7  # scalars: what stage 3 gathers at once
 
-def _moments_of(r, zero, left) -> tuple[np.ndarray, np.ndarray]: # (moments, kinds) bytes; bytes of buffers at each moment
-    "All that may be the peak. At stage 0 gradients are copied into a bucket when all of them are there."
-    timeline = r.timeline*[left[kind] for kind in KINDS]
-    if zero != 0: return timeline, np.full(len(timeline), _buffers(r, zero))
-    copied = min(BUCKET, r.trained)*r.trained_bytes/r.trained
-    return np.vstack([timeline, r.timelines[2][:1]]), np.append(np.zeros(len(timeline)), copied)
+def _gradient_bytes(rehearsal: Rehearsal, scalars: int) -> float:
+    return scalars*rehearsal.trained_bytes/rehearsal.trained
+
+def _buffers(rehearsal: Rehearsal, zero: int | None) -> float: # bytes
+    "A bucket of gradients; at stage 3 the weights in use too, and twice those that just come."
+    if not zero: return 0.
+    bucket = _gradient_bytes(rehearsal, BUCKET)
+    if zero < 3: return bucket
+    in_use = min(IN_USE, rehearsal.scalars) + min(PREFETCHED, rehearsal.scalars)
+    return bucket + in_use*rehearsal.weight_bytes/rehearsal.scalars
+
+def _moments_of(rehearsal: Rehearsal, zero: int | None, left: dict) -> tuple:
+    """All that may be the peak: bytes (moments, kinds), and bytes of buffers (moments,).
+
+    At stage 0 gradients are copied into a bucket when all of them are there: one moment more."""
+    share = [left[kind] for kind in KINDS]
+    timeline = rehearsal.timeline*share
+    if zero != 0: return timeline, np.full(len(timeline), _buffers(rehearsal, zero))
+
+    start_of_update = rehearsal.timelines[2][:1]
+    copied = _gradient_bytes(rehearsal, min(BUCKET, rehearsal.trained))
+    return np.vstack([timeline, start_of_update]), np.append(np.zeros(len(timeline)), copied)
 
 # %% ../../nbs/65_study.plan.ipynb #5074bfa5
-def memory(r: Rehearsal, zero: int | None = None, gpus: int = 1, offload: bool = False) -> dict[str, float]: # kind -> bytes
-    "What is alive on one GPU at the peak of a step. A rehearsal for stages 1 to 3 is one with `spread`."
+def memory(r: Rehearsal, zero: int | None = None, gpus: int = 1,
+           offload: bool = False) -> dict[str, float]:
+    """Bytes of each kind that are alive on one GPU at the peak of a step.
+
+    A rehearsal for stages 1 to 3 is one with `spread`. Several GPUs without a stage: MaetError."""
     if gpus > 1 and zero is None: raise MaetError(f"plan: {gpus} GPUs need a ZeRO stage, 0 to 3")
-    left, always = shares(zero, gpus, offload), {}
+    left = shares(zero, gpus, offload)
+
+    always = {}  # bytes that ZeRO holds through the whole step
     if zero: always["optimizer"] = 12*r.trained*left["optimizer"]
     if zero == 3: always["gradients"] = r.trained_bytes*left["gradients"]
+
     timeline, buffers = _moments_of(r, zero, left | dict.fromkeys(always, 0.))
-    at = (timeline.sum(1) + buffers).argmax()
-    held = dict(zip(KINDS, timeline[at].tolist())) | always
-    return held | dict(buffers=float(buffers[at]))
+    peak = (timeline.sum(1) + buffers).argmax()
+    held = dict(zip(KINDS, timeline[peak].tolist())) | always
+    return held | {"buffers": float(buffers[peak])}
 
 # %% ../../nbs/65_study.plan.ipynb #f1f836cb
 class GPU(NamedTuple):
@@ -71,42 +98,64 @@ class GPU(NamedTuple):
     source: str    # the vendor's page
 
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_AMD = "https://www.amd.com/en/products/accelerators/instinct/"
 
-# %% ../../nbs/65_study.plan.ipynb #ed95e972
-GPUS = {"A100-40": GPU(312, 19.5, 40, _NVIDIA + "a100/"), "A100-80": GPU(312, 19.5, 80, _NVIDIA + "a100/"),
-        "H100": GPU(989.4, 66.9, 80, _NVIDIA + "h100/"), "H100-PCIe": GPU(756, 51, 80, _NVIDIA + "h100/"),
-        "H200": GPU(989.4, 66.9, 141, _NVIDIA + "h200/"), "B200": GPU(2250, 75, 180, _NVIDIA + "hgx/"),
-        "L4": GPU(121, 30.3, 24, _NVIDIA + "l4/"), "L40S": GPU(362, 91.6, 48, _NVIDIA + "l40s/"),
-        "RTX-4090": GPU(165.2, 82.6, 24, "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"),
-        "MI300X": GPU(1307.4, 163.4, 192, "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html")}
+GPUS = {
+    "A100-40": GPU(312, 19.5, 40, _NVIDIA + "a100/"),
+    "A100-80": GPU(312, 19.5, 80, _NVIDIA + "a100/"),
+    "H100": GPU(989.4, 66.9, 80, _NVIDIA + "h100/"),
+    "H100-PCIe": GPU(756, 51, 80, _NVIDIA + "h100/"),
+    "H200": GPU(989.4, 66.9, 141, _NVIDIA + "h200/"),
+    "B200": GPU(2250, 75, 180, _NVIDIA + "hgx/"),
+    "L4": GPU(121, 30.3, 24, _NVIDIA + "l4/"),
+    "L40S": GPU(362, 91.6, 48, _NVIDIA + "l40s/"),
+    "RTX-4090": GPU(165.2, 82.6, 24, _ADA),
+    "MI300X": GPU(1307.4, 163.4, 192, _AMD + "mi300/mi300x.html"),
+}
 
 def gpu(name: str) -> GPU:
     "Raises MaetError for one that is not in the table."
-    if name not in GPUS: raise MaetError(f"plan: no GPU {name!r} in the table; there are {', '.join(GPUS)}")
-    return GPUS[name]
+    if name in GPUS: return GPUS[name]
+    raise MaetError(f"plan: no GPU {name!r} in the table; there are {', '.join(GPUS)}")
 
 # %% ../../nbs/65_study.plan.ipynb #cb7a1d77
-def seconds(r: Rehearsal, training: Training, name: str, gpus: int = 1, utilisation: float = .4, float32: bool = False) -> float:
+def seconds(r: Rehearsal, training: Training, name: str, gpus: int = 1, utilisation: float = .4,
+            float32: bool = False) -> float:
     "How long the run takes on so many of the GPU called `name`."
-    if not 0 < utilisation <= 1: raise MaetError(f"plan: utilisation is {utilisation}, it must be above 0 and at most 1")
-    return operations(r, training)/(gpus*(gpu(name).float32 if float32 else gpu(name).bf16)*1e12*utilisation)
+    if not 0 < utilisation <= 1:
+        raise MaetError(f"plan: utilisation is {utilisation}, it must be above 0 and at most 1")
+    rate = gpu(name).float32 if float32 else gpu(name).bf16  # TFLOP/s
+    return operations(r, training)/(gpus*rate*1e12*utilisation)
 
-def operations(r: Rehearsal, training: Training) -> float: # floating point operations of the whole run, all GPUs
+def operations(r: Rehearsal, training: Training) -> float:
+    "Floating point operations of the whole run, on all GPUs."
     return r.flops*total_tokens(training)/(r.sequences*training.sequence_length)
 
-# %% ../../nbs/65_study.plan.ipynb #af3e1334
-def _size(scalars: int, trained: int, item: int, mode: str) -> int: # bytes of an expert
-    return scalars*item if mode != "key-neuron" else 4*trained + -(-scalars//8)
+# %% ../../nbs/65_study.plan.ipynb #c8a3d1e7
+def _parts(total: int, size: int) -> int:
+    "How many parts of `size` hold `total`; the last one may not be full."
+    return -(-total//size)
 
-def disk(r: Rehearsal, training: Training, item: int = 2, keys: int = 0) -> dict[str, int]: # item: bytes of a scalar of the base
-    "Bytes that a run reads, writes, leaves, and has beside that while it runs."
-    steps, saved = total_steps(training), 12*r.trained
-    base, ids, masks = r.scalars*item, 4*total_tokens(training), keys*-(-r.scalars//8)
-    expert, candidates = _size(r.scalars, r.trained, item, training.mode), 1
-    if training.keep: candidates = -(-steps*batch_sequences(training)//training.save_samples)
-    passes = 3 if training.mode == "key-neuron" else 2  # fingerprint, load; and what the values were before
-    return dict(read=passes*base + ids + masks, write=candidates*expert + saved*-(-steps//training.save_every),
-                result=min(training.keep or 1, candidates)*expert, meanwhile=saved*min(2, -(-steps//training.save_every)))
+def _pack_bytes(scalars: int, trained: int) -> int:
+    return 4*trained + _parts(scalars, 8)
+
+def disk(r: Rehearsal, training: Training, item: int = 2, keys: int = 0) -> dict[str, int]:
+    """Bytes that a run reads, writes, leaves as its result, and has beside that meanwhile.
+
+    `item`: bytes of a scalar of the base. `keys`: the keys files that it reads."""
+    sparse = training.mode == "key-neuron"
+    steps = total_steps(training)
+    base = r.scalars*item
+    expert = _pack_bytes(r.scalars, r.trained) if sparse else base
+    experts = 1
+    if training.keep: experts = _parts(steps*batch_sequences(training), training.save_samples)
+    passes = 3 if sparse else 2  # fingerprint, load; and what the values were before
+    saves, saved = _parts(steps, training.save_every), 12*r.trained
+    return dict(read=passes*base + 4*total_tokens(training) + keys*_parts(r.scalars, 8),
+                write=experts*expert + saves*saved,
+                result=min(training.keep or 1, experts)*expert,
+                meanwhile=min(2, saves)*saved)
 
 # %% ../../nbs/65_study.plan.ipynb #92cfceb3
 @dataclass
@@ -115,25 +164,31 @@ class Cluster:
     gpu: str = "H100"
     gpus: int = 1            # that share a batch
     zero: int | None = None  # ZeRO stage; none: without DeepSpeed
-    offload: bool = False    # the optimizer's state in the host's memory, at stage 3 the weights too
+    offload: bool = False    # optimizer's state in the host's memory; at stage 3 weights too
     utilisation: float = .4  # of the GPU's dense rate
 
 # %% ../../nbs/65_study.plan.ipynb #754ad7ab
 def computes_in(config, training: Training) -> torch.dtype: # of the matrix products
-    return torch.bfloat16 if training.precision == "bfloat16" else loading.weight_dtype(training, stored(config))
+    if training.precision == "bfloat16": return torch.bfloat16
+    return loading.weight_dtype(training, stored(config))
 
-# %% ../../nbs/65_study.plan.ipynb #65e9547a
-def plan_run(stage: str, config, training: Training, cluster: Cluster, ratio: float = .05, granularity: str = "element",
-             keys: int = 1) -> dict: # `ratio` of all key neurons together, which come in so many `keys` files
-    "A row: what one run trains, reads, writes and holds, in bytes and seconds."
-    sparse, item = training.mode == "key-neuron", stored(config).itemsize
+def plan_run(stage: str, config, training: Training, cluster: Cluster, ratio: float = .05,
+             granularity: str = "element", keys: int = 1) -> dict:
+    """A row: what one run trains, reads, writes and holds, in bytes and seconds.
+
+    `ratio` is of all key neurons together, which come in so many `keys` files."""
+    sparse = training.mode == "key-neuron"
     r = rehearse(config, training, cluster.gpus, ratio, granularity, bool(cluster.zero))
     held = memory(r, cluster.zero, cluster.gpus, cluster.offload)
-    time = seconds(r, training, cluster.gpu, cluster.gpus, cluster.utilisation, computes_in(config, training) == torch.float32)
-    moved = disk(r, training, item, keys if sparse else 0)
-    return dict(stage=stage, mode=training.mode, ratio=ratio if sparse else None, trained=r.trained, tokens=total_tokens(training),
-                steps=total_steps(training), flops=operations(r, training), seconds=time, **moved, memory=sum(held.values()),
-                fits=sum(held.values()) <= gpu(cluster.gpu).memory*1e9, **held)
+    peak = sum(held.values())
+    float32 = computes_in(config, training) == torch.float32
+    time = seconds(r, training, cluster.gpu, cluster.gpus, cluster.utilisation, float32)
+    moved = disk(r, training, stored(config).itemsize, keys if sparse else 0)
+    size = dict(trained=r.trained, tokens=total_tokens(training), steps=total_steps(training))
+    cost = dict(flops=operations(r, training), seconds=time, **moved)
+    room = dict(memory=peak, fits=peak <= gpu(cluster.gpu).memory*1e9, **held)
+    what = dict(stage=stage, mode=training.mode, ratio=ratio if sparse else None)
+    return what | size | cost | room
 
 # %% ../../nbs/65_study.plan.ipynb #98fbc42f
 class _Names(Texts):
@@ -143,15 +198,20 @@ class Unread(Pipeline):
     "A run of which nothing has to be there: neither base nor corpora."
     base_identity = "base"
     def __init__(self, recipe: Recipe):
-        super().__init__(recipe, store := Store("plan", dry=True))
+        store = Store("plan", dry=True)
+        super().__init__(recipe, store)
         self.texts = _Names(store, recipe.world, recipe.corpora)
 
-# %% ../../nbs/65_study.plan.ipynb #469bba09
-def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[str, dict]]: # name and inputs of each stage, in order
-    "What a run would make. `wanted(run, ability)` asks for it; without it that is Algorithm 1."
-    if isinstance(recipe, Base): backbone(recipe, store := Store("plan", dry=True), Texts(store, None, {}))
+def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[str, dict]]:
+    """What a run would make: name and inputs of each stage, in order.
+
+    `wanted(run, ability)` asks for it; without it that is Algorithm 1."""
+    if isinstance(recipe, Base):
+        store = Store("plan", dry=True)
+        backbone(recipe, store, Texts(store, None, {}))
     else:
-        store = (run := Unread(recipe)).store
+        run = Unread(recipe)
+        store = run.store
         for ability in recipe.abilities: wanted(run, ability)
     return [(stage.name, stage.inputs) for stage in store.plan.values()]
 
@@ -163,141 +223,228 @@ def config_of(what: Recipe | Run | Base):
     if not isinstance(base, Base): return meta_model(Path(base)).config
     return llama_config(base.vocabulary, base.model, dtype="float32")
 
-# %% ../../nbs/65_study.plan.ipynb #37c3b8d4
-def _other(name: str, inputs: dict, scalars: int, item: int, pack: int) -> dict[str, int]:
-    "Bytes of a stage that trains nothing."
-    base, masks, packs = scalars*item, -(-scalars//8), 1 + len(inputs.get("experts", ()))
-    known = dict(tokens=(0, 4*inputs.get("tokens", 0)), keys=(2*base, masks), ability=(2*pack, pack), maet=(base + 2*packs*pack, base), start=(0, base))
-    file = inputs.get("merge", {"models": []})  # of mergekit
-    read, result = known.get(name.split(".")[0], (base*len({*(m["model"] for m in file["models"]), file.get("base_model")} - {None}), base if "merge" in inputs else 0))
-    return dict(read=read, write=result, result=result, meanwhile=0)
+class _Sizes(NamedTuple):
+    "Bytes of the files that stages hand on."
+    base: int
+    masks: int  # a keys file
+    pack: int   # an expert or an ability
+
+def _sizes(config, locate: Locate | None) -> _Sizes:
+    "An expert may have the key neurons of two languages. Without `locate` there are no packs."
+    scalars = sum(math.prod(shape) for shape in shapes(config).values())
+    pack = _pack_bytes(scalars, int(2*locate.ratio*scalars)) if locate else 0
+    return _Sizes(scalars*stored(config).itemsize, _parts(scalars, 8), pack)
+
+# %% ../../nbs/65_study.plan.ipynb #b0c47a36
+def _merged_models(mergekit: dict) -> int:
+    "How many checkpoints a mergekit file reads."
+    names = {model["model"] for model in mergekit["models"]} | {mergekit.get("base_model")}
+    return len(names - {None})
+
+def _read_and_result(kind: str, inputs: dict, sizes: _Sizes) -> tuple[int, int]: # bytes
+    base, masks, pack = sizes
+    packs = 1 + len(inputs.get("experts", ()))
+    match kind:
+        case "tokens": return 0, 4*inputs.get("tokens", 0)
+        case "keys": return 2*base, masks
+        case "ability": return 2*pack, pack
+        case "maet": return base + 2*packs*pack, base
+        case "start": return 0, base
+    if "merge" not in inputs: return 0, 0
+    return base*_merged_models(inputs["merge"]), base
+
+def _row_of_files(name: str, inputs: dict, sizes: _Sizes) -> dict:
+    "The row of a stage that trains nothing."
+    read, result = _read_and_result(name.split(".")[0], inputs, sizes)
+    return dict(stage=name, mode=None, read=read, write=result, result=result, meanwhile=0)
 
 # %% ../../nbs/65_study.plan.ipynb #827bfc45
-def _sparse(inputs: dict, locate: Locate | None) -> tuple: # the last arguments of plan_run
-    "Two masks meet in an unknown number of places: none is the most that a union can hold."
-    keys = len(inputs.get("keys") or ())
-    return (min(1., keys*locate.ratio), locate.granularity, keys) if keys else ()
-
 def _saved_keys(files: list) -> tuple:
-    "The same of keys files that are there."
+    "Of keys files that are there: ratio, granularity and number; nothing without a file."
+    if not files: return ()
     metas = [keys_meta(path) for path in files]
-    share = sum(sum(m["counts"].values())/sum(map(math.prod, m["shapes"].values())) for m in metas)
-    return (min(1., share), metas[0].get("granularity", "element"), len(files)) if files else ()
+    share = 0
+    for meta in metas:
+        scalars = sum(math.prod(shape) for shape in meta["shapes"].values())
+        share += sum(meta["counts"].values())/scalars
+    return min(1., share), metas[0].get("granularity", "element"), len(files)
 
-# %% ../../nbs/65_study.plan.ipynb #bca64de2
-def trainings(what: Recipe | Run | Base, wanted: Callable = transferred) -> list[tuple]: # (stage, Training, and if sparse: ratio, granularity, number of keys files)
-    "All that a recipe would train."
+def trainings(what: Recipe | Run | Base, wanted: Callable = transferred) -> list[tuple]:
+    """All that a recipe would train: name of the stage and its Training.
+
+    Where key neurons are trained, three more: their ratio, granularity and number of files."""
     if isinstance(what, Run): return [("train", what.training, *_saved_keys(what.keys))]
-    locate = getattr(what, "locate", None)
-    return [(name, Training.of(inputs["training"]), *_sparse(inputs, locate)) for name, inputs in stages(what, wanted) if "training" in inputs]
+    runs = []
+    for name, inputs in stages(what, wanted):
+        if "training" not in inputs: continue
+        run = (name, Training.of(inputs["training"]))
+        if files := len(inputs.get("keys") or ()):
+            run += (min(1., files*what.locate.ratio), what.locate.granularity, files)
+        runs.append(run)
+    return runs
 
 # %% ../../nbs/65_study.plan.ipynb #5ae5b9da
-def plan(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None, wanted: Callable = transferred) -> list[dict]: # a row for each stage
-    "What it would train, read, write and hold. Starts nothing. `config`: of the base, where the base is not here; `wanted` as in `stages`."
-    config = config_of(what) if config is None else config
-    locate, item, runs = getattr(what, "locate", None), stored(config).itemsize, iter(trainings(what, wanted))
-    scalars = sum(math.prod(shape) for shape in shapes(config).values())
-    pack = _size(scalars, int(2*locate.ratio*scalars), item, "key-neuron") if locate else 0
-    names = [("tokens", dict(tokens=what.training.tokens)), ("train", dict(training=None))] if isinstance(what, Run) else stages(what, wanted)
-    def row(name, inputs):
-        if "training" not in inputs: return dict(stage=name, mode=None, **_other(name, inputs, scalars, item, pack))
-        stage, training, *sparse = next(runs)
-        return plan_run(stage, config, training, cluster, *sparse)
-    return [row(*stage) for stage in names]
+def plan(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None,
+         wanted: Callable = transferred) -> list[dict]:
+    """What it would train, read, write and hold: a row for each stage. Starts nothing.
+
+    `config`: of the base, where the base is not here; `wanted` as in `stages`."""
+    if config is None: config = config_of(what)
+    runs = iter(trainings(what, wanted))
+    sizes = _sizes(config, getattr(what, "locate", None))
+    rows = []
+    for name, inputs in _all_stages(what, wanted):
+        if "training" in inputs:
+            stage, training, *sparse = next(runs)
+            rows.append(plan_run(stage, config, training, cluster, *sparse))
+        else: rows.append(_row_of_files(name, inputs, sizes))
+    return rows
+
+def _all_stages(what: Recipe | Run | Base, wanted: Callable) -> list[tuple[str, dict]]:
+    "Of a single run too, which makes a table of tokens and trains."
+    if not isinstance(what, Run): return stages(what, wanted)
+    return [("tokens", {"tokens": what.training.tokens}), ("train", {"training": what.training})]
 
 # %% ../../nbs/65_study.plan.ipynb #2e01e174
-def modes(config, training: Training, cluster: Cluster = Cluster(), ratio: float = .05, granularity: str = "element") -> list[dict]:
+def modes(config, training: Training, cluster: Cluster = Cluster(), ratio: float = .05,
+          granularity: str = "element") -> list[dict]:
     "A row for each mode of training."
-    return [plan_run(mode, config, replace(training, mode=mode), cluster, ratio, granularity) for mode in MODES]
+    return [plan_run(mode, config, replace(training, mode=mode), cluster, ratio, granularity)
+            for mode in MODES]
 
 # %% ../../nbs/65_study.plan.ipynb #b7eb6c68
+UNITS = dict(TB=1e12, GB=1e9, MB=1e6, kB=1e3)  # bytes
+
 def sized(number: float) -> str: # bytes
     "As people read it: 1 GB is 10**9 bytes."
-    unit = next((u for u, at_least in UNITS.items() if number >= at_least), "B")
-    return f"{number/UNITS[unit]:.4g} {unit}" if unit in UNITS else f"{number:.0f} B"
-
-UNITS = dict(TB=1e12, GB=1e9, MB=1e6, kB=1e3)
+    for unit, size in UNITS.items():
+        if number >= size: return f"{number/size:.4g} {unit}"
+    return f"{number:.0f} B"
 
 def _aligned(table: list[list[str]]) -> str:
     "Columns of equal width; the first one to the left."
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(t.ljust(w) if not i else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in table)
+    columns = []
+    for number, cells in enumerate(zip(*table)):
+        width = max(map(len, cells))
+        adjust = str.rjust if number else str.ljust
+        columns.append([adjust(cell, width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 # %% ../../nbs/65_study.plan.ipynb #7b495293
+_HEAD = "stage times mode trained tokens steps EFLOP hours reads writes keeps GPU fits".split()
+
+def _room(row: dict) -> list[str]: # two cells
+    return [sized(row["memory"]), "yes" if row["fits"] else "NO"]
+
+def _kind(row: dict) -> str: return row["stage"].split(".")[0]
+
+def _stage_line(row: dict, times: int) -> list[str]: # a cell for each word of the head
+    moved = [sized(row[key]) for key in ("read", "write", "result")]
+    if row["mode"] is None: return [_kind(row), f"{times} x", "", *[""]*5, *moved, "", ""]
+    scalars = [f"{row[key]:,}" for key in ("trained", "tokens", "steps")]
+    work = [f"{row['flops']/1e18:,.4g}", f"{row['seconds']/3600:,.4g}"]
+    return [_kind(row), f"{times} x", row["mode"], *scalars, *work, *moved, *_room(row)]
+
 def _stages_table(rows: list[dict]) -> str:
-    head = "stage times mode trained tokens steps EFLOP hours reads writes keeps GPU fits".split()
-    body, merged = [], {}
-    for row in rows: merged.setdefault((row["stage"].split(".")[0], *(v for k, v in row.items() if k != "stage")), []).append(row)
-    for (name, *_), same in merged.items():
-        r, trains = same[0], same[0]["mode"] is not None
-        numbers = [f"{r['trained']:,}", f"{r['tokens']:,}", f"{r['steps']:,}", f"{r['flops']/1e18:,.4g}", f"{r['seconds']/3600:,.4g}"] if trains else [""]*5
-        fit = [sized(r["memory"]), "yes" if r["fits"] else "NO"] if trains else ["", ""]
-        body.append([name, f"{len(same)} x", r["mode"] or "", *numbers, *(sized(r[k]) for k in ("read", "write", "result")), *fit])
-    return _aligned([head, *body])
+    alike = {}  # kind and cost -> rows
+    for row in rows:
+        cost = (value for key, value in row.items() if key != "stage")
+        alike.setdefault((_kind(row), *cost), []).append(row)
+    return _aligned([_HEAD, *(_stage_line(same[0], len(same)) for same in alike.values())])
 
 # %% ../../nbs/65_study.plan.ipynb #a9334987
 def _memory_table(rows: list[dict]) -> str:
+    "Memory by kind of each run that trains; runs that hold the same stand in one line."
     kinds = [*KINDS, "buffers"]
-    seen = {(r["mode"], r["ratio"], r["memory"]): r for r in rows if r["mode"]}
-    name = lambda r: r["mode"] + (f" {r['ratio']:.0%}" if r["ratio"] else "")
-    return _aligned([["", *kinds, "peak", "fits"],
-                     *([name(r), *(sized(r[k]) for k in kinds), sized(r["memory"]), "yes" if r["fits"] else "NO"] for r in seen.values())])
+    lines = {}
+    for row in rows:
+        if not row["mode"]: continue
+        name = row["mode"]
+        if row["ratio"]: name += f" {row['ratio']:.0%}"
+        held = [sized(row[kind]) for kind in kinds]
+        lines[row["mode"], row["ratio"], row["memory"]] = [name, *held, *_room(row)]
+    return _aligned([["", *kinds, "peak", "fits"], *lines.values()])
+
+def _totals(rows: list[dict], cluster: Cluster) -> list[str]: # lines
+    total = {}
+    for key in ("tokens", "flops", "seconds", "read", "write", "result"):
+        total[key] = sum(row.get(key, 0) for row in rows)
+    meanwhile = max(row["meanwhile"] for row in rows)
+    zero = "no ZeRO"
+    if cluster.zero is not None: zero = f"ZeRO {cluster.zero}" + (", offload" if cluster.offload else "")
+    gigabytes, rate = gpu(cluster.gpu).memory, cluster.utilisation
+    return [f"{cluster.gpus} x {cluster.gpu} ({gigabytes:g} GB), {zero}, at {rate:.0%} of the rate",
+            f"{total['tokens']:,} tokens, {total['flops']/1e18:,.4g} EFLOP, "
+            f"{total['seconds']/3600:,.4g} hours one after another",
+            f"reads {sized(total['read'])}, writes {sized(total['write'])}; "
+            f"on disk {sized(total['result'])} in the end, {sized(meanwhile)} more while it trains"]
 
 # %% ../../nbs/65_study.plan.ipynb #0a2b6c0b
-def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None, wanted: Callable = transferred) -> str:
+def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=None,
+             wanted: Callable = transferred) -> str:
     "The plan as text: totals, stages, memory by kind and by mode."
-    config = config_of(what) if config is None else config
-    rows, training = plan(what, cluster, config, wanted), what.phases[0].training if isinstance(what, Base) else what.training
-    others = modes(config, training, cluster, *([what.locate.ratio, what.locate.granularity] if isinstance(what, Recipe) else []))
-    return "\n".join([*_totals(rows, cluster), "", _stages_table(rows), "", "on each GPU, at the peak of a step:", _memory_table(rows), "",
-                      "the same training in each mode:", _memory_table(others)])
-
-# %% ../../nbs/65_study.plan.ipynb #73f566c0
-def _totals(rows: list[dict], cluster: Cluster) -> list[str]:
-    total = {k: sum(r.get(k, 0) for r in rows) for k in ("tokens", "flops", "seconds", "read", "write", "result")}
-    zero = "no ZeRO" if cluster.zero is None else f"ZeRO {cluster.zero}" + ", offload"*cluster.offload
-    return [f"{cluster.gpus} x {cluster.gpu} ({gpu(cluster.gpu).memory:g} GB), {zero}, at {cluster.utilisation:.0%} of the rate",
-            f"{total['tokens']:,} tokens, {total['flops']/1e18:,.4g} EFLOP, {total['seconds']/3600:,.4g} hours one after another",
-            f"reads {sized(total['read'])}, writes {sized(total['write'])}; on disk {sized(total['result'])} in the end, "
-            f"{sized(max(r['meanwhile'] for r in rows))} more while it trains"]
+    if config is None: config = config_of(what)
+    rows = plan(what, cluster, config, wanted)
+    training = what.phases[0].training if isinstance(what, Base) else what.training
+    sparse = (what.locate.ratio, what.locate.granularity) if isinstance(what, Recipe) else ()
+    return "\n".join([*_totals(rows, cluster), "",
+                      _stages_table(rows), "",
+                      "on each GPU, at the peak of a step:",
+                      _memory_table(rows), "",
+                      "the same training in each mode:",
+                      _memory_table(modes(config, training, cluster, *sparse))])
 
 # %% ../../nbs/65_study.plan.ipynb #9109c85a
 def read(source: str | Path) -> Recipe | Run | Base: # a file, or the name of a shipped one
     "A recipe of whatever command it is for."
     content = read_yaml(source)
-    return strict(Base if "phases" in content else Recipe if "abilities" in content else Run, content, Path(source).name)
+    if "phases" in content: command = Base
+    elif "abilities" in content: command = Recipe
+    else: command = Run
+    return strict(command, content, Path(source).name)
 
 # %% ../../nbs/65_study.plan.ipynb #bdd2f44d
-def cluster_of(what: Recipe | Run | Base, **more) -> Cluster: # of Cluster's own keys; None: as the recipe says
-    "Where a recipe would run."
+def cluster_of(what: Recipe | Run | Base, **more) -> Cluster:
+    "Where a recipe would run. `more` are Cluster's own keys; None is as the recipe says."
     launch = getattr(what, "launch", None) or Launch()
-    stage = launch.zero if launch.config is None else read_config(launch.config).get("zero_optimization", {}).get("stage", 0)
-    said = dict(gpus=world_size(launch), zero=stage, offload=launch.offload)
-    return Cluster(**said | {key: value for key, value in more.items() if value is not None})
+    zero = launch.zero
+    if launch.config is not None:
+        zero = read_config(launch.config).get("zero_optimization", {}).get("stage", 0)
+    given = {key: value for key, value in more.items() if value is not None}
+    return Cluster(**dict(gpus=world_size(launch), zero=zero, offload=launch.offload) | given)
 
 # %% ../../nbs/65_study.plan.ipynb #f9c5e134
-ADVICE = "try a smaller device_batch, activation_checkpointing, more devices with ZeRO, or mode key-neuron"
+ADVICE = ("try a smaller device_batch, activation_checkpointing, "
+          "more devices with ZeRO, or mode key-neuron")
 
 def device_memory(ranks: int = 1) -> float: # bytes for each of the ranks on this machine
     "Of a GPU; where there is none, of the host."
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory
     return memory_size()/ranks
 
+def _needs(what, cluster, config, wanted):
+    "(bytes, stage, mode) of all that is trained."
+    for stage, training, *sparse in _largest(trainings(what, wanted)):
+        r = rehearse(config, training, cluster.gpus, *sparse[:2], spread=bool(cluster.zero))
+        held = memory(r, cluster.zero, cluster.gpus, cluster.offload)
+        yield sum(held.values()), stage, training.mode
+
+def _largest(runs: list[tuple]) -> list[tuple]:
+    "Of runs that differ in their ratio alone the largest: more key neurons need more."
+    largest = {}
+    for run in sorted(runs, key=lambda run: run[2:3]):
+        shape = [value for key, value in asdict(run[1]).items() if key not in SAME]
+        largest[json.dumps(shape)] = run
+    return list(largest.values())
+
 # %% ../../nbs/65_study.plan.ipynb #8316413a
 def must_fit(what: Recipe | Run | Base, wanted: Callable = transferred) -> None:
     "Raises MaetError, in one line, if a training of it cannot fit on the devices of this machine."
     cluster, config = cluster_of(what), config_of(what)
-    device = device_memory(max(machines(getattr(what, "launch", Launch())).values()))
-    need, stage, mode = max(_needs(what, cluster, config, wanted), default=(0, None, None))  # a study of the base alone trains nothing
-    if need > device:
-        raise MaetError(f"plan: {stage} ({mode}) needs {need/1e9:.1f} GB on each of {cluster.gpus} devices, and one has {device/1e9:.1f} GB; {ADVICE}")
-
-# %% ../../nbs/65_study.plan.ipynb #90464288
-def _needs(what, cluster, config, wanted):
-    "(bytes, stage, mode) of all that is trained. More key neurons need more, so of runs that differ in that alone the largest will do."
-    runs = {}
-    for stage, training, *sparse in sorted(trainings(what, wanted), key=lambda run: run[2:3]):
-        runs[json.dumps([v for k, v in asdict(training).items() if k not in SAME])] = stage, training, sparse[:2]
-    for stage, training, sparse in runs.values():
-        r = rehearse(config, training, cluster.gpus, *sparse, spread=bool(cluster.zero))
-        yield sum(memory(r, cluster.zero, cluster.gpus, cluster.offload).values()), stage, training.mode
+    ranks = max(machines(getattr(what, "launch", Launch())).values())
+    device = device_memory(ranks)
+    nothing = (0, None, None)  # a study of the base alone trains nothing
+    need, stage, mode = max(_needs(what, cluster, config, wanted), default=nothing)
+    if need <= device: return
+    raise MaetError(f"plan: {stage} ({mode}) needs {need/1e9:.1f} GB "
+                    f"on each of {cluster.gpus} devices, and one has {device/1e9:.1f} GB; {ADVICE}")

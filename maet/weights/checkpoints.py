@@ -10,6 +10,7 @@ import hashlib, json, os, re, threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -30,66 +31,97 @@ def read_index(file: Path, # model.safetensors.index.json
     "A shard index, its file names checked."
     index = read_json(file)
     listed = index.get("weight_map")
-    if not isinstance(listed, dict) or not listed: raise MaetError(f"{file}: has no weight_map; download the index again")
+    if not isinstance(listed, dict) or not listed:
+        raise MaetError(f"{file}: has no weight_map; download the index again")
     for shard in listed.values():
         if not plain_name(shard, file).endswith(".safetensors"):
-            raise MaetError(f"{file}: names the file {shard!r}; only safetensors is read, so save it in that format")
+            raise MaetError(f"{file}: names the file {shard!r}; "
+                            "only safetensors is read, so save it in that format")
     return index
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #c99a5137
 def find_shards(path: Path, # a checkpoint folder
-                ) -> tuple[list[str], dict | None]: # file names of its shards; its index if it has one
+                ) -> tuple[list[str], dict | None]: # file names of its shards; its index, if any
     "Which shards a folder has. `model.safetensors` wins over an index, as in transformers."
-    if not os.path.isdir(path): raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
+    if not os.path.isdir(path):
+        raise MaetError(f"{path}: no such folder; give one with config.json and safetensors")
     if (path/"model.safetensors").exists(): return ["model.safetensors"], None
-    if (path/"model.safetensors.index.json").exists():
-        index = read_index(path/"model.safetensors.index.json")
-        return sorted(set(index["weight_map"].values())), index
+    file = path/"model.safetensors.index.json"
+    if not file.exists(): raise MaetError(_why_no_model(path))
+    index = read_index(file)
+    return sorted(set(index["weight_map"].values())), index
+
+def _why_no_model(path: Path) -> str:
+    "What a folder is that has no safetensors of a model."
     if (path/"adapter_config.json").exists():
-        raise MaetError(f"{path}: is an adapter, not a whole model; give its base here, or BASE+ADAPTER to read from")
+        return (f"{path}: is an adapter, not a whole model; "
+                "give its base here, or BASE+ADAPTER to read from")
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles: raise MaetError(f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors")
-    raise MaetError(f"{path}: has neither model.safetensors nor model.safetensors.index.json; give a checkpoint folder")
+    if pickles:
+        return f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors"
+    return (f"{path}: has neither model.safetensors nor model.safetensors.index.json; "
+            "give a checkpoint folder")
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #92cfceb3
 def says_tied(config: dict, # the content of config.json
               ) -> bool:    # does the model use its input embedding as its head?
-    "What a configuration says of tied embeddings; if it is silent, the default of its model type in transformers."
+    "What a configuration says of tied embeddings; if it is silent, the default of its model type."
     for part in (config, config.get("text_config") or {}):
         if "tie_word_embeddings" in part: return bool(part["tie_word_embeddings"])
     from transformers import AutoConfig
-    try: return bool(getattr(AutoConfig.for_model(config.get("model_type")), "tie_word_embeddings", False))
+    try: default = AutoConfig.for_model(config.get("model_type"))
     except ValueError: return False  # a model type that transformers does not know
+    return bool(getattr(default, "tie_word_embeddings", False))
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #98fbc42f
-def equal_tensors(shards: Mapping[str, Shard], a: Stored, b: Stored, names: tuple[str, str]) -> bool:
+def equal_tensors(shards: Mapping[str, Shard],
+                  a: Stored, b: Stored, names: tuple[str, str], # the two and their names
+                  ) -> bool:
     "Are two stored tensors the same in shape, dtype and every bit?"
     if (a.shape, a.code) != (b.shape, b.code): return False
-    return all((as_bytes(shards[a.file].piece(names[0], *at)) == as_bytes(shards[b.file].piece(names[1], *at))).all()
-               for at in pieces(prod(a.shape)))
+    for start, stop in pieces(prod(a.shape)):
+        one = shards[a.file].piece(names[0], start, stop)
+        other = shards[b.file].piece(names[1], start, stop)
+        if (as_bytes(one) != as_bytes(other)).any(): return False
+    return True
 
-def find_aliases(config: dict, shards: Mapping[str, Shard], stored: Mapping[str, Stored]) -> dict[str, str]: # head -> embedding
+# %% ../../nbs/05_weights.checkpoints.ipynb #e6b10d94
+def find_aliases(config: dict,
+                 shards: Mapping[str, Shard],
+                 stored: Mapping[str, Stored],
+                 ) -> dict[str, str]: # head -> embedding
     "Heads that repeat an input embedding to which the configuration ties them."
-    heads, embeddings = ([n for n in sorted(stored) if place(n).kind == kind] for kind in ("head", "embed"))
+    heads = [name for name in sorted(stored) if place(name).kind == "head"]
+    embeddings = [name for name in sorted(stored) if place(name).kind == "embed"]
     if not heads or not embeddings or not says_tied(config): return {}
-    return {h: e for h in heads for e in embeddings if equal_tensors(shards, stored[h], stored[e], (h, e))}
+
+    aliases = {}
+    for pair in product(heads, embeddings):
+        head, embedding = pair
+        if equal_tensors(shards, stored[head], stored[embedding], pair): aliases[head] = embedding
+    return aliases
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #fe2ef495
-_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "*.md", "LICENSE*", "NOTICE*"]
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "*.md",
+            "LICENSE*", "NOTICE*"]
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #bd17f0d1
 def local(model: str | Path, # a folder, a file, or "owner/name[@revision]" on the hub
           ) -> Path:         # of a folder or a file; only a hub id is sure to exist
-    "Where a model is on this machine; it is downloaded if it has to be. Raises a one-line MaetError if it cannot be."
+    """Where a model is on this machine; it is downloaded if it has to be.
+
+    Raises a one-line MaetError if it cannot be."""
     path = Path(model)
     if "\0" in str(model): raise MaetError(f"{str(model)!r}: no file has such a name; check it")
-    if os.path.exists(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(model)): return path
+    if os.path.exists(path) or not _HUB_NAME.fullmatch(str(model)): return path
+
     from huggingface_hub import snapshot_download
     name, _, revision = str(model).partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FETCHED,
                                       ignore_patterns="*/*.safetensors"))
-    except Exception as error:  # whatever the network, the hub, its cache or its checks of names say
+    except Exception as error:  # whatever network, hub, cache or checks of names say
         said = str(error).strip().partition("\n")[0]
         raise MaetError(f"{model}: no such folder here, and the hub does not give it ({said}); "
                         "check name and network") from None
@@ -100,73 +132,105 @@ def memory_size() -> int: # bytes
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #e1822db4
-class Checkpoint:
-    """A model folder or hub id, open for reading numbers; safe to share between threads. Raises MaetError if it is not whole.
-
-    id (what people call it), path, config (dict), index (dict or None), names (sorted, a tied head not among them),
-    stored (name -> Stored), shards (file -> names stored in it), files (file -> Shard), aliases (tied head -> embedding)."""
+class _Opened:
+    "What the headers of a model folder or hub id say. Raises MaetError if it is not whole."
     def __init__(self, path: str | Path):
         self.path = local(path)
         self.id = self.path.resolve().name if self.path == Path(path) else str(path)
-        with reading(self.path, "change its permissions or give another"): files, self.index = find_shards(self.path)
+        with reading(self.path, "change its permissions or give another"):
+            files, self.index = find_shards(self.path)
         self.config = read_json(self.path/"config.json")
         if (self.path/"adapter_config.json").exists():
             note(f"{self.path}: is a whole model; the adapter that was left beside it is not applied")
+
         self.files = {file: Shard(self.path/file) for file in files}
         self.stored = find_tensors(self.path, self.files.values(), self.index)
         self.shards = {file: sorted(shard.stored) for file, shard in self.files.items()}
         self.aliases = find_aliases(self.config, self.files, self.stored)
         self.names = sorted(set(self.stored) - set(self.aliases))
-        self.digests, self.claims, self.last = {}, [], Last()
-        for shard in self.files.values(): shard.direct = self.bytes > memory_size() / 10
-
-    def __repr__(self): return f"Checkpoint({self.path.name!r}: {len(self.names)} tensors, {len(self.shards)} shards)"
 
     def where(self, name: str) -> tuple[Shard, str, Stored]:
         "A tensor's shard, its name in it, its header; a tied head is where its embedding is."
         name = self.aliases.get(name, name)
-        if name not in self.stored: raise MaetError(f"{self.path}: has no tensor {name}; it has {some(self.names, 3)}")
+        if name not in self.stored:
+            raise MaetError(f"{self.path}: has no tensor {name}; it has {some(self.names, 3)}")
         return self.files[self.stored[name].file], name, self.stored[name]
+
+# %% ../../nbs/05_weights.checkpoints.ipynb #a9334987
+class _Numbers(_Opened):
+    "Sizes and numbers of its tensors."
+    @property
+    def bytes(self) -> int: return sum(map(_stored_bytes, self.stored.values())) # of its tensors
 
     def shape(self, name: str) -> tuple: return self.where(name)[2].shape
 
-    def size(self, name: str) -> int: return prod(self.shape(name))
+    def size(self, name: str) -> int: return prod(self.shape(name)) # scalars
 
     def dtype(self, name: str) -> torch.dtype:
         "The dtype of a tensor. One that torch cannot hold is refused."
         shard, name, _ = self.where(name)
         return shard.dtype(name)
 
-Checkpoint.bytes = property(lambda self: sum(prod(part.shape) * DTYPES.get(part.code, torch.uint8).itemsize
-                                             for part in self.stored.values()), doc="Bytes of its tensors.")
+    def read(self, name: str) -> Tensor:
+        "One tensor whole, in its stored dtype, in memory of its own."
+        shard, name, _ = self.where(name)
+        return shard.read(name)
 
-# %% ../../nbs/05_weights.checkpoints.ipynb #a9334987
-def _piece(self, name: str, start: int, stop: int) -> Tensor:
-    "The scalars from `start` to `stop` in C order, flat, in their stored dtype. Do not write into it."
-    _, name, header = self.where(name)
-    first, run = self.last.reading(partial(_run, self), name, start, stop, prod(header.shape))
-    return run[start - first:stop - first]
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        "The scalars from `start` to `stop` in C order, flat, of the stored dtype. Do not write into it."
+        _, name, header = self.where(name)
+        read = partial(_read_run, self)
+        first, run = self.last.reading(read, name, start, stop, prod(header.shape))
+        return run[start - first:stop - first]
+
+    def chunks(self, name: str, size: int = PIECE) -> Iterator[tuple[int, Tensor]]:
+        "Pairs (start, flat piece of at most `size` scalars) in C order."
+        for start, stop in pieces(self.size(name), size): yield start, self.piece(name, start, stop)
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #b5fe7be9
-def _run(self, name, start, stop):
-    run, size = self.files[self.stored[name].file].piece(name, start, stop), prod(self.stored[name].shape)
-    for first in range(start, stop, PIECE) if start % PIECE == 0 else ():
-        last = min(first + PIECE, size)
-        if last <= stop and (name, first) not in self.digests:
-            self.digests[name, first] = xxh3_128_digest(as_bytes(run[first - start:last - start]))
+def _read_run(checkpoint, name: str, start: int, stop: int) -> Tensor: # flat, of the stored dtype
+    "Scalars from a file. The whole pieces among them get their digests."
+    header = checkpoint.stored[name]
+    run = checkpoint.files[header.file].piece(name, start, stop)
+    if start % PIECE: return run
+
+    for first, last in pieces(prod(header.shape))[start // PIECE:]:
+        if last > stop: break
+        if (name, first) in checkpoint.digests: continue
+        piece = run[first - start:last - start]
+        checkpoint.digests[name, first] = xxh3_128_digest(as_bytes(piece))
     return run
 
-def _read(self, name: str) -> Tensor:
-    "One tensor whole, in its stored dtype, in memory of its own."
-    shard, name, _ = self.where(name)
-    return shard.read(name)
+def _stored_bytes(stored: Stored) -> int:
+    return prod(stored.shape) * DTYPES.get(stored.code, torch.uint8).itemsize
 
-# %% ../../nbs/05_weights.checkpoints.ipynb #258a84b3
-def _chunks(self, name: str, size: int = PIECE) -> Iterator[tuple[int, Tensor]]:
-    "Pairs (start, flat piece of at most `size` scalars) in C order."
-    for start, stop in pieces(self.size(name), size): yield start, self.piece(name, start, stop)
+# %% ../../nbs/05_weights.checkpoints.ipynb #3f7d52c8
+class Checkpoint(_Numbers):
+    """A model folder or hub id, open for reading numbers; safe to share between threads.
+    Raises MaetError if it is not whole.
 
-Checkpoint.piece, Checkpoint.read, Checkpoint.chunks = _piece, _read, _chunks
+    id (what people call it), path, config (dict), index (dict or None),
+    names (sorted, a tied head not among them), stored (name -> Stored), aliases (tied head -> embedding),
+    shards (file -> names stored in it), files (file -> Shard), digests ((name, start) -> of a piece)."""
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.digests, self.claims, self.last = {}, [], Last()
+        for shard in self.files.values(): shard.direct = self.bytes > memory_size() / 10
+
+    def __repr__(self):
+        size = f"{len(self.names)} tensors, {len(self.shards)} shards"
+        return f"Checkpoint({self.path.name!r}: {size})"
+
+    @property
+    def identity(self) -> str: return _identity(self)
+    @property
+    def sample(self) -> str: return _sample(self)
+    @property
+    def fingerprint(self) -> str: return _fingerprint(self)
+    def known(self) -> str | None: return _known(self)
+    def unread(self) -> list[tuple[str, int, int]]: return _unread(self) # (name, start, stop)
+    def belongs(self, owner: str, path: str | Path) -> None: _belongs(self, owner, path)
+    def confirm(self) -> None: _confirm(self)
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #e6c3dd63
 LARGE = 1 << 28  # bytes: a checkpoint below it is read whenever its fingerprint is asked for
@@ -175,32 +239,37 @@ def hashed(rows: Iterable[tuple]) -> str: # 64 hexadecimal digits
     "SHA-256 of rows that JSON can say."
     return hashlib.sha256("\n".join(json.dumps(row) for row in rows).encode()).hexdigest()
 
-def _identity(self) -> str:
-    "What identifies the files of a checkpoint without reading them: paths, inodes, sizes, times of change."
-    return hashed([[self.names, PIECE], *([str(s.path.resolve()), *s.state] for s in self.files.values())])
+def _identity(checkpoint: Checkpoint) -> str: # 64 digits
+    "What identifies its files without reading them: paths, inodes, sizes, times of change."
+    files = [[str(shard.path.resolve()), *shard.state] for shard in checkpoint.files.values()]
+    return hashed([[checkpoint.names, PIECE], *files])
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #aacfe559
-def _sample(self) -> str: # 16 digits
-    "The end of the fingerprint, from the first page of every tensor."
-    def first(name):
-        shard, inside, header = self.where(name)
-        item = shard.dtype(name).itemsize
-        return xxh3_128_hexdigest(as_bytes(shard.piece(inside, 0, min(PAGE // item, prod(header.shape)))))
-    return hashed([n, self.stored[n].code, list(self.shape(n)), first(n)] for n in self.names)[:16]
+def _row(checkpoint: Checkpoint, name: str) -> list: # name, dtype, shape
+    return [name, checkpoint.stored[name].code, list(checkpoint.shape(name))]
 
-Checkpoint.identity, Checkpoint.sample = property(_identity), property(_sample)
+def _sample(checkpoint: Checkpoint) -> str: # 16 digits
+    "The end of the fingerprint, from the first page of every tensor."
+    rows = []
+    for name in checkpoint.names:
+        shard, inside, header = checkpoint.where(name)
+        scalars = min(PAGE // shard.dtype(name).itemsize, prod(header.shape))
+        page = as_bytes(shard.piece(inside, 0, scalars))
+        rows.append([*_row(checkpoint, name), xxh3_128_hexdigest(page)])
+    return hashed(rows)[:16]
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #511a418e
 _found = {}  # what this process found out: key -> text
 
-def memory(key: str) -> Path:
+def _memory_file(key: str) -> Path:
     "The file in which something is remembered."
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"maet"/"fingerprints"/key
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
+    return Path(caches)/"maet"/"fingerprints"/key
 
 def remembered(key: str) -> str:
     "What was found out under this key, by this process or another; empty if nothing was."
     if key not in _found:
-        with suppress(OSError, UnicodeDecodeError): _found[key] = memory(key).read_text()
+        with suppress(OSError, UnicodeDecodeError): _found[key] = _memory_file(key).read_text()
     return _found.get(key, "")
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #6fbd196f
@@ -211,77 +280,94 @@ def remember(key: str, text: str,
     _found[key] = text
     if not lasting: return
     with suppress(OSError):  # no home, no space: then it is not kept
-        file = memory(key)
+        file = _memory_file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
         part.write_text(text)
         os.replace(part, file)
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #fd05df53
-def _known(self) -> str | None:
+def _known(checkpoint: Checkpoint) -> str | None:
     "The fingerprint, if it can be told without reading."
-    found = remembered(self.identity)
+    found = remembered(checkpoint.identity)
     return found if re.fullmatch("[0-9a-f]{64}", found) else None
 
-Checkpoint.known = _known
-
-# %% ../../nbs/05_weights.checkpoints.ipynb #a17554a0
-def _unread(self) -> list[tuple[str, int, int]]: # (name, start, stop)
+def _unread(checkpoint: Checkpoint) -> list[tuple[str, int, int]]: # (name, start, stop)
     "The pieces whose digests are not known."
-    return [(n, *at) for n in self.names for at in pieces(self.size(n)) if (n, at[0]) not in self.digests]
+    missing = []
+    for name in checkpoint.names:
+        for start, stop in pieces(checkpoint.size(name)):
+            if (name, start) not in checkpoint.digests: missing.append((name, start, stop))
+    return missing
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #775d930d
-def _fingerprint(self) -> str: # 64 hexadecimal digits
+def _read_the_rest(checkpoint: Checkpoint) -> None:
+    "A piece that is read leaves its digest."
+    def look(job): return checkpoint.piece(*job).nbytes
+    with progress_bar(checkpoint.bytes, f"fingerprint of {checkpoint.id}") as bar:
+        for size in in_order(look, checkpoint.unread()): bar.update(size)
+
+def _fingerprint(checkpoint: Checkpoint) -> str: # 64 hexadecimal digits
     "A hash over sorted names, dtypes, shapes and bytes. Reads what was not read before, once."
-    if known := self.known(): return known
-    def look(job): return self.piece(*job).nbytes
-    with progress_bar(self.bytes, f"fingerprint of {self.id}") as bar:
-        for size in in_order(look, self.unread()): bar.update(size)
-    rows = ([n, self.stored[n].code, list(self.shape(n)), *(self.digests[n, start].hex() for start, _ in pieces(self.size(n)))]
-            for n in self.names)
-    fingerprint = hashed(rows)[:48] + self.sample
-    remember(self.identity, fingerprint, lasting=self.bytes >= LARGE)
+    if known := checkpoint.known(): return known
+    _read_the_rest(checkpoint)
+    rows = []
+    for name in checkpoint.names:
+        starts = [start for start, _ in pieces(checkpoint.size(name))]
+        digests = [checkpoint.digests[name, start].hex() for start in starts]
+        rows.append([*_row(checkpoint, name), *digests])
+
+    fingerprint = hashed(rows)[:48] + checkpoint.sample
+    remember(checkpoint.identity, fingerprint, lasting=checkpoint.bytes >= LARGE)
     return fingerprint
 
-Checkpoint.unread, Checkpoint.fingerprint = _unread, property(_fingerprint)
-
 # %% ../../nbs/05_weights.checkpoints.ipynb #b4c96d80
-def _belongs(self, owner: str,      # the fingerprint that a file names
-             path: str | Path,      # the file
+def _belongs(checkpoint: Checkpoint,
+             owner: str,       # the fingerprint that a file names
+             path: str | Path, # the file
              ) -> None:
-    "Raise a MaetError if a file belongs to another base. What cannot be told without reading a large base waits for `confirm`."
-    known = self.known() or (self.fingerprint if self.bytes < LARGE else self.sample)
+    """Raise a MaetError if a file belongs to another base.
+
+    What cannot be told without reading a large base waits for `confirm`."""
+    known = checkpoint.known()
+    if not known: known = checkpoint.fingerprint if checkpoint.bytes < LARGE else checkpoint.sample
     if not owner.endswith(known):
-        raise MaetError(f"{path}: belongs to base {owner[:12]}, not to {self.path}; give its own base")
-    if owner != known: self.claims.append((owner, path))
+        raise MaetError(f"{path}: belongs to base {owner[:12]}, not to {checkpoint.path}; "
+                        "give its own base")
+    if owner != known: checkpoint.claims.append((owner, path))
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #b0ad5811
-def _confirm(self) -> None:
+def _confirm(checkpoint: Checkpoint) -> None:
     "Raise a MaetError if a file that was let pass by its pages belongs to another base after all."
-    claims, self.claims = self.claims, []
+    claims, checkpoint.claims = checkpoint.claims, []
     for owner, path in claims:
-        if owner != self.fingerprint:
-            raise MaetError(f"{path}: belongs to base {owner[:12]}, not to {self.path} ({self.fingerprint[:12]}); "
-                            "give its own base")
-
-Checkpoint.belongs, Checkpoint.confirm = _belongs, _confirm
+        own = checkpoint.fingerprint
+        if owner == own: continue
+        raise MaetError(f"{path}: belongs to base {owner[:12]}, "
+                        f"not to {checkpoint.path} ({own[:12]}); give its own base")
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #d02560dd
 def same_tensors(base: Checkpoint, other: Checkpoint) -> None:
-    "Raise a MaetError that lists missing, unexpected and differently shaped tensors of `other`, if there are any."
-    reshaped = [f"{n} {other.shape(n)} instead of {base.shape(n)}" for n in base.names
-                if n in other.stored and base.shape(n) != other.shape(n)]
-    missing, unexpected = set(base.names) - set(other.names), set(other.names) - set(base.names)
-    differences = {"missing": missing, "unexpected": unexpected, "shape": reshaped}
+    "Raise a MaetError that lists missing, unexpected and reshaped tensors of `other`, if any."
+    reshaped = []
+    for name in base.names:
+        if name not in other.stored or base.shape(name) == other.shape(name): continue
+        reshaped.append(f"{name} {other.shape(name)} instead of {base.shape(name)}")
+
+    differences = {"missing": set(base.names) - set(other.names),
+                   "unexpected": set(other.names) - set(base.names), "shape": reshaped}
     said = [f"{word}: {some(names, 3)}" for word, names in differences.items() if names]
-    if said: raise MaetError(f"{other.path}: does not fit {base.path}; {'; '.join(said)}; give two checkpoints of one base")
+    if not said: return
+    raise MaetError(f"{other.path}: does not fit {base.path}; {'; '.join(said)}; "
+                    "give two checkpoints of one base")
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #7d7116e2
 def _plain(thing): # what JSON cannot say -> what it can
     if getattr(thing, "identity", ""): return thing.identity
     if isinstance(thing, Path):
         status = thing.stat()
-        return [str(thing.resolve()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+        state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+        return [str(thing.resolve()), *state]
     if isinstance(thing, torch.dtype): return str(thing)
     if isinstance(thing, (set, frozenset)): return sorted(thing)
     raise TypeError(f"{type(thing).__name__} has no identity")
@@ -289,5 +375,6 @@ def _plain(thing): # what JSON cannot say -> what it can
 # %% ../../nbs/05_weights.checkpoints.ipynb #06b734e5
 def identity(*what) -> str: # 64 hexadecimal digits; "" if one of the things has no identity
     "Two calls with the same answer have the same things before them."
-    try: return hashlib.sha256(json.dumps(what, default=_plain, sort_keys=True).encode()).hexdigest()
+    try: text = json.dumps(what, default=_plain, sort_keys=True)
     except TypeError: return ""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,27 +19,34 @@ def plain_name(name: str,          # what an index or a caller calls a file
                source: str | Path, # who says so, for the message
                ) -> str:           # the same name
     "A file name without a folder in it, or a MaetError."
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in "/\\:" or ord(c) < 32 for c in name):
-        raise MaetError(f"{source}: names the file {name!r}, which is not inside the folder; use a plain file name")
-    return name
+    if isinstance(name, str) and name not in ("", ".", ".."):
+        if all(sign not in "/\\:" and ord(sign) >= 32 for sign in name): return name
+    raise MaetError(f"{source}: names the file {name!r}, which is not inside the folder; "
+                    "use a plain file name")
 
 # %% ../../nbs/02_weights.files.ipynb #58f78b88
 def read_json(file: Path) -> dict:
     "A JSON object from a file, or a MaetError that names the file."
     try: value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise MaetError(f"{file}: this file is missing; a checkpoint needs it") from None
-    except OSError as error: raise MaetError(f"{file}: cannot be read ({error.strerror}); change its permissions or replace it") from None
+    except FileNotFoundError: wrong = "this file is missing; a checkpoint needs it"
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror}); change its permissions or replace it"
     except (ValueError, RecursionError) as error:
-        raise MaetError(f"{file}: cannot be read as JSON ({error}); mend or replace it") from None
-    if not isinstance(value, dict): raise MaetError(f"{file}: is JSON but not an object; mend or replace it")
-    return value
+        wrong = f"cannot be read as JSON ({error}); mend or replace it"
+    else:
+        if isinstance(value, dict): return value
+        wrong = "is JSON but not an object; mend or replace it"
+    raise MaetError(f"{file}: {wrong}")
 
 # %% ../../nbs/02_weights.files.ipynb #1f1362ea
 def born(pid: int, # a process of this machine
          ) -> str: # its start in clock ticks; "0" where the system does not say
     "When a process started, as Linux tells it."
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError): return "0"
+    try: status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError: return "0"
+    _, _, fields = status.rpartition(")")  # before it stands the program's name
+    fields = fields.split()
+    return fields[19] if len(fields) > 19 else "0"
 
 def alive(pid: int, start: str) -> bool:
     "Does the process still run that had this number and this start?"
@@ -60,17 +67,22 @@ _serial = count()  # two threads may write to one path
 def sibling(path: Path, identity: str = "") -> Path:
     "A hidden name beside `path` that says which process writes there, and what."
     host = re.sub(r"[^\w-]", "_", socket.gethostname())[:60]
-    which = hashlib.sha256(path.name.encode()).hexdigest()[:8]  # of long names only the beginning is shown
+    # of long names only the beginning is shown, so a hash tells them apart
+    which = hashlib.sha256(path.name.encode()).hexdigest()[:8]
     writer = f"{os.getpid()}.{born(os.getpid())}.{next(_serial)}"
     return path.parent/f".{path.name[:30]}@{which}.{host}.{identity[:16] or 0}.{writer}.part"
 
 # %% ../../nbs/02_weights.files.ipynb #e2300bf1
 def inherit(path: Path, identity: str, part: Path) -> None:
-    "Clear away what killed writers of `path` on this machine left beside it; one of the same identity becomes `part`."
-    front = sibling(path).name.split(".")[:-5]
+    """Clear away what killed writers of `path` on this machine left beside it.
+
+    One of the same identity becomes `part`."""
+    *front, _, _, _, _, _ = sibling(path).name.split(".")
     for other in path.parent.iterdir():
-        *stem, kind, pid, start, _, end = other.name.split(".") if other.name.count(".") > 6 else [""] * 6
-        if stem != front or end != "part" or not pid.isdigit() or alive(int(pid), start): continue
+        if other.name.count(".") <= 6: continue
+        *stem, kind, pid, start, _, end = other.name.split(".")
+        if stem != front or end != "part" or not pid.isdigit(): continue
+        if alive(int(pid), start): continue
         if identity and kind == identity[:16] and not part.exists():
             with suppress(OSError): os.rename(other, part)  # another process may have been faster
         else: remove(other)
@@ -80,24 +92,41 @@ def sync(path: Path) -> None:
     "Force a file, or a folder and everything in it, to the disk."
     if path.is_dir():
         for inner in path.iterdir(): sync(inner)
+    _sync_one(path)
+
+def _sync_one(path: Path) -> None:
+    "A file, or of a folder the names in it."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
+
+# %% ../../nbs/02_weights.files.ipynb #e38b5a06
+def _prepare(path: Path) -> list[Path]:
+    "Make the folders above `path`; those that are new, deepest first."
+    if path.is_dir() and any(path.iterdir()):
+        raise MaetError(f"{path}: is a folder with something in it; choose another or empty it")
+    new = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return new
+
+def _withdraw(part: Path, new: list[Path]) -> None:
+    "Remove what was begun, and the folders that were made for it."
+    remove(part)
+    with suppress(OSError):
+        for folder in new: folder.rmdir()
 
 # %% ../../nbs/02_weights.files.ipynb #e0c11560
 @contextmanager
 def whole(path: str | Path,   # a file or folder to be
           identity: str = "", # what determines all of the content; "" if that cannot be said
-          ) -> Iterator[Path]: # a hidden sibling to write instead; it exists only if it was inherited
-    """Write beside, then rename: `path` gets all of it or stays as it was. A file that is there is replaced.
+          ) -> Iterator[Path]: # a hidden sibling to write instead; it exists if it was inherited
+    """Write beside, then rename: `path` gets all of it or stays as it was. A file there is replaced.
 
-    Raises MaetError if `path` is a folder with something in it, or if the system cannot write (no right, no space ...)."""
+    Raises MaetError if `path` is a folder with something in it, or if the system cannot write
+    (no right, no space ...)."""
     path = Path(os.path.abspath(path))
     try:
-        if path.is_dir() and any(path.iterdir()):
-            raise MaetError(f"{path}: is a folder with something in it; choose another or empty it")
-        new = [folder for folder in path.parents if not folder.exists()]  # deepest first
-        path.parent.mkdir(parents=True, exist_ok=True)
+        new = _prepare(path)
         part = sibling(path, identity)
         inherit(path, identity, part)
         try:
@@ -105,11 +134,9 @@ def whole(path: str | Path,   # a file or folder to be
             sync(part)
             os.replace(part, path)
         except BaseException:
-            remove(part)
-            with suppress(OSError): [folder.rmdir() for folder in new]
+            _withdraw(part, new)
             raise
-        handle = os.open(path.parent, os.O_RDONLY)  # the new name, too, must reach the disk
-        try: os.fsync(handle)
-        finally: os.close(handle)
+        _sync_one(path.parent)  # the new name, too, must reach the disk
     except OSError as error:
-        raise MaetError(f"{path}: cannot be written ({error.strerror or error}); mend that or choose another place") from error
+        raise MaetError(f"{path}: cannot be written ({error.strerror or error}); "
+                        "mend that or choose another place") from error

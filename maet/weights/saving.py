@@ -7,9 +7,10 @@ __all__ = ['room_for', 'write_checkpoint']
 
 # %% ../../nbs/06_weights.saving.ipynb #6be5d848
 import errno, json, os, shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -29,20 +30,45 @@ from .checkpoints import LARGE, Checkpoint
 
 # %% ../../nbs/06_weights.saving.ipynb #c8306ae1
 def plan_shards(like: Checkpoint,
-                dtype: torch.dtype | None = None,         # of float tensors; None: as in `like`
-                max_shard_size: int | str | None = None,  # bytes, or as "5GB"; None: shards as in `like`
-                ) -> dict[str, dict[str, tuple]]:         # file -> tensor name -> (shape, dtype)
+                dtype: torch.dtype | None = None,        # of float tensors; None: as in `like`
+                max_shard_size: int | str | None = None, # bytes, or "5GB"; None: as in `like`
+                ) -> dict[str, dict[str, tuple]]:        # file -> tensor name -> (shape, dtype)
     "The shards of a checkpoint like another one. Raises MaetError for a size that is none."
-    old = {n: shard.dtype(n) for shard in like.files.values() for n in shard.stored}
-    new = {n: (like.stored[n].shape, dtype if dtype and old[n] in FLOATS else old[n]) for n in old}
-    if max_shard_size is None and all(new[n][1].itemsize == old[n].itemsize for n in old):
-        return {file: {n: new[n] for n in names} for file, names in like.shards.items()}
-    from huggingface_hub import split_state_dict_into_shards_factory as split
+    tensors, same_width = {}, True
+    for shard in like.files.values():
+        for name in shard.stored:
+            old = shard.dtype(name)
+            new = dtype if dtype and old in FLOATS else old
+            tensors[name] = like.stored[name].shape, new
+            if new.itemsize != old.itemsize: same_width = False
+
+    files = like.shards
+    if max_shard_size is not None or not same_width: files = _split(tensors, like, max_shard_size)
+    plan = {}
+    for file, names in files.items(): plan[file] = {name: tensors[name] for name in names}
+    return plan
+
+# %% ../../nbs/06_weights.saving.ipynb #61d0f7b2
+def _bytes_of(tensor: tuple) -> int: # (shape, dtype)
+    shape, dtype = tensor
+    return prod(shape) * dtype.itemsize
+
+def _split(tensors: dict[str, tuple], # name -> (shape, dtype)
+           like: Checkpoint,
+           max_shard_size: int | str | None, # None: the largest shard of `like`, or 5 GB
+           ) -> dict[str, list[str]]:        # file -> names
+    "The hub's own plan of shards."
+    from huggingface_hub import split_state_dict_into_shards_factory
     largest = max(shard.state[2] for shard in like.files.values())
-    try: plan = split(new, get_storage_size=lambda entry: prod(entry[0]) * entry[1].itemsize,
-                      filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size or max(largest, 5 * 10**9))
-    except ValueError as error: raise MaetError(f"max_shard_size: {max_shard_size!r} is no size ({error}); write 5GB") from None
-    return {file: {n: new[n] for n in names} for file, names in plan.filename_to_tensors.items()}
+    size = max_shard_size or max(largest, 5 * 10**9)
+    try:
+        plan = split_state_dict_into_shards_factory(
+            tensors, get_storage_size=_bytes_of, max_shard_size=size,
+            filename_pattern="model{suffix}.safetensors")
+    except ValueError as error:
+        raise MaetError(f"max_shard_size: {max_shard_size!r} is no size ({error}); "
+                        "write 5GB") from None
+    return plan.filename_to_tensors
 
 # %% ../../nbs/06_weights.saving.ipynb #e114c448
 class Job(NamedTuple):
@@ -57,45 +83,66 @@ class Job(NamedTuple):
 def jobs_of(plan: Mapping[str, Mapping[str, tuple]], # of `plan_shards`
             file: str) -> list[Job]:
     "The runs of one shard, in the order of its bytes."
-    tensors = plan[file]
-    return [Job(file, n, tensors[n][1], *at) for n in lay_out(tensors, {})[1] for at in pieces(prod(tensors[n][0]), RUN)]
+    jobs, tensors = [], plan[file]
+    _, in_file_order = lay_out(tensors, {})
+    for name in in_file_order:
+        shape, dtype = tensors[name]
+        for start, stop in pieces(prod(shape), RUN):
+            jobs.append(Job(file, name, dtype, start, stop))
+    return jobs
+
+def _bytes_written(jobs: Iterable[Job]) -> int:
+    return sum((job.stop - job.start) * job.dtype.itemsize for job in jobs)
 
 # %% ../../nbs/06_weights.saving.ipynb #a188525c
 def room_for(out: str | Path, size: int) -> None:
     "Raise a MaetError if the disk has less than `size` bytes left at `out`, whose folder exists."
     free = shutil.disk_usage(Path(os.path.abspath(out)).parent).free
-    if size > free:
-        unit, name = (1e9, "GB") if size > 1e9 else (1e6, "MB")
-        raise MaetError(f"{out}: needs {size / unit:,.2f} {name} where {free / unit:,.2f} {name} are free; "
-                        "make room or choose another disk") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if size <= free: return
+    unit, name = (1e9, "GB") if size > 1e9 else (1e6, "MB")
+    message = (f"{out}: needs {size / unit:,.2f} {name} where {free / unit:,.2f} {name} are free; "
+               "make room or choose another disk")
+    raise MaetError(message) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 # %% ../../nbs/06_weights.saving.ipynb #17503a6b
-def rounded(job: Job, like: Checkpoint, piece: Callable[[str, int, int], Tensor], out: str | Path) -> Tensor:
-    "Compute a piece and round it once. Wrong size, NaN, infinity, arithmetic on what is not float: MaetError."
+def rounded(job: Job, like: Checkpoint, piece: Callable[[str, int, int], Tensor],
+            out: str | Path) -> Tensor:
+    """Compute a piece and round it once.
+
+    MaetError: wrong size, NaN, infinity, arithmetic on what is not float."""
     name = like.aliases.get(job.name, job.name)
-    result, at = piece(name, job.start, job.stop), (job.start, job.stop)
-    if tuple(result.shape) != (job.stop - job.start,):
-        raise MaetError(f"{out}: {name} came out as {tuple(result.shape)} where {job.stop - job.start} scalars belong; "
-                        f"give it the shape of {like.path}")
+    result = piece(name, job.start, job.stop)
+    scalars = job.stop - job.start
+    if tuple(result.shape) != (scalars,):
+        raise MaetError(f"{out}: {name} came out as {tuple(result.shape)} "
+                        f"where {scalars} scalars belong; give it the shape of {like.path}")
     if job.dtype not in FLOATS:
         if result.dtype == job.dtype: return result
-        raise MaetError(f"{like.path}: {name} is {job.dtype}, which is copied, not computed; leave it out")
+        raise MaetError(f"{like.path}: {name} is {job.dtype}, which is copied, not computed; "
+                        "leave it out")
     try: return narrow(result, job.dtype, name, out, job.start)
     except MaetError:
-        finite(like.piece(name, *at), name, like.path, job.start)  # if the fault was in the numbers we started from, say so
+        before = like.piece(name, job.start, job.stop)
+        finite(before, name, like.path, job.start)  # say so if the fault was in the old numbers
         raise
 
 # %% ../../nbs/06_weights.saving.ipynb #a1422e6a
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".pkl",
-            ".pickle"}
-_STALE = {"README.md", "trainer_state.json", "maet_config.yml", "adapter_config.json"}  # they tell of the old numbers
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
+            ".ot", ".npz", ".pkl", ".pickle"}
+_OF_OLD_NUMBERS = {"README.md", "trainer_state.json", "maet_config.yml", "adapter_config.json"}
+
+def _is_companion(file: Path) -> bool:
+    "Is it a small file that stays true with other numbers?"
+    if not file.is_file(): return False
+    if file.suffix in _WEIGHTS or file.name in _OF_OLD_NUMBERS: return False
+    if file.name.startswith(".") or file.name.endswith(".index.json"): return False
+    return file.stat().st_size < 1 << 28
 
 def companions(path: Path, # a checkpoint folder
                ) -> list[Path]: # relative to it
-    "The small files beside the weights: configuration, tokenizer, chat templates, generation configuration, licence."
+    "The small files beside the weights: configurations, tokenizer, chat templates, licence."
     files = [*path.iterdir(), *(path/"additional_chat_templates").glob("*.jinja")]
-    return sorted(f.relative_to(path) for f in files if f.is_file() and f.suffix not in _WEIGHTS and f.name not in _STALE
-                  and not f.name.startswith(".") and not f.name.endswith(".index.json") and f.stat().st_size < 1 << 28)
+    return sorted(file.relative_to(path) for file in files if _is_companion(file))
 
 # %% ../../nbs/06_weights.saving.ipynb #edffe734
 def copy_companions(folder: Path, like: Checkpoint, dtype: torch.dtype | None) -> None:
@@ -109,50 +156,80 @@ def copy_companions(folder: Path, like: Checkpoint, dtype: torch.dtype | None) -
         (folder/"config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # %% ../../nbs/06_weights.saving.ipynb #6216f8a7
+def _one_piece(name: str) -> int: return PIECE # scalars that `piece` is asked for at most
+
+def _compute(run: Job, like: Checkpoint, piece: Callable, out: str | Path,
+             step: Callable[[str], int]) -> tuple[list[Tensor], dict]:
+    "The numbers of a run, in the dtype of the file, and the digests of its pieces by (name, start)."
+    size = step(like.aliases.get(run.name, run.name))
+    tensors = []
+    for start, stop in in_one_go(run.start, run.stop, size):
+        tensors.append(rounded(run._replace(start=start, stop=stop), like, piece, out))
+
+    parts = chain.from_iterable(tensor.split(PIECE) for tensor in tensors)
+    digests = {}
+    for start, part in zip(range(run.start, run.stop, PIECE), parts):
+        digests[run.name, start] = xxh3_128_digest(as_bytes(part))
+    return tensors, digests
+
+# %% ../../nbs/06_weights.saving.ipynb #2c94be07
 def write_shards(folder: Path, like: Checkpoint, plan: Mapping, piece: Callable, out: str | Path,
-                 step: Callable[[str], int], workers: int | None) -> dict: # (tensor name, start) -> digest, of the pieces that were written
-    "Write the shards of a plan that are not there yet."
+                 step: Callable[[str], int], workers: int | None) -> dict:
+    """Write the shards of a plan that are not there yet.
+
+    The digests of the pieces that were written come back, by (tensor name, start)."""
     missing = {file: jobs_of(plan, file) for file in plan if not (folder/file).exists()}
-    size = sum((job.stop - job.start) * job.dtype.itemsize for jobs in missing.values() for job in jobs)
+    runs = list(chain.from_iterable(missing.values()))
+    size = _bytes_written(runs)
     room_for(out, size)
-    def work(run):
-        at = in_one_go(run.start, run.stop, step(like.aliases.get(run.name, run.name)))
-        tensors = [rounded(run._replace(start=start, stop=stop), like, piece, out) for start, stop in at]
-        digests = (xxh3_128_digest(as_bytes(part)) for tensor in tensors for part in tensor.split(PIECE))
-        return tensors, dict(zip(((run.name, first) for first in range(run.start, run.stop, PIECE)), digests))
+
     workers = workers or cores() + 1
-    digests, results = {}, in_order(work, (job for jobs in missing.values() for job in jobs), workers, workers + 1)  # runs are large
-    with closing(results), Sink(folder) as sink, progress_bar(size, f"writing {Path(out).name}") as bar:
+    compute = partial(_compute, like=like, piece=piece, out=out, step=step)
+    results = in_order(compute, runs, workers, window=workers + 1)  # runs are large
+    digests = {}
+    bar = progress_bar(size, f"writing {Path(out).name}")
+    with closing(results), Sink(folder) as sink, bar:
         for file, jobs in missing.items():
             metadata = like.files[file].metadata if file in like.files else {}
-            sink.begin(file, lay_out(plan[file], metadata | {"format": "pt"})[0])
+            header, _ = lay_out(plan[file], metadata | {"format": "pt"})
+            sink.begin(file, header)
             for tensors, known in islice(results, len(jobs)):
-                bar.update(sum(map(sink.write, tensors)))
+                for tensor in tensors: bar.update(sink.write(tensor))
                 digests |= known
     return digests
 
 # %% ../../nbs/06_weights.saving.ipynb #f7bf744f
 def write_index(folder: Path, like: Checkpoint, plan: Mapping[str, Mapping[str, tuple]]) -> None:
     "The index of a plan, if it needs one."
-    old = like.index if plan.keys() == like.shards.keys() else {"metadata": {}} if len(plan) > 1 else None
+    old = like.index
+    if plan.keys() != like.shards.keys(): old = {"metadata": {}} if len(plan) > 1 else None
     if old is None: return
-    size = sum(prod(shape) * dtype.itemsize for tensors in plan.values() for shape, dtype in tensors.values())
-    index = old | {"metadata": (old.get("metadata") or {}) | {"total_size": size},
-                   "weight_map": {name: file for file, tensors in plan.items() for name in tensors}}
-    (folder/"model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    size, weight_map = 0, {}
+    for file, tensors in plan.items():
+        size += sum(map(_bytes_of, tensors.values()))
+        weight_map |= dict.fromkeys(tensors, file)
+    metadata = (old.get("metadata") or {}) | {"total_size": size}
+    index = old | {"metadata": metadata, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder/"model.safetensors.index.json").write_text(text)
 
 # %% ../../nbs/06_weights.saving.ipynb #601ca99d
-def write_checkpoint(out: str | Path,      # a new folder
-                     like: Checkpoint,     # the pattern
-                     piece: Callable[[str, int, int], Tensor], # (name, start, stop) -> flat float numbers; called in threads
-                     dtype: torch.dtype | None = None,             # of float tensors; None: as in `like`
-                     extra_files: Mapping[str, str] | None = None, # plain file name -> text, as a model card
-                     max_shard_size: int | str | None = None,      # bytes, or as "5GB"; None: as in `like`
-                     identity: str = "",           # of everything that determines the result; "": finished shards are not kept
-                     step: Callable[[str], int] = lambda name: PIECE, # tensor name -> scalars that `piece` is asked for at most; RUN is a multiple
-                     workers: int | None = None,   # threads; None: one more than cores
-                     ) -> Checkpoint:              # the new one
-    "Write a checkpoint like another with new numbers: all of it or nothing. Holds a few pieces at a time."
+def write_checkpoint(out: str | Path,  # a new folder
+                     like: Checkpoint, # the pattern
+                     piece: Callable[[str, int, int], Tensor],
+                     dtype: torch.dtype | None = None, # of float tensors; None: as in `like`
+                     extra_files: Mapping[str, str] | None = None, # plain file name -> text
+                     max_shard_size: int | str | None = None, # bytes, or "5GB"; None: as in `like`
+                     identity: str = "",
+                     step: Callable[[str], int] = _one_piece,
+                     workers: int | None = None, # threads; None: one more than cores
+                     ) -> Checkpoint:            # the new one
+    """Write a checkpoint like another with new numbers: all of it or nothing. Holds a few pieces.
+
+    `piece(name, start, stop)` gives flat float numbers. Threads call it, for at most `step(name)`
+    scalars, of which RUN is a multiple. `identity`: of everything that determines the result;
+    without it finished shards are not kept."""
     for name in extra_files or {}: plain_name(name, "extra_files")
     plan = plan_shards(like, dtype, max_shard_size)
     with whole(out, identity) as folder:
@@ -160,10 +237,11 @@ def write_checkpoint(out: str | Path,      # a new folder
         digests = write_shards(folder, like, plan, piece, out, step, workers)
         copy_companions(folder, like, dtype)
         write_index(folder, like, plan)
-        for name, text in (extra_files or {}).items(): (folder/name).write_text(text, encoding="utf-8")
+        for name, text in (extra_files or {}).items():
+            (folder/name).write_text(text, encoding="utf-8")
         like.confirm()
     written = Checkpoint(out)
     written.digests = digests
-    for known in (like, written):  # their fingerprints need no reading now; a later process will be glad of them
+    for known in (like, written):  # their fingerprints need no reading now, and are remembered
         if known.bytes >= LARGE and not known.unread(): known.fingerprint
     return written

@@ -26,8 +26,10 @@ from .tensors import MaetError
 # %% ../../nbs/03_weights.streams.ipynb #fe5dbbce
 def all_finite(tensor: Tensor) -> bool: # any shape, any float dtype
     "Is no scalar NaN or infinite?"
-    # NaN and infinity spoil a sum, and a NaN both extremes; to ask for these is many times faster than to ask each scalar
-    return isfinite(tensor.sum().item()) or all(isfinite(extreme.item()) for extreme in tensor.aminmax())  # the sum may overflow
+    # NaN and infinity spoil a sum, and NaN both extremes: faster than to ask each scalar
+    if isfinite(tensor.sum().item()): return True
+    smallest, largest = tensor.aminmax()  # a sum of finite scalars may overflow
+    return isfinite(smallest.item()) and isfinite(largest.item())
 
 # %% ../../nbs/03_weights.streams.ipynb #e986a993
 def finite(tensor: Tensor,    # any shape, any float dtype
@@ -35,15 +37,15 @@ def finite(tensor: Tensor,    # any shape, any float dtype
            path: str | Path,  # the file or folder that it comes from
            start: int = 0,    # where a piece begins in its flat tensor
            ) -> Tensor:       # `tensor` itself
-    "Pass a tensor or a piece of one on, or raise a MaetError that names path, tensor and place of the first NaN or infinity."
-    if not all_finite(tensor):
-        where = int((~torch.isfinite(tensor)).flatten().nonzero()[0])
-        raise MaetError(f"{path}: {name} holds {tensor.flatten()[where].item()} at flat position {start + where}; "
-                        "make or download this tensor again")
-    return tensor
+    "Pass on a tensor or a piece of one. MaetError: path, tensor and place of the first NaN or infinity."
+    if all_finite(tensor): return tensor
+    flat = tensor.flatten()
+    where = int((~torch.isfinite(flat)).nonzero()[0])
+    raise MaetError(f"{path}: {name} holds {flat[where].item()} at flat position {start + where}; "
+                    "make or download this tensor again")
 
 # %% ../../nbs/03_weights.streams.ipynb #17ba0791
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the dtypes that arithmetic is defined on here
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of arithmetic
 
 def narrow(tensor: Tensor,      # any shape, a float dtype
            dtype: torch.dtype,  # one of FLOATS
@@ -68,27 +70,37 @@ def pieces(size: int,         # scalars of a tensor
 # %% ../../nbs/03_weights.streams.ipynb #0716d970
 def cores() -> int:
     "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 # %% ../../nbs/03_weights.streams.ipynb #880114c6
 def keep_memory() -> None:
-    "Let malloc keep blocks of some MiB that a piece needed for the next piece. Without, each is given back and zeroed again."
-    torch.empty((1 << 25) - (1 << 13), dtype=torch.uint8)  # glibc keeps what is smaller than the largest block it saw freed
+    """Let malloc keep blocks of some MiB that a piece needed for the next piece.
+
+    Without, each is given back and zeroed again. glibc keeps what is smaller
+    than the largest block that it saw freed."""
+    torch.empty((1 << 25) - (1 << 13), dtype=torch.uint8)
 
 # %% ../../nbs/03_weights.streams.ipynb #240cc079
 def in_order(work: Callable,            # of one job, in some thread
              jobs: Iterable,
-             workers: int | None = None, # threads; None: one more than cores, for one of them waits for the disk
+             workers: int | None = None, # threads; None: cores, and one that waits for the disk
              window: int | None = None,  # results that may exist at most; None: twice the workers
              ) -> Iterator:              # work(job) for each job, in the order of the jobs
-    "Do jobs in several threads. An exception comes out at its job's place; what has not begun is dropped."
-    workers, waiting, threads = workers or cores() + 1, deque(), torch.get_num_threads()
+    """Do jobs in several threads.
+
+    An exception comes out at its job's place; what has not begun is dropped."""
+    workers = workers or cores() + 1
+    window = window or 2 * workers
+    waiting = deque()  # futures, in the order of the jobs
+    threads = torch.get_num_threads()
     keep_memory()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # one core, one thread
+    one_core_each = dict(initializer=torch.set_num_threads, initargs=(1,))
+    with ThreadPoolExecutor(workers, **one_core_each) as pool:
         try:
             for job in jobs:
                 waiting.append(pool.submit(work, job))
-                if len(waiting) >= (window or 2 * workers): yield waiting.popleft().result()
+                if len(waiting) >= window: yield waiting.popleft().result()
             while waiting: yield waiting.popleft().result()
         finally:
             for future in waiting: future.cancel()
@@ -102,16 +114,17 @@ class _Going(threading.local):
 
 _going = _Going()
 
-def in_one_go(start: int, stop: int, step: int = PIECE) -> Iterator[tuple[int, int]]: # start and stop of each piece
-    "The pieces of a run. Who asks for the first of them, in this thread, may read all of them."
+def in_one_go(start: int, stop: int, step: int = PIECE) -> Iterator[tuple[int, int]]:
+    "The pieces of a run. Who asks for the first of them, in this thread, may read all."
     _going.stop = stop
-    try: yield from ((start + first, start + last) for first, last in pieces(stop - start, step))
+    try:
+        for first, last in pieces(stop - start, step): yield start + first, start + last
     finally: _going.stop = 0
 
 # %% ../../nbs/03_weights.streams.ipynb #38e45969
 @contextmanager
 def exactly():
-    "Inside, this thread reads what it asks for and nothing beyond: the run that it began is of another tensor."
+    "Inside, this thread reads what it asks for and nothing beyond: its run is of another tensor."
     begun, _going.stop = _going.stop, 0
     try: yield
     finally: _going.stop = begun
@@ -123,20 +136,23 @@ class Last(threading.local):
 
     def reading(self, read: Callable, name: str, start: int, stop: int, # what is wanted of a tensor
                 size: int,       # of the tensor
-                ) -> tuple:      # where a run begins in the tensor that holds what is wanted; the run
+                ) -> tuple:      # where the run that holds it begins in the tensor; the run
         "What was read last if it holds this; otherwise read(name, start, stop or farther)."
-        if self.name != name or not self.start <= start <= stop <= self.stop:
-            self.name = self.run = None  # its memory is free for the next one
-            self.start, self.stop = start, max(stop, min(_going.stop, size))
-            self.run = read(name, self.start, self.stop)
-            self.name = name
+        held = self.name == name and self.start <= start <= stop <= self.stop
+        if held: return self.start, self.run
+        self.name = self.run = None  # its memory is free for the next one
+        self.start = start
+        self.stop = max(stop, min(_going.stop, size))
+        self.run = read(name, self.start, self.stop)
+        self.name = name
         return self.start, self.run
 
 # %% ../../nbs/03_weights.streams.ipynb #d435a6cd
 def progress_bar(total: int, # bytes
                  what: str): # a word for people
     "A bar on stderr that appears after two seconds. For a `with` block; has update(bytes)."
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2, leave=False, file=sys.stderr)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True,
+                delay=2, leave=False, file=sys.stderr)
 
 # %% ../../nbs/03_weights.streams.ipynb #5ad07e01
 _said = set()  # by this process
@@ -148,8 +164,9 @@ def note(text: str) -> None:
 
 # %% ../../nbs/03_weights.streams.ipynb #f6e1126c
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # torch's word -> safetensors' word
 
 class Stored(NamedTuple):
@@ -161,15 +178,17 @@ class Stored(NamedTuple):
 
 # %% ../../nbs/03_weights.streams.ipynb #b126f6c7
 def open_shard(file: Path): # one safetensors file
-    "safetensors' handle on a file, or a MaetError that names it: missing, unreadable, truncated, not safetensors."
+    "safetensors' handle. MaetError: the file is missing, unreadable, truncated, not safetensors."
     try:
-        with open(file, "rb"): pass  # safetensors says of whatever it may not open that it is missing
+        with open(file, "rb"): pass  # safetensors says "missing" of all that it may not open
         return safe_open(file, framework="pt")
     except (PermissionError, IsADirectoryError) as error:
-        raise MaetError(f"{file}: cannot be read ({error.strerror}); change its permissions or give another") from None
-    except FileNotFoundError: raise MaetError(f"{file}: this file is missing; copy or download it again") from None
+        why, help = f"cannot be read ({error.strerror})", "change its permissions or give another"
+    except FileNotFoundError:
+        why, help = "this file is missing", "copy or download it again"
     except (SafetensorError, OSError) as error:
-        raise MaetError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+        why, help = f"not a whole safetensors file ({error})", "copy or download it again"
+    raise MaetError(f"{file}: {why}; {help}")
 
 # %% ../../nbs/03_weights.streams.ipynb #bc33ea4e
 PAGE = 4096     # bytes: of a disk's and a memory's units, a multiple
@@ -177,13 +196,19 @@ HUGE = 1 << 21  # bytes of a huge page
 DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 _stock = defaultdict(lambda: deque(maxlen=64))  # bytes -> blocks that nobody uses
 
+def _block(huge: int) -> mmap.mmap:
+    "Memory for `huge` bytes that begin at a huge page, from the stock if it has some."
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # only private memory can be huge
+    try: return _stock[huge].pop()
+    except IndexError: return mmap.mmap(-1, huge + HUGE + PAGE, flags=private)
+
 # %% ../../nbs/03_weights.streams.ipynb #8b417c08
 def disk_memory(size: int) -> Tensor: # uint8, (size, rounded up to pages,)
-    "Memory for a disk to fill or to empty. It goes back into the stock when nobody looks at it any more."
+    "Memory for a disk to fill or to empty. It goes back into the stock when nobody looks at it."
     size = -(-size // PAGE) * PAGE
-    huge = HUGE << max(1, (size - PAGE - 1).bit_length() - HUGE.bit_length() + 1)  # of few sizes, so that the stock stays small
-    try: block = _stock[huge].pop()
-    except IndexError: block = mmap.mmap(-1, huge + HUGE + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # only private memory can be huge
+    doublings = (size - PAGE - 1).bit_length() - HUGE.bit_length() + 1
+    huge = HUGE << max(1, doublings)  # of few sizes, so that the stock stays small
+    block = _block(huge)
     seen = np.frombuffer(block, np.uint8)
     if huge <= 4 * HUGE: weakref.finalize(seen, _stock[huge].append, block)
     first = -seen.ctypes.data % HUGE
@@ -195,63 +220,87 @@ def as_bytes(tensor: Tensor): # any shape and dtype -> flat numpy array of uint8
     "The bytes of a tensor in C order, without a copy where it is contiguous."
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
-def state(handle: int) -> tuple[int, ...]: # device, inode, bytes, time of the last change in ns
+def file_state(handle: int) -> tuple[int, ...]: # device, inode, bytes, ns of the last change
     "What tells an open file from another one and from its own past."
     status = os.fstat(handle)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 # %% ../../nbs/03_weights.streams.ipynb #37121e05
-def fetch(file: Path, start: int, size: int, # which bytes
-          known: tuple,         # the file's `state`
-          direct: bool = False, # past the page cache
-          ) -> Tensor:          # uint8, (size,)
+def read_bytes(file: Path, start: int, size: int, # which bytes
+               known: tuple,         # the file's `file_state`
+               direct: bool = False, # past the page cache
+               ) -> Tensor:          # uint8, (size,)
     "Bytes of a file, in memory of their own. A file that is gone or was changed: MaetError."
-    direct = direct and bool(DIRECT)
-    at = pad = start % PAGE if direct else 0
-    block = disk_memory(pad + size) if direct else torch.empty(size, dtype=torch.uint8)
+    if not direct or not DIRECT:
+        block = torch.empty(size, dtype=torch.uint8)
+        _fill(file, memoryview(block.numpy()), 0, start, known)
+        return block
+
+    before = start % PAGE  # the disk gives whole pages
+    block = disk_memory(before + size)
     room = memoryview(block.numpy())
-    if direct: at = max(pad, take(file, DIRECT, room[:-(-(pad + size) // PAGE) * PAGE], start - pad, known))
-    while at < pad + size: at += take(file, 0, room[at:pad + size], start - pad + at, known)
-    return block[pad:pad + size]
+    came = _read_once(file, DIRECT, room, start - before, known)
+    _fill(file, room[:before + size], max(before, came), start - before, known)
+    return block[before:before + size]
+
+def _fill(file: Path, room: memoryview, done: int, start: int, known: tuple) -> None:
+    "Read until `room` is full, of which `done` bytes are; it begins at byte `start` of the file."
+    while done < len(room): done += _read_once(file, 0, room[done:], start + done, known)
 
 # %% ../../nbs/03_weights.streams.ipynb #4801d2ff
-def take(file: Path, flags: int, room: memoryview, start: int, known: tuple) -> int: # bytes that came
-    "One reading. With DIRECT nothing may come, for not every file system can do that."
+def _read_once(file: Path, flags: int, room: memoryview, start: int, known: tuple) -> int:
+    "How many bytes came. With DIRECT it may be none, for not every file system can do that."
+    came = -1
     try:
         handle = os.open(file, os.O_RDONLY | flags)
-        try: came = os.preadv(handle, [room], start) if state(handle) == known else -1
+        try:
+            if file_state(handle) == known: came = os.preadv(handle, [room], start)
         finally: os.close(handle)
     except OSError as error:
         if flags and error.errno == errno.EINVAL: return 0
-        raise MaetError(f"{file}: cannot be read ({error.strerror}); copy or download it again") from None
-    if came > 0 or came == 0 and flags: return came
+        why = f"cannot be read ({error.strerror})"
+        raise MaetError(f"{file}: {why}; copy or download it again") from None
+    if came > 0 or (came == 0 and flags): return came
     raise MaetError(f"{file}: was changed while it was read; leave it alone and try again")
+
+# %% ../../nbs/03_weights.streams.ipynb #4c1a8e2f
+def read_header(path: Path, file) -> dict[str, Stored]: # by tensor name
+    "What the header of an open safetensors file lists. Eight bytes of length, then JSON."
+    length, = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        start = 8 + length + entry["data_offsets"][0]
+        stored[name] = Stored(path.name, tuple(entry["shape"]), entry["dtype"], start)
+    return stored
 
 # %% ../../nbs/03_weights.streams.ipynb #22d200f8
 class Shard:
-    "A safetensors file, open for reading pieces; safe to share between threads. Raises MaetError if it is not whole."
+    "A safetensors file, open for reading pieces; threads may share it. MaetError if it is not whole."
     def __init__(self, path: str | Path):
         self.path, self.direct = Path(path), False
         with open_shard(self.path) as file: self.metadata = file.metadata() or {}
         with open(self.path, "rb") as file:
-            self.state = state(file.fileno())
-            room, = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(room))
-        self.stored = {n: Stored(self.path.name, tuple(e["shape"]), e["dtype"], 8 + room + e["data_offsets"][0])
-                       for n, e in header.items() if n != "__metadata__"}
+            self.state = file_state(file.fileno())
+            self.stored = read_header(self.path, file)
 
     def dtype(self, name: str) -> torch.dtype:
         "The dtype of a tensor. One that torch cannot hold is refused."
         code = self.stored[name].code
         if code in DTYPES: return DTYPES[code]
-        raise MaetError(f"{self.path}: {name} is stored as {code}, which cannot be read; dequantize it")
+        raise MaetError(f"{self.path}: {name} is stored as {code}, which cannot be read; "
+                        "dequantize it")
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        "The scalars from `start` to `stop` of a tensor in C order: flat, of the stored dtype, in memory of its own."
+        "The scalars from `start` to `stop` in C order: flat, of the stored dtype, not shared."
         dtype = self.dtype(name)
-        first, size = self.stored[name].start + start * dtype.itemsize, (stop - start) * dtype.itemsize
-        data = fetch(self.path, first, size, self.state, self.direct)
-        return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)  # a header may be of any length
+        first = self.stored[name].start + start * dtype.itemsize
+        size = (stop - start) * dtype.itemsize
+        data = read_bytes(self.path, first, size, self.state, self.direct)
+        aligned = data.storage_offset() % dtype.itemsize == 0  # a header may be of any length
+        if not aligned: data = data.clone()
+        return data.view(dtype)
 
     def read(self, name: str) -> Tensor:
         "A tensor whole."
@@ -262,19 +311,23 @@ class Shard:
 def some(names: Iterable[str], most: int = 5) -> str:
     "The first few of some names in order, and how many more there are: messages stay one line."
     names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 # %% ../../nbs/03_weights.streams.ipynb #054a7e2d
 def find_tensors(path: Path,              # a checkpoint folder
                  shards: Iterable[Shard], # its shards
                  index: dict | None,      # its index
                  ) -> dict[str, Stored]: # by tensor name
-    "Every stored tensor, from the headers alone. Raises MaetError where the index says something else."
-    found, twice = {}, set()
+    "Every stored tensor, from the headers alone. MaetError where the index says something else."
+    found, wrong = {}, set()
     for shard in shards:
-        twice |= found.keys() & shard.stored.keys()
+        wrong |= found.keys() & shard.stored.keys()  # there twice
         found |= shard.stored
-    listed = index["weight_map"] if index else {name: part.file for name, part in found.items()}
-    wrong = {n for n in listed.keys() | found.keys() if n not in found or listed.get(n) != found[n].file} | twice
-    if wrong: raise MaetError(f"{path}: its index and its shards disagree on {some(wrong)}; download the checkpoint again")
-    return found
+
+    files = {name: part.file for name, part in found.items()}
+    listed = index["weight_map"] if index else files
+    wrong |= {name for name in listed.keys() | files.keys() if listed.get(name) != files.get(name)}
+    if not wrong: return found
+    raise MaetError(f"{path}: its index and its shards disagree on {some(wrong)}; "
+                    "download the checkpoint again")

@@ -10,13 +10,15 @@ __all__ = ['KINDS', 'GROUPS', 'one_line', 'MaetError', 'reading', 'parse_json', 
 import json, os, re, sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 # %% ../../nbs/01_weights.tensors.ipynb #77de68da
-# transformers imports DeepSpeed where it is installed, and DeepSpeed then warns on stdout if it finds no accelerator by itself
+# transformers imports DeepSpeed where it is installed.
+# DeepSpeed then warns on stdout if it finds no accelerator by itself.
 if not torch.accelerator.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # %% ../../nbs/01_weights.tensors.ipynb #c1dfd96e
@@ -24,13 +26,19 @@ MOST = 1200  # characters of a message
 
 # %% ../../nbs/01_weights.tensors.ipynb #616143a1
 def one_line(said: object, most: int = MOST) -> str:
-    "What is said, on one line: other signs than letters and blanks as Python writes them, and the middle left out if it is long."
-    text = " ".join(filter(None, map(str.strip, str(said).splitlines())))
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[-most // 4:]}"
+    """What is said, on one line. Of more than `most` characters the middle is left out.
+
+    Signs that cannot be printed are written as Python writes them."""
+    lines = (line.strip() for line in str(said).splitlines())
+    text = " ".join(line for line in lines if line)
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    if len(text) <= most: return text
+    return f"{text[:most * 2 // 3]} ... {text[-most // 4:]}"
 
 class MaetError(ValueError):
-    "What the user can mend: one line that names the file, tensor or key, and what to do. The command exits with 2."
+    """What the user can mend: one line that names the file, tensor or key, and what to do.
+
+    The command exits with 2."""
     def __init__(self, said: object): super().__init__(one_line(said))
 
 # %% ../../nbs/01_weights.tensors.ipynb #1bdff45a
@@ -38,33 +46,51 @@ class MaetError(ValueError):
 def reading(file: object,             # that another library reads: a path, or a word for it
             advice: str = "",         # what to do
             ) -> Iterator[None]:
-    "Whatever is raised inside becomes a MaetError about the file; one that is a MaetError already stays as it is."
+    "Whatever is raised inside becomes a MaetError about the file; a MaetError stays as it is."
     try: yield
     except (MaetError, KeyboardInterrupt, SystemExit, GeneratorExit): raise
     except BaseException as error:  # a panic of a Rust library is no Exception
-        kind = "" if isinstance(error, OSError) or type(error) is ValueError else f"{type(error).__name__}: "
-        said = kind + one_line(getattr(error, "strerror", None) or error, MOST // 3)
-        cause = None if isinstance(error, OSError) else error  # such a cause says that a disk is full: algorithm keeps what was begun
-        raise MaetError(f"{file}: cannot be read ({said})" + f"; {advice}" * bool(advice)) from cause
+        message = f"{file}: cannot be read ({_complaint(error)})"
+        if advice: message += f"; {advice}"
+        # a cause that is an OSError would say that a disk is full: algorithm keeps what was begun
+        cause = None if isinstance(error, OSError) else error
+        raise MaetError(message) from cause
+
+def _complaint(error: BaseException) -> str:
+    "What an error says; its kind too, where the words alone may say little."
+    text = one_line(getattr(error, "strerror", None) or error, MOST // 3)
+    if isinstance(error, OSError) or type(error) is ValueError: return text
+    return f"{type(error).__name__}: {text}"
 
 # %% ../../nbs/01_weights.tensors.ipynb #0dceb631
 def parse_json(text: str | bytes,
                where: object,  # a path, or path and line
                advice: str = "mend or replace it",
                ) -> object:
-    "What a JSON text says. Raises MaetError for one that is none, is not UTF-8, nests too deep or has a number of thousands of digits."
+    """What a JSON text says.
+
+    MaetError: it is none, is not UTF-8, nests too deep, or has a number of thousands of digits."""
     try: return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MaetError(f"{where} is not JSON ({getattr(error, 'msg', None) or one_line(error, 200)}): {advice}") from None
+        why = getattr(error, "msg", None) or one_line(error, 200)
+        raise MaetError(f"{where} is not JSON ({why}): {advice}") from None
 
 # %% ../../nbs/01_weights.tensors.ipynb #6e3505d4
-def read_lines(path: Path, advice: str = "mend or replace it") -> list[tuple[str, object]]: # (where it stands, what it says)
-    "The lines of a JSONL file that are not blank. Raises MaetError: no such file, a line that is not JSON."
-    with reading(path, advice): lines = path.read_bytes().split(b"\n")  # a text may hold whatever else ends a line
-    return [(f"{path}: line {n}", parse_json(line, f"{path}: line {n}", advice)) for n, line in enumerate(lines, 1) if line.strip()]
+def read_lines(path: Path, advice: str = "mend or replace it") -> list[tuple[str, object]]:
+    """The lines of a JSONL file that are not blank: (where it stands, what it says).
+
+    Raises MaetError: no such file, a line that is not JSON."""
+    with reading(path, advice): content = path.read_bytes()
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), 1):  # a text may hold other ends of lines
+        if not line.strip(): continue
+        where = f"{path}: line {number}"
+        rows.append((where, parse_json(line, where, advice)))
+    return rows
 
 # %% ../../nbs/01_weights.tensors.ipynb #fe5dbbce
-KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "embed", "head", "other")
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
+         "norm", "embed", "head", "other")
 GROUPS = {"attention": ("q", "k", "v", "qkv", "o"), "mlp": ("gate", "up", "gate_up", "down")}
 
 class Place(NamedTuple):
@@ -74,22 +100,28 @@ class Place(NamedTuple):
 
 # %% ../../nbs/01_weights.tensors.ipynb #b1d57811
 def _endings(table: str) -> dict[str, str]:
-    "`block.leaf` -> kind, from lines `kind  blocks : leaves`; without a block the leaf alone decides."
+    "`block.leaf` -> kind, from lines `kind  blocks : leaves`; without blocks the leaf decides."
     pairs = {}
     for line in table.strip().splitlines():
-        (kind, *blocks), leaves = (side.split() for side in line.split(" : "))
-        pairs |= {f"{block}.{leaf}".lstrip("."): kind for block in blocks or [""] for leaf in leaves}
+        left, right = line.split(" : ")
+        kind, *blocks = left.split()
+        for block, leaf in product(blocks or [""], right.split()):
+            pairs[f"{block}.{leaf}".lstrip(".")] = kind
     return pairs
 
 # %% ../../nbs/01_weights.tensors.ipynb #bd307a3e
 _SELF = "self_attn attn attention self_attention"
-_INPUTS = "".join(f"""
+
+def _input(kind: str, word: str) -> str: # lines of a table
+    return f"""
 {kind}  {_SELF} mixer temporal_block : {kind}_proj
 {kind}  attention.self : {word}
 {kind}  self_attention : project_{kind}
 {kind}  self_attn.{kind}_proj : linear
 {kind}  multi_head_attention : W{kind}
-{kind}  attentions : {kind}_lin""" for kind, word in {"q": "query", "k": "key", "v": "value"}.items())
+{kind}  attentions : {kind}_lin"""
+
+_INPUTS = _input("q", "query") + _input("k", "key") + _input("v", "value")
 
 # %% ../../nbs/01_weights.tensors.ipynb #1574bddb
 _ATTENTION = f"""{_INPUTS}
@@ -136,7 +168,8 @@ down  ffns : lin2
 _OUTSIDE = """
 embed  : embed_tokens embed_tokens_per_layer embed_in wte word_embeddings word_embedding
 embed  : tok_embeddings tokens_embed embeddings input_embedding
-embed  : wpe embed_positions position_embeddings positions_embed token_type_embeddings segment_embedding
+embed  : wpe embed_positions position_embeddings positions_embed
+embed  : token_type_embeddings segment_embedding
 head   : lm_head embed_out lm_head.decoder cls.predictions cls.predictions.decoder generator_lm_head
 """
 _ENDINGS = _endings(_ATTENTION) | _endings(_WIDENING) | _endings(_NARROWING) | _endings(_OUTSIDE)
@@ -156,8 +189,10 @@ def place(name: str,  # name of a tensor, in a checkpoint or in a model
     layer = int(stack[1]) if stack else None
     path = [part for part in _PARAMETER.sub("", name).split(".") if not part.isdigit()]
     if path and _NORM.search(path[-1]): return Place(layer, "norm")
-    endings = (".".join(path[-size:]) for size in (3, 2, 1))  # the longest ending knows most
-    return Place(layer, next((_ENDINGS[ending] for ending in endings if ending in _ENDINGS), "other"))
+    for size in (3, 2, 1):  # the longest ending knows most
+        ending = ".".join(path[-size:])
+        if ending in _ENDINGS: return Place(layer, _ENDINGS[ending])
+    return Place(layer, "other")
 
 # %% ../../nbs/01_weights.tensors.ipynb #22d200f8
 def of_kinds(name: str,                  # name of a tensor
@@ -168,73 +203,100 @@ def of_kinds(name: str,                  # name of a tensor
     allowed = {"all": KINDS, **GROUPS, **{kind: (kind,) for kind in KINDS}}
     for word in words:
         if word not in allowed:
-            raise MaetError(f"kinds: {word!r} is not a kind of tensor; choose from {', '.join(allowed)}")
+            raise MaetError(f"kinds: {word!r} is not a kind of tensor; "
+                            f"choose from {', '.join(allowed)}")
     return any(place(name).kind in allowed[word] for word in words)
 
 # %% ../../nbs/01_weights.tensors.ipynb #b6692ea5
 def not_quantised(config: Mapping, # the content of a config.json
                   where: str | Path, # of what, for the message
                   ) -> None:
-    "Raise a MaetError that names the method of quantised weights: they are no numbers to add to, and nothing trained fits back into them."
-    for part in (config, config.get("text_config")):
-        said = isinstance(part, Mapping) and (part.get("quantization_config") or part.get("compression_config"))
-        if not said: continue
-        words = [said[word] for word in ("quant_method", "quant_algo", "quantization") if isinstance(said, Mapping) and word in said]
-        raise MaetError(f"{where}: quantised with {words[0] if words else 'some method'}; dequantize it first")
+    """Raise a MaetError that names the method of quantised weights.
 
+    They are no numbers to add to, and nothing trained fits back into them."""
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping): continue
+        quantised = part.get("quantization_config") or part.get("compression_config")
+        if quantised:
+            raise MaetError(f"{where}: quantised with {_method_of(quantised)}; dequantize it first")
+
+def _method_of(quantised: object) -> str:
+    if isinstance(quantised, Mapping):
+        for word in ("quant_method", "quant_algo", "quantization"):
+            if word in quantised: return quantised[word]
+    return "some method"
+
+# %% ../../nbs/01_weights.tensors.ipynb #796977d7
 class UnknownModel(MaetError):
     "transformers has no causal language model of this type: names are all that can be known of it."
 
-# %% ../../nbs/01_weights.tensors.ipynb #796977d7
 def _read_config(folder: Path):
-    "The transformers config of a checkpoint folder. Code that came with the checkpoint is never run."
+    "The transformers config of a checkpoint folder. Code that came with it is never run."
     from transformers import CONFIG_MAPPING, AutoConfig
     file = folder / "config.json"
-    if not os.path.isfile(file): raise MaetError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
-    try: kind = (content := parse_json(file.read_bytes(), file))["model_type"]
+    if not os.path.isfile(file):
+        raise MaetError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
+    try:
+        content = parse_json(file.read_bytes(), file)
+        kind = content["model_type"]
     except (OSError, MaetError, TypeError, KeyError):
-        raise MaetError(f"{file}: not a JSON object with a model_type; fetch the checkpoint again") from None
+        raise MaetError(f"{file}: not a JSON object with a model_type; "
+                        "fetch the checkpoint again") from None
     not_quantised(content, folder)
+
     refusal = f"transformers cannot build model_type {kind!r} from it, and remote code is never run"
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING: raise UnknownModel(f"{file}: {refusal}; it knows no such type")
-    with reading(file, refusal): return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UnknownModel(f"{file}: {refusal}; it knows no such type")
+    with reading(file, refusal):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 # %% ../../nbs/01_weights.tensors.ipynb #972a67c4
 @contextmanager
 def _unspread():
-    "Inside, transformers does not spread what it builds over ranks, though a run under ZeRO-3 asked for it before."
-    room = sys.modules.get("transformers.integrations.deepspeed")
-    asked = room and room._hf_deepspeed_config_weak_ref
-    if room: room._hf_deepspeed_config_weak_ref = None
-    try: yield
-    finally:
-        if room: room._hf_deepspeed_config_weak_ref = asked
+    """Inside, transformers does not spread what it builds over ranks.
 
+    A run under ZeRO-3 may have asked for it before."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    if integration is None:
+        yield
+        return
+    asked = integration._hf_deepspeed_config_weak_ref
+    integration._hf_deepspeed_config_weak_ref = None
+    try: yield
+    finally: integration._hf_deepspeed_config_weak_ref = asked
+
+# %% ../../nbs/01_weights.tensors.ipynb #7e0d3c15
 MOST_LAYERS = 10_000  # the deepest language models have a few hundred
 
 def not_too_deep(config,       # a PretrainedConfig
                  file: object, # where it is from, for the message
                  ) -> None:
-    "Raises MaetError for a number of layers that is a damaged one: to build them would take minutes."
+    "Raises MaetError for so many layers that the number is damaged: they would take minutes."
     with reading(file, f"transformers cannot build {config.model_type} from it"):
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS: raise MaetError(f"{file}: {layers} layers are more than any model has")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise MaetError(f"{file}: {layers} layers are more than any model has")
 
 # %% ../../nbs/01_weights.tensors.ipynb #519d7577
 def meta_model(config,  # a PretrainedConfig, or the path of a checkpoint folder
                ):       # -> PreTrainedModel whose parameters have shapes and no storage
-    "The causal language model of a config on the meta device. Raises MaetError if transformers has none for it."
+    "The causal language model of a config on the meta device. MaetError if transformers has none."
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-    file = Path(config) / "config.json" if isinstance(config, (str, Path)) else "config"
-    if isinstance(config, (str, Path)): config = _read_config(Path(config))
+    file = "config"
+    if isinstance(config, (str, Path)):
+        file = Path(config) / "config.json"
+        config = _read_config(Path(config))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnknownModel(f"{file}: transformers has no causal language model for model_type {config.model_type!r}")
+        raise UnknownModel(f"{file}: transformers has no causal language model "
+                           f"for model_type {config.model_type!r}")
     not_too_deep(config, file)
-    with reading(file, f"transformers cannot build {config.model_type} from it"), _unspread(), torch.device("meta"):
+    refusal = f"transformers cannot build {config.model_type} from it"
+    with reading(file, refusal), _unspread(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 # %% ../../nbs/01_weights.tensors.ipynb #62c23867
 def shapes(config,  # a PretrainedConfig, or the path of a checkpoint folder
            ) -> dict[str, tuple[int, ...]]:
-    "Name -> shape of every parameter, each tied tensor once, in the model's order. Allocates nothing."
-    return {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    "Name -> shape of every parameter, a tied tensor once, in the model's order. Allocates nothing."
+    parameters = meta_model(config).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters}

@@ -22,16 +22,19 @@ from .streams import CODES, DIRECT, PAGE, as_bytes, disk_memory
 # %% ../../nbs/04_weights.writers.ipynb #3c26dffc
 def header_bytes(entries: Mapping, metadata: Mapping[str, str]) -> bytes: # a multiple of 8 long
     "The head of a safetensors file, from what its header says."
-    text = json.dumps({"__metadata__": dict(metadata)} | dict(entries), separators=(",", ":")).encode()
+    header = {"__metadata__": dict(metadata)} | dict(entries)
+    text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     return struct.pack("<Q", len(text)) + text
 
 # %% ../../nbs/04_weights.writers.ipynb #9318902e
 def lay_out(tensors: Mapping[str, tuple[tuple, torch.dtype]], # name -> (shape, dtype)
             metadata: Mapping[str, str],                      # of the file
-            ) -> tuple[bytes, list[str]]:                     # its head; the names in the order of their bytes
-    "Plan a safetensors file whose tensors are all known."
-    order, entries, end = sorted(tensors, key=lambda n: (-tensors[n][1].itemsize, n)), {}, 0
+            ) -> tuple[bytes, list[str]]:
+    "Plan a safetensors file whose tensors are all known: its head, and names in the order of their bytes."
+    def widest_first(name): return -tensors[name][1].itemsize, name
+    order = sorted(tensors, key=widest_first)
+    entries, end = {}, 0
     for name in order:
         shape, dtype = tensors[name]
         start, end = end, end + prod(shape) * dtype.itemsize
@@ -39,8 +42,8 @@ def lay_out(tensors: Mapping[str, tuple[tuple, torch.dtype]], # name -> (shape, 
     return header_bytes(entries, metadata), order
 
 # %% ../../nbs/04_weights.writers.ipynb #16b06bd9
-def put(handle: int, block: memoryview) -> None:
-    "Write all of a block. A file system that does not take it directly gets it through the page cache."
+def write_block(handle: int, block: memoryview) -> None:
+    "Write all of a block; through the page cache where the file system does not take it directly."
     while block:
         try: block = block[os.write(handle, block):]
         except OSError as error:
@@ -49,73 +52,91 @@ def put(handle: int, block: memoryview) -> None:
             fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~DIRECT)
 
 # %% ../../nbs/04_weights.writers.ipynb #cfa0d7b8
-def create(file: Path) -> int: # a handle
+def create_file(file: Path) -> int: # a handle
     "A new file to be written directly, or as usual."
-    try: return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | DIRECT, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try: return os.open(file, flags | DIRECT, 0o666)
     except OSError as error:
         if error.errno != errno.EINVAL: raise
-    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    return os.open(file, flags, 0o666)
 
 # %% ../../nbs/04_weights.writers.ipynb #2d0c8af8
-class Sink:
-    "Files of one folder, written one after the other, from front to back. For a `with` block."
+class _Blocks:
+    "Bytes on their way into one file after the other, a block at a time."
     BLOCK = 1 << 22  # bytes, a multiple of a page
 
-    def __init__(self, folder: Path):
-        self.folder, self.handle, self.pending = folder, None, []
+    def __init__(self):
+        self.handle = None  # of the open file
+        self.size = self.held = 0  # bytes that the file has, and that wait in the block
         self.block = disk_memory(self.BLOCK).numpy()
 
-    def __enter__(self):
-        self.pool = ThreadPoolExecutor(1)
-        return self
+    def append(self, data: memoryview) -> int: # bytes
+        size = len(data)
+        while data:
+            step = min(len(data), self.BLOCK - self.held)
+            free = self.block[self.held:self.held + step]
+            np.copyto(free, data[:step])  # a plain assignment would keep all threads waiting
+            self.held += step
+            data = data[step:]
+            if self.held == self.BLOCK: self.flush()
+        return size
+
+    def flush(self) -> None:
+        "Whole pages are written; whoever ends a file cuts off what is too much."
+        pages = -(-self.held // PAGE) * PAGE
+        write_block(self.handle, memoryview(self.block[:pages]))
+        self.size += self.held
+        self.held = 0
+
+# %% ../../nbs/04_weights.writers.ipynb #4cd66dfa
+class Sink(_Blocks):
+    "Files of one folder, written one after the other, from front to back. For a `with` block."
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder, self.pending = folder, []
 
     def begin(self, name: str, head: bytes) -> None:
         "Start a file."
         self.end()
-        self.handle, self.name, self.size, self.held = create(self.folder/f".{name}"), name, 0, 0
+        self.handle, self.name = create_file(self.folder/f".{name}"), name
+        self.size = self.held = 0
         self.append(memoryview(head))
 
     def write(self, tensor: Tensor) -> int: # bytes
         "Append a tensor's bytes."
         return self.append(memoryview(as_bytes(tensor)))
 
-    def append(self, data: memoryview) -> int:
-        size = len(data)
-        while data:
-            step = min(len(data), self.BLOCK - self.held)
-            np.copyto(self.block[self.held:self.held + step], data[:step])  # a plain assignment would keep all threads waiting
-            self.held, data = self.held + step, data[step:]
-            if self.held == self.BLOCK: self.flush()
-        return size
+    def end(self) -> None:
+        """Finish the file that is open.
 
-    def flush(self) -> None:
-        put(self.handle, memoryview(self.block[:-(-self.held // PAGE) * PAGE]))  # whole pages; `end` cuts off what is too much
-        self.size, self.held = self.size + self.held, 0
+        It gets its name when the disk has all of it; the next one may begin meanwhile."""
+        if self.handle is None: return
+        self.flush()
+        os.ftruncate(self.handle, self.size)
+        self.pending.append(self.pool.submit(_close, self.handle, self.folder, self.name))
+        self.handle = None
 
-# %% ../../nbs/04_weights.writers.ipynb #4cd66dfa
-def _close(self, handle: int, name: str) -> None:
-    try: os.fsync(handle)
-    finally: os.close(handle)
-    os.replace(self.folder/f".{name}", self.folder/name)
-
-def _end(self) -> None:
-    "Finish the file that is open. It gets its name when the disk has all of it; the next one may begin meanwhile."
-    if self.handle is None: return
-    self.flush()
-    os.ftruncate(self.handle, self.size)
-    self.pending.append(self.pool.submit(_close, self, self.handle, self.name))
-    self.handle = None
+    def __enter__(self): return _start(self)
+    def __exit__(self, kind, *_): _leave(self, kind)
 
 # %% ../../nbs/04_weights.writers.ipynb #aeeca8f4
-def _leave(self, kind, *_):
-    try:
-        if kind is None: self.end()
-    finally:
-        self.pool.shutdown()
-        if self.handle is not None: os.close(self.handle)
-    if kind is None: [job.result() for job in self.pending]  # raises what went wrong
+def _close(handle: int, folder: Path, name: str) -> None:
+    try: os.fsync(handle)
+    finally: os.close(handle)
+    os.replace(folder/f".{name}", folder/name)
 
-Sink.end, Sink.__exit__ = _end, _leave
+def _start(sink: Sink) -> Sink:
+    sink.pool = ThreadPoolExecutor(1)
+    return sink
+
+def _leave(sink: Sink, kind) -> None: # of the error that ended the block, if any
+    try:
+        if kind is None: sink.end()
+    finally:
+        sink.pool.shutdown()
+        if sink.handle is not None: os.close(sink.handle)
+    if kind is not None: return
+    for job in sink.pending: job.result()  # raises what went wrong
 
 # %% ../../nbs/04_weights.writers.ipynb #215bb47d
 def header_room(shapes: Iterable[tuple[str, tuple]], # names and shapes that may come
@@ -123,101 +144,126 @@ def header_room(shapes: Iterable[tuple[str, tuple]], # names and shapes that may
                 ) -> int:                            # bytes, a multiple of 8
     "Enough bytes for the header of a safetensors file with these entries."
     shapes = list(shapes)
-    digits = len(str(8 * sum(prod(shape) for _, shape in shapes)))  # of a position in the file, at 8 bytes a scalar
-    entries = sum(len(json.dumps([name, list(shape)])) + 50 + 2 * digits for name, shape in shapes)  # 50: dtype and words
-    return -(-(entries + len(json.dumps(dict(metadata))) + 32) // 8) * 8
+    largest = 8 * sum(prod(shape) for _, shape in shapes)  # position, at 8 bytes a scalar
+    besides = 50 + 2 * len(str(largest))  # dtype and words, and two positions
+    size = 32 + len(json.dumps(dict(metadata)))
+    for name, shape in shapes: size += len(json.dumps([name, list(shape)])) + besides
+    return -(-size // 8) * 8
 
 # %% ../../nbs/04_weights.writers.ipynb #6fb84aed
-class Writer:
-    "One safetensors file, written tensor by tensor and piece by piece. For a `with` block inside `whole`."
-    def __init__(self, path: Path,
-                 room: int,                   # bytes for the header, from `header_room`
-                 metadata: Mapping[str, str], # may be changed until the end
-                 unit: int = 1):              # item size that must stay aligned, bytes
+class _Places:
+    "Where the tensors of a file lie, or those of an anonymous file that is appended last."
+    def __init__(self, path: Path, room: int, metadata: Mapping[str, str], unit: int = 1):
         self.path, self.room, self.metadata, self.unit = path, room, dict(metadata), unit
-        self.entries, self.end, self.late = {}, 0, {}  # late: item size -> file of those that wait
+        self.entries, self.end = {}, 0
+        self.late = {}  # item size -> file of those that wait
 
-    def reserve(self, name: str, dtype: torch.dtype, count: int | None) -> tuple: # file, first byte in it, its item size or 0
-        "A place for a tensor: in the file, or with those that wait; `count` scalars, or (None) as many as come, at its end."
+    def reserve(self, name: str, dtype: torch.dtype, count: int | None) -> tuple:
+        """A place for `count` scalars, or (None) for as many as come, at the file's end.
+
+        The file, the first byte in it, and the item size of those that wait, otherwise 0."""
         item = dtype.itemsize
-        if self.end % item == 0 and (item if count is None else count * item) % self.unit == 0:
-            start, self.end = self.end, self.end + (count or 0) * item
+        size = item if count is None else count * item
+        if self.end % item == 0 and size % self.unit == 0:
+            start = self.end
+            if count is not None: self.end += size
             self.file.seek(8 + self.room + start)
             return self.file, start, 0
-        file = self.late.setdefault(item, None) or tempfile.TemporaryFile(dir=self.path.parent)
-        self.late[item] = file
-        return file, file.seek(0, 2), item
+        if item not in self.late: self.late[item] = tempfile.TemporaryFile(dir=self.path.parent)
+        return self.late[item], self.late[item].seek(0, os.SEEK_END), item
 
     def enter(self, name: str, shape: tuple, dtype: torch.dtype, start: int, late: int) -> None:
         "Write down where a tensor lies."
         end = start + prod(shape) * dtype.itemsize
-        self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}, late
+        entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        self.entries[name] = entry, late
         if not late: self.end = max(self.end, end)
 
+# %% ../../nbs/04_weights.writers.ipynb #812ed456
+class Writer(_Places):
+    """One safetensors file, written tensor by tensor and piece by piece; in a `with` inside `whole`.
+
+    room: bytes for the header, from `header_room`. metadata: may be changed until the end.
+    unit: item size that must stay aligned, bytes."""
     def add(self, name: str, shape: tuple, dtype: torch.dtype, tensors: Iterable[Tensor]) -> None:
         "Append a tensor, given as pieces of `dtype` in C order that together fill `shape`."
         file, start, late = self.reserve(name, dtype, prod(shape))
-        came = sum([file.write(as_bytes(piece)) for piece in tensors])
-        if came != prod(shape) * dtype.itemsize:
-            raise MaetError(f"{name}: {came} bytes came where shape {tuple(shape)} needs {prod(shape) * dtype.itemsize}")
+        came = 0
+        for piece in tensors: came += file.write(as_bytes(piece))
+        needed = prod(shape) * dtype.itemsize
+        if came != needed:
+            raise MaetError(f"{name}: {came} bytes came where shape {tuple(shape)} needs {needed}")
         self.enter(name, shape, dtype, start, late)
 
-# %% ../../nbs/04_weights.writers.ipynb #812ed456
-def _add_packed(self, name: str, size: int, # scalars of the tensor
-                dtype: torch.dtype,         # of the values
-                pairs: Iterable[tuple[Tensor, Tensor]], # bits (uint8) and values of each piece, in order
-                ) -> None:
-    "Append a packed tensor: NAME#mask and NAME#values."
-    bits = -(-size // 8)
-    mask, mask_start, mask_late = self.reserve(name, torch.uint8, bits)
-    values, start, late = self.reserve(name, dtype, None)
-    at, count = mask_start, 0
+    def add_packed(self, name: str, size: int, # scalars of the tensor
+                   dtype: torch.dtype,         # of the values
+                   pairs: Iterable[tuple[Tensor, Tensor]], # bits (uint8) and values of each piece
+                   ) -> None:
+        "Append a packed tensor: NAME#mask and NAME#values."
+        _add_packed(self, name, size, dtype, pairs)
+
+    def __enter__(self): return _open(self)
+    def __exit__(self, kind, *_): _finish(self, kind)
+
+# %% ../../nbs/04_weights.writers.ipynb #5c90e1ab
+def _add_packed(writer: Writer, name: str, size: int, dtype: torch.dtype, pairs: Iterable) -> None:
+    bits = -(-size // 8)  # bytes
+    mask, mask_start, mask_late = writer.reserve(name, torch.uint8, bits)
+    values, start, late = writer.reserve(name, dtype, None)
+
+    came, count = 0, 0  # bytes of the mask; values
     for piece, numbers in pairs:
         if mask_late: mask.write(as_bytes(piece))
-        else: mask.flush(), os.pwrite(mask.fileno(), as_bytes(piece), 8 + self.room + at)
-        at, count = at + len(piece), count + len(numbers)
+        else:
+            mask.flush()
+            os.pwrite(mask.fileno(), as_bytes(piece), 8 + writer.room + mask_start + came)
+        came += len(piece)
+        count += len(numbers)
         values.write(as_bytes(numbers))
-    if at - mask_start != bits:
-        raise MaetError(f"{name}: {at - mask_start} bytes of mask came where {size} scalars need {bits}")
-    self.enter(name + "#mask", (bits,), torch.uint8, mask_start, mask_late)
-    self.enter(name + "#values", (count,), dtype, start, late)
 
-Writer.add_packed = _add_packed
+    if came != bits:
+        raise MaetError(f"{name}: {came} bytes of mask came where {size} scalars need {bits}")
+    writer.enter(name + "#mask", (bits,), torch.uint8, mask_start, mask_late)
+    writer.enter(name + "#values", (count,), dtype, start, late)
 
 # %% ../../nbs/04_weights.writers.ipynb #31bd9b9f
-def _append_late(self) -> dict[int, int]: # item size -> where its tensors begin; 0: those that did not wait
-    "Append the tensors that waited, widest items first."
+def _append_late(writer: Writer) -> dict[int, int]:
+    """Append the tensors that waited, widest first.
+
+    Where they begin, by item size; 0 stands for those that did not wait."""
     begin = {0: 0}
-    for item, file in sorted(self.late.items(), reverse=True):
-        begin[item], self.end = self.end, self.end + file.seek(0, 2)
+    for item, file in sorted(writer.late.items(), reverse=True):
+        begin[item] = writer.end
+        writer.end += file.seek(0, os.SEEK_END)
         file.seek(0)
-        shutil.copyfileobj(file, self.file, 1 << 24)
+        shutil.copyfileobj(file, writer.file, 1 << 24)
     return begin
 
 # %% ../../nbs/04_weights.writers.ipynb #a12a4886
-def _finish(self) -> None:
+def _complete(writer: Writer) -> None:
     "Append what waited and write the header into its room."
-    self.file.seek(8 + self.room + self.end)
-    begin = _append_late(self)
-    header = {"__metadata__": self.metadata}
-    for name, (entry, item) in self.entries.items():
-        header[name] = entry | {"data_offsets": [begin[item] + offset for offset in entry["data_offsets"]]}
-    text = json.dumps(header, separators=(",", ":")).encode().ljust(self.room)
-    if len(text) > self.room:
-        raise MaetError(f"{self.path}: a header of {len(text)} bytes in {self.room}; name every tensor to header_room")
-    self.file.seek(0)
-    self.file.write(struct.pack("<Q", self.room) + text)
+    writer.file.seek(8 + writer.room + writer.end)
+    begin = _append_late(writer)
+    header = {"__metadata__": writer.metadata}
+    for name, (entry, item) in writer.entries.items():
+        offsets = [begin[item] + offset for offset in entry["data_offsets"]]
+        header[name] = entry | {"data_offsets": offsets}
+
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(writer.room)
+    if len(text) > writer.room:
+        raise MaetError(f"{writer.path}: a header of {len(text)} bytes in {writer.room}; "
+                        "name every tensor to header_room")
+    writer.file.seek(0)
+    writer.file.write(struct.pack("<Q", writer.room) + text)
 
 # %% ../../nbs/04_weights.writers.ipynb #bd7140d6
-def _enter(self):
-    self.file = open(self.path, "wb")
-    self.file.seek(8 + self.room)
-    return self
+def _open(writer: Writer) -> Writer:
+    writer.file = open(writer.path, "wb")
+    writer.file.seek(8 + writer.room)
+    return writer
 
-def _exit(self, kind, *_):
+def _finish(writer: Writer, kind) -> None: # of the error that ended the block, if any
     try:
-        if kind is None: _finish(self)
+        if kind is None: _complete(writer)
     finally:
-        for file in (self.file, *self.late.values()): file.close()
-
-Writer.__enter__, Writer.__exit__ = _enter, _exit
+        for file in (writer.file, *writer.late.values()): file.close()
