@@ -40,7 +40,7 @@ def exam_data(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
     if exam.mgsm: return published_mgsm(run)
     return world_exams(run, tasks)
 
-# %% ../../nbs/67_study.scores.ipynb #76ed1727
+# %% ../../nbs/67_study.scores.ipynb #b40cf80e
 def published_mgsm(run: Pipeline) -> tuple[Path, str]:
     "MGSM's own files as exams: a stage."
     source = Path(run.recipe.exam.mgsm)
@@ -72,12 +72,12 @@ def world_exams(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
 # %% ../../nbs/67_study.scores.ipynb #4747ed5e
 ITEM_COST = 40  # tokens of training that take as long as one question: for the time that is left
 
-# %% ../../nbs/67_study.scores.ipynb #02b1bc60
+# %% ../../nbs/67_study.scores.ipynb #7758fcd2
 def write_scores(folder: Path, scores: list[dict]) -> None:
     text = json.dumps(scores, indent=1) + "\n"
     (folder / "scores.json").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/67_study.scores.ipynb #d79bb3aa
+# %% ../../nbs/67_study.scores.ipynb #ad978291
 def averages(scores: list[dict], samples: Path, tasks: list[str],
              languages: list[str], # those to take the average of
              asked: list[str],     # those and the reference
@@ -86,7 +86,7 @@ def averages(scores: list[dict], samples: Path, tasks: list[str],
     in_all = [task for task in tasks if set(languages) <= set(held(task, asked))]
     return [average(scores, samples, task, languages) for task in in_all]
 
-# %% ../../nbs/67_study.scores.ipynb #bb69d9dd
+# %% ../../nbs/67_study.scores.ipynb #9ef7f875
 def sat(run: Pipeline, name: str, model: Path, ability: str, languages: list[str]) -> Path:
     "The folder with a model's `scores.json` and `samples/<task>/<language>.jsonl`."
     recipe, exam = run.recipe, run.recipe.exam
@@ -124,7 +124,7 @@ def collected(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path
                        if row["task"] == task and row["language"] == asked]
     return scores
 
-# %% ../../nbs/67_study.scores.ipynb #e17ac826
+# %% ../../nbs/67_study.scores.ipynb #87916ebd
 def joined(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path) -> list[dict]:
     "Scores of several models as those of one, with the samples in `out`."
     reference = run.recipe.reference
@@ -238,7 +238,7 @@ def recipe_content(study: Study) -> dict:
     if not study.abilities: return content
     return content | {"abilities": {ability: known[ability] for ability in study.abilities}}
 
-# %% ../../nbs/67_study.scores.ipynb #dc7fef2d
+# %% ../../nbs/67_study.scores.ipynb #26ee5691
 def settings(study: Study) -> list[tuple[dict, Recipe]]:
     "All points of a study, the last axis fastest: (axis -> value or variant, the recipe there)."
     content, found = recipe_content(study), []
@@ -251,7 +251,7 @@ def settings(study: Study) -> list[tuple[dict, Recipe]]:
     check_against(study, found)
     return found
 
-# %% ../../nbs/67_study.scores.ipynb #25dd3e6a
+# %% ../../nbs/67_study.scores.ipynb #7ece663a
 def check_against(study: Study, found: list[tuple[dict, Recipe]]) -> None: # of `settings`
     "Raises MaetError for what `against` names and is no setting, or would be called like a row."
     there = []
@@ -298,7 +298,7 @@ def sittings(study: Study, seed: int, store: Store) -> list[Sitting]:
                 found.setdefault((method, ability), []).append(sitting)
     return [sitting for row in found.values() for sitting in once(row)]
 
-# %% ../../nbs/67_study.scores.ipynb #b2f8b772
+# %% ../../nbs/67_study.scores.ipynb #b9925a40
 def once(row: list[Sitting]) -> list[Sitting]:
     "Sittings of one row; a single one without a setting where all are the same exam."
     exams = {sitting.exam for sitting in row}
@@ -372,7 +372,7 @@ def paired_texts(a: Path, b: Path, task: str, languages: list[str],
     values, errors, counts = zip(*found)
     return sum(values) / len(found), math.hypot(*errors) / len(found), min(counts)
 
-# %% ../../nbs/67_study.scores.ipynb #eaa8580d
+# %% ../../nbs/67_study.scores.ipynb #2b9ab81e
 def _text_difference(a: Path, b: Path, task: str, language: str) -> tuple[float, float, int] | None:
     "The same in one language."
     bits_a = marks(a, task, language, "bits")
@@ -417,7 +417,7 @@ def subtracted(study: Study, found: list[Sitting]) -> list[tuple[Sitting, Sittin
             if other is not None: pairs.append((sitting, other, words(change)))
     return pairs
 
-# %% ../../nbs/67_study.scores.ipynb #9f50e317
+# %% ../../nbs/67_study.scores.ipynb #1495fe4f
 def compared_with(study: Study, sitting: Sitting, methods: Iterable[str]) -> list[dict]:
     "MAET is compared with each method, each method with the base, all with what `against` names."
     all_rows = [{"method": method} for method in methods]
@@ -427,7 +427,7 @@ def compared_with(study: Study, sitting: Sitting, methods: Iterable[str]) -> lis
         if change not in changes: changes.append(change)
     return changes
 
-# %% ../../nbs/67_study.scores.ipynb #a2b34bd4
+# %% ../../nbs/67_study.scores.ipynb #0e3508b5
 def counterpart(sitting: Sitting, change: dict, found: list[Sitting]) -> Sitting | None:
     "The sitting that differs by a change: {axis: value or variant} or {method: row}."
     method = change.get("method", sitting.method)
