@@ -80,9 +80,9 @@ def read_shapes(path: Path, meta: Mapping, base: Checkpoint | None) -> dict[str,
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     if base is None: return shapes
 
-    def fits(name): return name in base.names and base.shape(name) == shapes[name]
+    def as_in_base(name): return name in base.names and base.shape(name) == shapes[name]
 
-    wrong = [name for name in shapes if not fits(name)]
+    wrong = [name for name in shapes if not as_in_base(name)]
     if wrong: raise MaetError(f"{path}: {some(wrong)} not as in {base.path}; write it again")
     return shapes
 
@@ -195,7 +195,8 @@ def keys_meta(path: str | Path) -> dict:
 class Pack(Lazy):
     """A stored delta: name -> Part.
 
-    `base` is its base's fingerprint, `meta` what was saved with it. Another base, stored sizes that do not fit their shapes, NaN: MaetError."""
+    `base` is its base's fingerprint, `meta` what was saved with it. Another base, stored sizes that
+    do not fit their shapes, NaN: MaetError."""
     def __init__(self, path: str | Path, base: Checkpoint | None = None):
         self.path, self.shard, self.last = Path(path), our_file(path, "pack"), Last()
         self.index, self.lock = {}, threading.Lock()  # tensor -> values before each piece
