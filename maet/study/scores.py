@@ -7,6 +7,7 @@ __all__ = ['Study', 'load_study', 'settings', 'methods_of']
 
 # %% ../../nbs/67_study.scores.ipynb #d509012d
 import json, math, os, shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
@@ -23,145 +24,256 @@ from ..exams.evaluation import ASKING, average
 from ..record.ledger import commit, read_scores, versions
 from .recipes import Recipe
 from .stages import Store
-from .algorithm import Pipeline, trainings
+from .algorithm import Pipeline
 from .rivals import ROWS, models
 
 # %% ../../nbs/67_study.scores.ipynb #ac3478d6
-def exam_data(run: Pipeline, tasks: list[str]) -> tuple[Path, str]: # the folder of these exams, and what determines it
-    "The exams of a recipe: a folder of the user's, MGSM as published, or the mini world's test part, with its held-out text where that is asked for."
-    r = run.recipe
-    if r.exam.data: return Path(r.exam.data), str(sorted((p.name, digest(p)) for p in Path(r.exam.data).rglob("*.jsonl")))
-    if not r.exam.mgsm: return world_exams(run, tasks)
-    languages = [r.reference, *r.languages]
-    files = {l: digest(Path(r.exam.mgsm) / f"mgsm_{l}.tsv") for l in languages} | {"": digest(Path(r.exam.mgsm) / "exemplars.json")}
-    stage = run.store.stage("exams", lambda part, step: mgsm_exams(r.exam.mgsm, languages, part), files=files)
+def exam_data(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
+    """The folder with the exams of a recipe, and what determines it.
+
+    The exams are a folder of the user's, MGSM as published, or the mini world's test part,
+    with its held-out text where that is asked for."""
+    exam = run.recipe.exam
+    if exam.data:
+        digests = [(file.name, digest(file)) for file in Path(exam.data).rglob("*.jsonl")]
+        return Path(exam.data), str(sorted(digests))
+    if exam.mgsm: return published_mgsm(run)
+    return world_exams(run, tasks)
+
+# %% ../../nbs/67_study.scores.ipynb #b40cf80e
+def published_mgsm(run: Pipeline) -> tuple[Path, str]:
+    "MGSM's own files as exams: a stage."
+    source = Path(run.recipe.exam.mgsm)
+    languages = [run.recipe.reference, *run.recipe.languages]
+    digests = {language: digest(source / f"mgsm_{language}.tsv") for language in languages}
+    digests[""] = digest(source / "exemplars.json")
+
+    def make(part, step):
+        mgsm_exams(run.recipe.exam.mgsm, languages, part)
+
+    stage = run.store.stage("exams", make, files=digests)
     return stage, stage.name
 
 # %% ../../nbs/67_study.scores.ipynb #d7245bb6
 def world_exams(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
-    "The mini world's test part. Exams of text are a stage of their own, so that the others keep their names."
+    """The mini world's test part.
+
+    Exams of text are a stage of their own, so that the others keep their names."""
     world = run.texts.folder()
-    if {*tasks} <= {*ABILITIES}: return world / "exams" / "test", world.name
+    if set(tasks) <= set(ABILITIES): return world / "exams" / "test", world.name
     forums = run.texts.folder("forum")
-    stage = run.store.stage("texts", lambda part, step: write_texts(part, world, forums), world=world.name, forums=forums.name)
+
+    def make(part, step):
+        write_texts(part, world, forums)
+
+    stage = run.store.stage("texts", make, world=world.name, forums=forums.name)
     return stage, stage.name
 
 # %% ../../nbs/67_study.scores.ipynb #4747ed5e
+ITEM_COST = 40  # tokens of training that take as long as one question: for the time that is left
+
+# %% ../../nbs/67_study.scores.ipynb #7758fcd2
+def write_scores(folder: Path, scores: list[dict]) -> None:
+    text = json.dumps(scores, indent=1) + "\n"
+    (folder / "scores.json").write_text(text, encoding="utf-8")
+
+# %% ../../nbs/67_study.scores.ipynb #ad978291
+def averages(scores: list[dict], samples: Path, tasks: list[str],
+             languages: list[str], # those to take the average of
+             asked: list[str],     # those and the reference
+             ) -> list[dict]:
+    "The average over languages, for each task that is held in all of them."
+    in_all = [task for task in tasks if set(languages) <= set(held(task, asked))]
+    return [average(scores, samples, task, languages) for task in in_all]
+
+# %% ../../nbs/67_study.scores.ipynb #9ef7f875
 def sat(run: Pipeline, name: str, model: Path, ability: str, languages: list[str]) -> Path:
     "The folder with a model's `scores.json` and `samples/<task>/<language>.jsonl`."
-    r, tasks = run.recipe, run.recipe.abilities[ability].tasks
+    recipe, exam = run.recipe, run.recipe.exam
+    tasks = recipe.abilities[ability].tasks
     data, identity = exam_data(run, tasks)
 
     def make(part, step):
-        progress = lambda done, total: step(done, total, math.nan)
-        scores = examine(model, data, tasks, languages, r.exam.limit, r.exam.batch_size, part / "samples", progress, shots=r.exam.shots)
-        if languages[1:] == r.languages: scores += [average(scores, part / "samples", task, r.languages) for task in tasks if {*r.languages} <= {*held(task, languages)}]
-        (part / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        def progress(done, total): step(done, total, math.nan)  # an exam has no loss
 
-    items = r.exam.limit or (r.world.items if r.world else 250)
-    return run.store.stage(f"exam.{ability}.{name}", make, ITEM_COST * items * len(languages) * len(tasks), model=run.identity(model), data=identity, tasks=tasks,
-                           languages=languages, limit=r.exam.limit, batch_size=r.exam.batch_size, shots=r.exam.shots, asking=ASKING)
+        samples = part / "samples"
+        scores = examine(model, data, tasks, languages, exam.limit, exam.batch_size,
+                         samples, progress, shots=exam.shots)
+        if languages[1:] == recipe.languages:
+            scores += averages(scores, samples, tasks, recipe.languages, languages)
+        write_scores(part, scores)
 
-# %% ../../nbs/67_study.scores.ipynb #2d8f0b0e
-ITEM_COST = 40  # tokens of training that take about as long as one question: for the time that is left, and nothing else
+    items = exam.limit or (recipe.world.items if recipe.world else 250)
+    cost = ITEM_COST * items * len(languages) * len(tasks)
+    return run.store.stage(
+        f"exam.{ability}.{name}", make, cost,
+        model=run.identity(model), data=identity, tasks=tasks, languages=languages,
+        limit=exam.limit, batch_size=exam.batch_size, shots=exam.shots, asking=ASKING)
 
 # %% ../../nbs/67_study.scores.ipynb #902ba3cd
-def joined(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path) -> list[dict]:
-    "Scores of several models as those of one, with the samples in `out`."
-    l0, scores = run.recipe.reference, []
+def collected(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path) -> list[dict]:
+    "Scores of one model a language, with the samples in `out`; in L0 as `en.es`, `en.zh` and so on."
+    reference, scores = run.recipe.reference, []
     for (language, folder), task in product(parts.items(), tasks):
         (out / task).mkdir(parents=True, exist_ok=True)
-        for of, name in ((language, language), (l0, f"{l0}.{language}")):
-            if of not in held(task, [l0, language]): continue
-            shutil.copy(folder / "samples" / task / f"{of}.jsonl", out / task / f"{name}.jsonl")
-            scores += [row | {"language": name} for row in read_scores(folder) if row["task"] == task and row["language"] == of]
-    means = [average(scores, out, task, names, name) for task in tasks
-             for name, names in ((l0, [f"{l0}.{l}" for l in parts]), ("average", list(parts))) if {*names} <= {row["language"] for row in scores if row["task"] == task}]
+        exams = held(task, [reference, language])
+        for asked, name in ((language, language), (reference, f"{reference}.{language}")):
+            if asked not in exams: continue
+            shutil.copy(folder / "samples" / task / f"{asked}.jsonl", out / task / f"{name}.jsonl")
+            scores += [row | {"language": name} for row in read_scores(folder)
+                       if row["task"] == task and row["language"] == asked]
+    return scores
+
+# %% ../../nbs/67_study.scores.ipynb #87916ebd
+def joined(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path) -> list[dict]:
+    "Scores of several models as those of one, with the samples in `out`."
+    reference = run.recipe.reference
+    scores = collected(run, parts, tasks, out)
+    in_reference = [f"{reference}.{language}" for language in parts]
+
+    means = []
+    for task in tasks:
+        there = {row["language"] for row in scores if row["task"] == task}
+        for name, languages in ((reference, in_reference), ("average", list(parts))):
+            if set(languages) <= there: means.append(average(scores, out, task, languages, name))
     return [row for row in scores if row["language"] in parts] + means
 
 # %% ../../nbs/67_study.scores.ipynb #74b874c3
 def examined(run: Pipeline, method: str, made: Path | dict[str, Path], ability: str) -> Path:
-    "The exam of a row of the table, as `sat` keeps it."
-    l0, tasks = run.recipe.reference, run.recipe.abilities[ability].tasks
-    if isinstance(made, Path): return sat(run, method, made, ability, [l0, *run.recipe.languages])
-    parts = {l: sat(run, f"{method}.{l}", model, ability, [l0, l]) for l, model in made.items()}
+    "The exam of a row of the table, as `sat` keeps it. `made`: its model, or language -> model."
+    reference, tasks = run.recipe.reference, run.recipe.abilities[ability].tasks
+    if isinstance(made, Path):
+        return sat(run, method, made, ability, [reference, *run.recipe.languages])
+    parts = {language: sat(run, f"{method}.{language}", model, ability, [reference, language])
+             for language, model in made.items()}
 
     def make(part, step):
-        scores = joined(run, parts, tasks, part / "samples")
-        (part / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    return run.store.stage(f"exam.{ability}.{method}", make, parts={l: p.name for l, p in parts.items()})
+        write_scores(part, joined(run, parts, tasks, part / "samples"))
+
+    names = {language: folder.name for language, folder in parts.items()}
+    return run.store.stage(f"exam.{ability}.{method}", make, parts=names)
 
 # %% ../../nbs/67_study.scores.ipynb #0ade7c2c
 @dataclass
 class Study:
     "What is compared, over which settings."
-    recipe: str                                       # a shipped recipe, or a file
-    title: str = ""                                   # what it asks, in a few words
-    methods: list[str] = field(default_factory=list)  # rows of 22; none: the recipe's
-    abilities: list[str] = field(default_factory=list) # none: all of the recipe
+    recipe: str      # a shipped recipe, or a file
+    title: str = ""  # what it asks, in a few words
+    methods: list[str] = field(default_factory=list)    # rows of the table; none: the recipe's
+    abilities: list[str] = field(default_factory=list)  # none: all of the recipe
     seeds: list[int] = field(default_factory=lambda: [0])
-    change: dict = field(default_factory=dict)        # dotted key of the recipe -> value, in all settings
-    order: bool = True                                # say whether MAET is first, as in Table 2: is that the question?
-    vary: dict[str, list | dict[str, dict | None]] = field(default_factory=dict) # dotted key -> [values]; or a name -> {variant: {dotted key: value}}
-    against: list[dict[str, str | int | float | bool]] = field(default_factory=list) # {axis: value or variant} or {method: row}: what each is compared with; what is left out stays as it is
+    change: dict = field(default_factory=dict)  # dotted key of the recipe -> value, in all settings
+    order: bool = True  # is it the question whether MAET is first, as in Table 2? Then say it
+
+    # dotted key -> [values], or a name -> {variant: {dotted key: value}}
+    vary: dict[str, list | dict[str, dict | None]] = field(default_factory=dict)
+
+    # what each is compared with: {axis: value or variant} or {method: row}; the rest stays as it is
+    against: list[dict[str, str | int | float | bool]] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.seeds: raise MaetError("seeds: none is given")
         at_least(0, **{f"seeds[{n}]": seed for n, seed in enumerate(self.seeds)})
-        for axis, of in self.vary.items():
-            if not of: raise MaetError(f"vary.{axis}: it has no values")
+        for axis, values in self.vary.items():
+            if not values: raise MaetError(f"vary.{axis}: it has no values")
 
 # %% ../../nbs/67_study.scores.ipynb #bdb58219
+SHIPPED = files("maet") / "recipes" / "studies"
+
 def studies() -> list[str]:
     "Names of the studies that ship with the package."
-    return sorted(p.name.removesuffix(".yml") for p in (files("maet") / "recipes" / "studies").iterdir() if p.name.endswith(".yml"))
+    names = [file.name for file in SHIPPED.iterdir()]
+    return sorted(name.removesuffix(".yml") for name in names if name.endswith(".yml"))
 
 # %% ../../nbs/67_study.scores.ipynb #3c1c5b9d
 def load_study(source: str | Path) -> Study: # a file, or the name of a shipped study
     "Raises MaetError: not there, not YAML, an unknown key."
-    if str(source) in studies(): source = files("maet") / "recipes" / "studies" / f"{source}.yml"
-    elif not os.path.isfile(source): raise MaetError(f"{source}: no such study; shipped are {', '.join(studies())}")
+    if str(source) in studies():
+        source = SHIPPED / f"{source}.yml"
+    elif not os.path.isfile(source):
+        raise MaetError(f"{source}: no such study; shipped are {', '.join(studies())}")
     return strict(Study, read_yaml(source), Path(source).name)
 
 # %% ../../nbs/67_study.scores.ipynb #78d6e96a
 def changed(content, key: str, value):
-    "A recipe's content with one dotted key set; `*` stands for all keys of a level. Raises MaetError where there is no such place."
+    """A recipe's content with one dotted key set; `*` stands for all keys of a level.
+
+    Raises MaetError where there is no such place."""
     first, _, rest = key.partition(".")
     try:
-        if first == "*": return {k: changed(v, rest, value) for k, v in content.items()}
-        if isinstance(content, list): return [changed(v, rest, value) if n == int(first) and rest else v for n, v in enumerate(content)]
+        if first == "*":
+            return {name: changed(inner, rest, value) for name, inner in content.items()}
+        if isinstance(content, list):
+            return [changed(inner, rest, value) if n == int(first) and rest else inner
+                    for n, inner in enumerate(content)]
         return content | {first: changed(content.get(first, {}), rest, value) if rest else value}
-    except (TypeError, ValueError, AttributeError): raise MaetError(f"{key}: the recipe has no such place") from None
+    except (TypeError, ValueError, AttributeError):
+        raise MaetError(f"{key}: the recipe has no such place") from None
 
 # %% ../../nbs/67_study.scores.ipynb #b1d57811
-def axes(study: Study) -> list[list[tuple]]: # (axis, value or variant, dotted key -> value)
+class Step(NamedTuple):
+    "One value of one axis."
+    axis: str
+    value: object  # or the name of a variant
+    keys: dict     # dotted key -> value: what it sets in the recipe
+
+def axes(study: Study) -> list[list[Step]]:
     "What varies, one list for each axis."
-    return [[(axis, v, {axis: v}) for v in of] if isinstance(of, list) else [(axis, v, keys or {}) for v, keys in of.items()] for axis, of in study.vary.items()]
+    found = []
+    for axis, values in study.vary.items():
+        if isinstance(values, list):
+            found.append([Step(axis, value, {axis: value}) for value in values])
+        else:
+            found.append([Step(axis, variant, keys or {}) for variant, keys in values.items()])
+    return found
 
 # %% ../../nbs/67_study.scores.ipynb #a34eaaf8
-def settings(study: Study) -> list[tuple[dict, Recipe]]: # (axis -> value or variant, the recipe there)
-    "All points of a study, the last axis fastest."
-    content, found = read_yaml(study.recipe), []
-    known = content["abilities"] if isinstance(content.get("abilities"), dict) else {}
-    if unknown := set(study.abilities) - known.keys(): raise MaetError(f"abilities: {', '.join(unknown)} is not in {study.recipe}")
-    if study.abilities: content = content | {"abilities": {a: known[a] for a in study.abilities}}
-    for point in product(*axes(study)):
+def recipe_content(study: Study) -> dict:
+    "A study's recipe with the study's abilities alone. Raises MaetError for one that it lacks."
+    content = read_yaml(study.recipe)
+    known = content.get("abilities")
+    if not isinstance(known, dict): known = {}
+    unknown = set(study.abilities) - known.keys()
+    if unknown: raise MaetError(f"abilities: {', '.join(unknown)} is not in {study.recipe}")
+    if not study.abilities: return content
+    return content | {"abilities": {ability: known[ability] for ability in study.abilities}}
+
+# %% ../../nbs/67_study.scores.ipynb #26ee5691
+def settings(study: Study) -> list[tuple[dict, Recipe]]:
+    "All points of a study, the last axis fastest: (axis -> value or variant, the recipe there)."
+    content, found = recipe_content(study), []
+    for steps in product(*axes(study)):
         here = content
-        for key, value in [*study.change.items(), *(pair for *_, keys in point for pair in keys.items())]: here = changed(here, key, value)
-        found.append(({axis: v for axis, v, _ in point}, strict(Recipe, here, Path(study.recipe).name)))
-    there = [{"method": m} | point for point, r in found for m in methods_of(study, r)]
-    for other in study.against:
-        if not any(other.items() <= point.items() for point in there) or ("method" not in other and words(other) in ROWS):
-            raise MaetError(f"against: {words(other)} is no setting of the study, or has the name of a method")
+        for keys in (study.change, *(step.keys for step in steps)):
+            for key, value in keys.items(): here = changed(here, key, value)
+        point = {step.axis: step.value for step in steps}
+        found.append((point, strict(Recipe, here, Path(study.recipe).name)))
+    check_against(study, found)
     return found
+
+# %% ../../nbs/67_study.scores.ipynb #7ece663a
+def check_against(study: Study, found: list[tuple[dict, Recipe]]) -> None: # of `settings`
+    "Raises MaetError for what `against` names and is no setting, or would be called like a row."
+    there = []
+    for point, recipe in found:
+        there += [{"method": method} | point for method in methods_of(study, recipe)]
+    for other in study.against:
+        is_setting = any(other.items() <= point.items() for point in there)
+        has_name_of_row = "method" not in other and words(other) in ROWS
+        if not is_setting or has_name_of_row:
+            what = "is no setting of the study, or has the name of a method"
+            raise MaetError(f"against: {words(other)} {what}")
 
 # %% ../../nbs/67_study.scores.ipynb #c146877b
 def words(point: dict) -> str | float: # axis -> value or variant
-    "What a setting is called where it is subtracted: the value, or of several axes `gamma 0.0, eta 1.0`."
-    return next(iter(point.values())) if len(point) == 1 else ", ".join(f"{axis.rpartition('.')[2]} {v}" for axis, v in point.items())
+    "What a setting is called where it is subtracted: its value, or `gamma 0.0, eta 1.0`."
+    if len(point) == 1: return next(iter(point.values()))
+    return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point.items())
 
 # %% ../../nbs/67_study.scores.ipynb #ccec7cdf
-def methods_of(study: Study, recipe: Recipe) -> list[str]: return study.methods or recipe.methods
+def methods_of(study: Study, recipe: Recipe) -> list[str]:
+    "The rows that a study compares in a setting."
+    return study.methods or recipe.methods
 
 # %% ../../nbs/67_study.scores.ipynb #bd307a3e
 class Sitting(NamedTuple):
@@ -181,117 +293,173 @@ def sittings(study: Study, seed: int, store: Store) -> list[Sitting]:
         run = Pipeline(recipe, store, seed)
         for ability in recipe.abilities:
             for method, made in models(run, ability, methods_of(study, recipe)).items():
-                one = Sitting(run, method, ability, point, isinstance(made, dict), examined(run, method, made, ability))
-                found.setdefault((method, ability), []).append(one)
-    return [s for of in found.values() for s in ([of[0]._replace(point={})] if len(of) > 1 and len({s.exam for s in of}) == 1 else of)]
+                exam = examined(run, method, made, ability)
+                sitting = Sitting(run, method, ability, point, isinstance(made, dict), exam)
+                found.setdefault((method, ability), []).append(sitting)
+    return [sitting for row in found.values() for sitting in once(row)]
+
+# %% ../../nbs/67_study.scores.ipynb #b9925a40
+def once(row: list[Sitting]) -> list[Sitting]:
+    "Sittings of one row; a single one without a setting where all are the same exam."
+    exams = {sitting.exam for sitting in row}
+    if len(row) > 1 and len(exams) == 1: return [row[0]._replace(point={})]
+    return row
 
 # %% ../../nbs/67_study.scores.ipynb #686108bf
 def wanted(study: Study, seed: int, store: Store) -> None: # what workers are sent
     sittings(study, seed, store)
 
-def score_rows(s: Sitting, shared: dict) -> list[dict]:
+def score_rows(sitting: Sitting, shared: dict) -> list[dict]:
     "Its scores as ledger rows. `shared`: fields that all rows of a study have."
-    setting = {"ability": s.ability, **s.point} | ({"models": "one a language"} if s.parted else {})
-    return [shared | score | {"scale": s.run.recipe.scale, "method": s.method, "setting": setting} for score in read_scores(s.exam)]
+    setting = {"ability": sitting.ability, **sitting.point}
+    if sitting.parted: setting["models"] = "one a language"
+    own = {"scale": sitting.run.recipe.scale, "method": sitting.method, "setting": setting}
+    return [shared | score | own for score in read_scores(sitting.exam)]
 
 # %% ../../nbs/67_study.scores.ipynb #f1abd670
-def answered(exam: Path, task: str, language: str) -> list[list[dict]]: # for each model the samples of 23
+MAKE_AGAIN = "remove this exam's folder, and the run makes it again"
+
+def answered(exam: Path, task: str, language: str) -> list[list[dict]]: # for each model its samples
     "What a row of the table answered. Raises MaetError."
     folder = exam / "samples" / task
-    files = [one] if (one := folder / f"{language}.jsonl").exists() else sorted(folder.glob(f"{language}.*.jsonl"))
-    if not files: raise MaetError(f"{folder}: there are no answers in {language}; remove this exam's folder, and the run makes it again")
-    return [[_answer(*line) for line in read_lines(file)] for file in files]
+    one_model = folder / f"{language}.jsonl"
+    files = [one_model] if one_model.exists() else sorted(folder.glob(f"{language}.*.jsonl"))
+    if not files: raise MaetError(f"{folder}: there are no answers in {language}; {MAKE_AGAIN}")
+    return [_answers(file) for file in files]
 
-def _answer(where: str, row) -> dict:
-    if isinstance(row, dict) and isinstance(row.get("id"), str | int | float): return row
-    raise MaetError(f"{where} is no answer to a question with an id; remove this exam's folder, and the run makes it again")
+def _answers(file: Path) -> list[dict]:
+    rows = []
+    for where, row in read_lines(file):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str | int | float):
+            raise MaetError(f"{where} is no answer to a question with an id; {MAKE_AGAIN}")
+        rows.append(row)
+    return rows
 
 # %% ../../nbs/67_study.scores.ipynb #af1da259
-def _number(answer: dict, key: str, exam: Path) -> float:
-    if isinstance(answer[key], bool | int | float): return float(answer[key])
-    raise MaetError(f"{exam}: {key} of item {answer['id']} is no number; remove this exam's folder, and the run makes it again")
+def marks(exam: Path, task: str, language: str, key: str = "correct") -> dict[str, float] | None:
+    """Item -> the mean over models of what it got: right answers, 0 to 1, or what is at another `key`.
 
-def marks(exam: Path, task: str, language: str, key: str = "correct") -> dict[str, float] | None: # item -> right answers, 0 to 1; or another number of the samples
-    "The mean over models of what each item got; None where the samples have no such number."
-    each = answered(exam, task, language)
-    if any(key not in answer for answers in each for answer in answers): return None
-    found = [{answer["id"]: _number(answer, key, exam) for answer in answers} for answers in each]
-    return {i: sum(f[i] for f in found) / len(found) for i in found[0]}
+    None where the samples have no such number."""
+    models = answered(exam, task, language)
+    if any(key not in answer for answers in models for answer in answers): return None
+    found = [_numbers(answers, key, exam) for answers in models]
+
+    def mean(item): return sum(numbers[item] for numbers in found) / len(found)
+
+    return {item: mean(item) for item in found[0]}
+
+def _numbers(answers: list[dict], key: str, exam: Path) -> dict[str, float]:
+    "Item -> the number at `key`."
+    numbers = {}
+    for answer in answers:
+        if not isinstance(answer[key], bool | int | float):
+            raise MaetError(f"{exam}: {key} of item {answer['id']} is no number; {MAKE_AGAIN}")
+        numbers[answer["id"]] = float(answer[key])
+    return numbers
 
 # %% ../../nbs/67_study.scores.ipynb #7a31c02b
-def paired_texts(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, float, int] | None: # of a minus b, bit/byte; documents of a language
-    "Mean difference of bits per byte over all languages, document by document, with its standard error; None where there is none."
+def paired_texts(a: Path, b: Path, task: str, languages: list[str],
+                 ) -> tuple[float, float, int] | None:
+    """Mean difference of bits per byte over all languages, document by document: a minus b.
+
+    Gives the difference and its standard error, in bit/byte, and how many documents a language has;
+    None where there is none."""
     found = []
-    for l in languages:
-        x, y, size = (marks(exam, task, l, key) for exam, key in ((a, "bits"), (b, "bits"), (b, "bytes")))
-        if None in (x, y, size) or not x.keys() == y.keys() == size.keys() or not sum(size.values()): return None
-        gain = [(x[i] - y[i], size[i]) for i in x]
-        found.append((sum(d for d, _ in gain) / sum(m for _, m in gain), ratio_stderr(gain) or 0, len(gain)))
+    for language in languages:
+        difference = _text_difference(a, b, task, language)
+        if difference is None: return None
+        found.append(difference)
     values, errors, counts = zip(*found)
     return sum(values) / len(found), math.hypot(*errors) / len(found), min(counts)
 
+# %% ../../nbs/67_study.scores.ipynb #2b9ab81e
+def _text_difference(a: Path, b: Path, task: str, language: str) -> tuple[float, float, int] | None:
+    "The same in one language."
+    bits_a = marks(a, task, language, "bits")
+    bits_b = marks(b, task, language, "bits")
+    sizes = marks(b, task, language, "bytes")
+    if bits_a is None or bits_b is None or sizes is None: return None
+    if not bits_a.keys() == bits_b.keys() == sizes.keys(): return None
+    if not sum(sizes.values()): return None
+    pairs = [(bits_a[item] - bits_b[item], sizes[item]) for item in bits_a]
+    bits, size = (sum(column) for column in zip(*pairs))
+    return bits / size, ratio_stderr(pairs) or 0, len(pairs)
+
 # %% ../../nbs/67_study.scores.ipynb #346f3577
-def paired(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, float, int] | None: # of a minus b, as a share; items
-    "Mean difference of two rows' answers, question by question over all languages, with its standard error; None where there is none."
-    pairs = [(marks(a, task, l), marks(b, task, l)) for l in languages]
-    if any(one is None or one.keys() != pairs[0][0].keys() for pair in pairs for one in pair): return None
-    gain = [sum(x[i] - y[i] for x, y in pairs) / len(pairs) for i in pairs[0][0]]
-    if not gain: return None
-    mean = sum(gain) / len(gain)
-    return mean, math.sqrt(sum((g - mean) ** 2 for g in gain) / max(len(gain) - 1, 1) / len(gain)), len(gain)
+def paired(a: Path, b: Path, task: str, languages: list[str],
+           ) -> tuple[float, float, int] | None:
+    """Mean difference of two rows' answers, question by question over all languages: a minus b.
+
+    Gives the difference and its standard error, as shares, and how many items;
+    None where there is none."""
+    pairs = [(marks(a, task, language), marks(b, task, language)) for language in languages]
+    both = [found for pair in pairs for found in pair]
+    if any(found is None for found in both): return None
+    items = both[0].keys()
+    if not items or any(found.keys() != items for found in both): return None
+
+    gains = []  # of each item, over all languages
+    for item in items:
+        gain = sum(marks_a[item] - marks_b[item] for marks_a, marks_b in pairs)
+        gains.append(gain / len(pairs))
+    mean = sum(gains) / len(gains)
+    variance = sum((gain - mean) ** 2 for gain in gains) / max(len(gains) - 1, 1)
+    return mean, math.sqrt(variance / len(gains)), len(gains)
 
 # %% ../../nbs/67_study.scores.ipynb #1574bddb
 def subtracted(study: Study, found: list[Sitting]) -> list[tuple[Sitting, Sitting, str | float]]:
     "What is subtracted from what, and what that is called."
-    methods = dict.fromkeys(s.method for s in found)
+    methods = dict.fromkeys(sitting.method for sitting in found)
+    pairs = []
+    for sitting in found:
+        for change in compared_with(study, sitting, methods):
+            other = counterpart(sitting, change, found)
+            if other is not None: pairs.append((sitting, other, words(change)))
+    return pairs
 
-    def other(s, change):
-        method, point = change.get("method", s.method), s.point | {axis: v for axis, v in change.items() if axis != "method"}
-        return next((o for o in found if (o.method, o.ability) == (method, s.ability) and o.point in (point, {}) and o is not s), None)
+# %% ../../nbs/67_study.scores.ipynb #1495fe4f
+def compared_with(study: Study, sitting: Sitting, methods: Iterable[str]) -> list[dict]:
+    "MAET is compared with each method, each method with the base, all with what `against` names."
+    all_rows = [{"method": method} for method in methods]
+    rows = all_rows if sitting.method == "maet" else [row for row in all_rows if row["method"] == "base"]
+    changes = []
+    for change in rows + study.against:
+        if change not in changes: changes.append(change)
+    return changes
 
-    def changes(s):
-        wanted = [{"method": m} for m in methods if s.method == "maet" or m == "base"] + study.against
-        return [change for n, change in enumerate(wanted) if change not in wanted[:n]]
-
-    return [(s, o, words(change)) for s in found for change in changes(s) if (o := other(s, change))]
+# %% ../../nbs/67_study.scores.ipynb #0e3508b5
+def counterpart(sitting: Sitting, change: dict, found: list[Sitting]) -> Sitting | None:
+    "The sitting that differs by a change: {axis: value or variant} or {method: row}."
+    method = change.get("method", sitting.method)
+    point = sitting.point | {axis: value for axis, value in change.items() if axis != "method"}
+    for other in found:
+        same_row = other.method == method and other.ability == sitting.ability
+        if same_row and other.point in (point, {}) and other is not sitting: return other
+    return None
 
 # %% ../../nbs/67_study.scores.ipynb #90c6c586
 def differences(a: Sitting, b: Sitting, word: str | float, rows: list[dict]) -> list[dict]:
-    "Rows of `a` minus `b`, for each language and their average. `rows`: the scores of `a`; `word`: what `b` is called."
+    """Rows of `a` minus `b`, for each language and their average.
+
+    `rows`: the scores of `a`; `word`: what `b` is called."""
     found = []
     for row in rows:
         languages = a.run.recipe.languages if row["language"] == "average" else [row["language"]]
-        if (d := (paired_texts if row["metric"] == "bits_per_byte" else paired)(a.exam, b.exam, row["task"], languages)) is None: continue
-        found.append(row | dict(value=d[0], stderr=d[1], n=d[2], seconds=None, setting=row["setting"] | {"minus": word}))
+        compare = paired_texts if row["metric"] == "bits_per_byte" else paired
+        difference = compare(a.exam, b.exam, row["task"], languages)
+        if difference is None: continue
+        value, stderr, n = difference
+        setting = row["setting"] | {"minus": word}
+        found.append(row | dict(value=value, stderr=stderr, n=n, seconds=None, setting=setting))
     return found
 
 # %% ../../nbs/67_study.scores.ipynb #de35838f
 def rows_of(study: Study, name: str, seed: int, store: Store) -> list[dict]:
     "Make everything of a study that is not there, and give its rows."
-    found, shared = sittings(study, seed, store), dict(study=name, seed=seed, versions=versions(), commit=commit())
-    return [row for s in found for row in score_rows(s, shared)] + [row for a, b, word in subtracted(study, found) for row in differences(a, b, word, score_rows(a, shared))]
-
-# %% ../../nbs/67_study.scores.ipynb #9e6a55b6
-SPEED = 7_000  # tokens of training a second on one core: an expert of the mini recipe takes 20 s
-
-# %% ../../nbs/67_study.scores.ipynb #4a2ff5c3
-def overview() -> list[dict]: # study, title, rows, settings, seeds, exams, tokens, minutes, left
-    "What each shipped study takes for a seed; `left`: minutes of one core, after those above. Makes nothing; reads the base."
-    made, found = {}, []
-    for name in sorted(studies(), key=lambda name: (name != "rivals", name)):
-        wanted(study := load_study(name), 0, store := Store("runs", dry=True))
-        minutes = lambda plan: sum(stage.cost for stage in plan.values()) / SPEED / 60
-        found.append(dict(study=name, title=study.title, rows=len(study.methods), settings=len(settings(study)), seeds=len(study.seeds),
-                          exams=sum(n.startswith("exam.") for n in store.plan), tokens=sum(s.cost for s in trainings(store.plan).values()),
-                          minutes=minutes(store.plan), left=minutes({n: s for n, s in store.plan.items() if n not in made})))
-        made |= store.plan
-    return found
-
-# %% ../../nbs/67_study.scores.ipynb #10f479d3
-def listed(plans: list[dict]) -> str: # of `overview`
-    "As a Markdown table that can be read in a terminal too."
-    lines = [["study", "what it asks", "rows", "settings", "seeds", "exams", "tokens trained", "core-minutes a seed", "after those above"]]
-    lines += [[p["study"], p["title"], *(f"{p[k]:,}" for k in ("rows", "settings", "seeds", "exams", "tokens")), f"{p['minutes']:.0f}", f"{p['left']:.0f}"] for p in plans]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |" for line in lines)
+    found = sittings(study, seed, store)
+    shared = dict(study=name, seed=seed, versions=versions(), commit=commit())
+    rows = []
+    for sitting in found: rows += score_rows(sitting, shared)
+    for a, b, word in subtracted(study, found):
+        rows += differences(a, b, word, score_rows(a, shared))
+    return rows

@@ -26,22 +26,23 @@ from maet.weights.adapters import (
 
 # %% ../../nbs/08b_weights.adapted.ipynb #a750214d
 class Adapted(Checkpoint):
-    """An adapter on its base: has what a Checkpoint has for reading. Raises MaetError for what does not fit.
+    """An adapter on its base: has what a Checkpoint has for reading. MaetError for what does not fit.
 
-    base, folder (of the adapter), changes (by parameter), touched (names of the tensors that it changes)."""
+    base, folder (of the adapter), changes (by parameter), touched (the tensors that it changes)."""
     def __init__(self, folder: str | Path, base: Checkpoint):
         self.__dict__.update(base.__dict__)
         self.base, self.folder, self.digests, self.claims = base, Path(folder), {}, []
         said, self.shard = read_config(self.folder), Shard(adapter_file(self.folder))
         self.here, self.factors = layout(base), lru_cache(16)(self._factors)  # of what threads work on
         self.changes = Gathered(self.shard, said, base).changes
-        direct, others = ({name for change in self.changes.values() if change.direct == kind
-                           for name in self.tensors_of(change)} for kind in (True, False))
-        self.touched = direct | others
-        if twice := direct & others:
-            raise MaetError(f"{self.shard.path}: changes {some(twice)} under two names; save the adapter again")
+        direct, others = self.tensors_changed(direct=True), self.tensors_changed(direct=False)
+        self.touched, twice = direct | others, direct & others
+        if twice:
+            raise MaetError(f"{self.shard.path}: changes {some(twice)} under two names; "
+                            "save the adapter again")
         exotic = sorted(name for name in self.touched if base.dtype(name) not in FLOATS)
-        if exotic: raise MaetError(f"{base.path}: {exotic[0]} is {base.dtype(exotic[0])}; dequantize it")
+        if exotic:
+            raise MaetError(f"{base.path}: {exotic[0]} is {base.dtype(exotic[0])}; dequantize it")
         self.tie()
 
     def __repr__(self):
@@ -52,17 +53,27 @@ class Adapted(Checkpoint):
         if change.direct: return [Run(change.name, start, stop)]
         return self.here.places(change.name, start, stop)
 
-    def tensors_of(self, change: Change) -> set[str]:
-        return {self.aliases.get(run.name, run.name) for run in self.runs(change, 0, change.size)}
+# %% ../../nbs/08b_weights.adapted.ipynb #2e1979dd
+def _tensors_changed(self, direct: bool) -> set[str]:
+    "Tensors that are changed by their own names, or by those of parameters."
+    found = set()
+    for change in self.changes.values():
+        if change.direct != direct: continue
+        found |= {self.aliases.get(run.name, run.name) for run in self.runs(change, 0, change.size)}
+    return found
 
-Adapted.identity = property(lambda self: identity("adapted", self.base, self.folder/CONFIG, self.shard.path))
+def _identity(self) -> str:
+    return identity("adapted", self.base, self.folder/CONFIG, self.shard.path)
+
+Adapted.tensors_changed, Adapted.identity = _tensors_changed, property(_identity)
 
 # %% ../../nbs/08b_weights.adapted.ipynb #7a3ac100
 def _own(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
     "A run of one of the adapter's own tensors, or all of it: flat, float32 or wider, finite."
     stop = prod(self.shard.stored[key].shape) if stop is None else stop
     numbers = self.shard.piece(key, start, stop)
-    return finite(numbers.to(torch.promote_types(numbers.dtype, torch.float32)), key, self.shard.path, start)
+    wide = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+    return finite(wide, key, self.shard.path, start)
 
 def _factors(self, change: Change) -> Factors:
     b = self.own(change.b).view(self.shard.stored[change.b].shape)
@@ -91,7 +102,8 @@ def along(vector: Tensor,     # (rows,), or (columns,) if `turned`
     "A run of a matrix that has the same number all along each row, or each column."
     if start >= stop: return vector[:0]
     first, last = start // columns, -(-stop // columns)
-    rows = vector.expand(last - first, columns) if turned else vector[first:last, None].expand(-1, columns)
+    if turned: rows = vector.expand(last - first, columns)
+    else: rows = vector[first:last, None].expand(-1, columns)
     return rows.reshape(-1)[start - first * columns:][:stop - start]
 
 # %% ../../nbs/08b_weights.adapted.ipynb #d013a2f5
@@ -119,7 +131,8 @@ def _measured(self, change: Change) -> Tensor:
 # %% ../../nbs/08b_weights.adapted.ipynb #70266da8
 def _before(self, change: Change, start: int, stop: int) -> Tensor: # flat, float32 or wider
     "A run of a parameter of the base."
-    with exactly(): found = torch.cat([self.base.piece(*run) for run in self.runs(change, start, stop)])
+    with exactly():
+        found = torch.cat([self.base.piece(*run) for run in self.runs(change, start, stop)])
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 Adapted.factor_of, Adapted.measured, Adapted.before = _factor_of, _measured, _before
@@ -139,14 +152,17 @@ def _changed(self, name: str, start: int, stop: int) -> Iterator[tuple[Change, s
     at, direct = 0, self.changes.get(name)
     runs = [Run(name, start, stop)] if direct and direct.direct else self.here.parts(name, start, stop)
     for run in runs:
-        place = slice(at, at := at + run.stop - run.start)
-        if run.name in self.changes: yield self.changes[run.name], place, run.start, run.stop
+        end = at + run.stop - run.start
+        if run.name in self.changes: yield self.changes[run.name], slice(at, end), run.start, run.stop
+        at = end
 
 Adapted.added, Adapted.changed = _added, _changed
 
 # %% ../../nbs/08b_weights.adapted.ipynb #1b5d62e7
 def _piece(self, name: str, start: int, stop: int) -> Tensor:
-    "The scalars from `start` to `stop` in C order, flat; where they change, float32 or wider, not rounded."
+    """The scalars from `start` to `stop` in C order, flat.
+
+    Where they change, they are float32 or wider and not rounded."""
     name = self.aliases.get(name, name)
     old = self.base.piece(name, start, stop)
     if name not in self.touched: return old
@@ -169,8 +185,9 @@ def _change(self, name: str, start: int, stop: int) -> Tensor: # float32
         moved[place] = (new - old).float() + (self.added(change, new, *run) if change.b else 0)
     return moved
 
-Adapted.piece, Adapted.change = _piece, _change
-Adapted.read = lambda self, name: self.piece(name, 0, self.size(name)).view(self.shape(name))
+def _read(self, name: str) -> Tensor: return self.piece(name, 0, self.size(name)).view(self.shape(name))
+
+Adapted.piece, Adapted.change, Adapted.read = _piece, _change, _read
 
 # %% ../../nbs/08b_weights.adapted.ipynb #f6cc2a01
 def _tie(self) -> None:
@@ -207,7 +224,8 @@ def named_base(folder: Path) -> Checkpoint:
     if named is None: raise MaetError(f"{folder/CONFIG}: names no base; give one as BASE+{folder}")
     try: return Checkpoint(named)
     except MaetError as error:
-        raise MaetError(f"{folder}: its base cannot be opened ({error}); give one as BASE+{folder}") from None
+        raise MaetError(f"{folder}: its base cannot be opened ({error}); "
+                        f"give one as BASE+{folder}") from None
 
 # %% ../../nbs/08b_weights.adapted.ipynb #ddb26cd6
 def say_base(folder: Path, base: Checkpoint) -> None:
@@ -231,7 +249,8 @@ def open_checkpoint(model: str | Path, # a checkpoint, an adapter, or BASE+ADAPT
     if not plus or os.path.exists(model): whole, part = "", model
     path = local(part)
     if not is_adapter(path):
-        if whole: raise MaetError(f"{model}: {part} is no adapter: it has no {CONFIG}, or is a whole model")
+        if whole:
+            raise MaetError(f"{model}: {part} is no adapter: it has no {CONFIG}, or is a whole model")
         return Checkpoint(model)
     if whole: return Adapted(path, Checkpoint(whole))
     if base: say_base(path, base)

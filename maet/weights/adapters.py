@@ -36,8 +36,10 @@ def is_adapter(path: Path) -> bool:
 def adapter_file(path: Path) -> Path:
     "The weights of an adapter. A pickle, or none: MaetError."
     if (path/WEIGHTS).is_file(): return path/WEIGHTS
-    if (pickle := path/"adapter_model.bin").exists():
-        raise MaetError(f"{pickle}: a pickle, which may run a program when opened; save it as safetensors")
+    pickle = path/"adapter_model.bin"
+    if pickle.exists():
+        raise MaetError(f"{pickle}: a pickle, which may run a program when opened; "
+                        "save it as safetensors")
     raise MaetError(f"{path}: has {CONFIG} but no {WEIGHTS}; copy or download the adapter again")
 
 # %% ../../nbs/08_weights.adapters.ipynb #af67f523
@@ -46,7 +48,8 @@ def is_count(value) -> bool: return type(value) is int and value > 0
 def is_flag(value) -> bool: return type(value) is bool
 def is_text(value) -> bool: return isinstance(value, str)
 def is_list_of(check, value) -> bool: return type(value) is list and all(map(check, value))
-def is_table_of(check, value) -> bool: return type(value) is dict and all(map(check, value.values()))
+def is_table_of(check, value) -> bool:
+    return type(value) is dict and all(map(check, value.values()))
 
 def is_targets(value) -> bool: # names, or a regular expression
     try: return is_list_of(is_text, value) or is_text(value) and bool(re.compile(value))
@@ -65,8 +68,10 @@ def is_place(value) -> bool: # a folder, or a hub id
 _FLAGS = ["use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"]
 _TARGETS = ["target_modules", "exclude_modules", "modules_to_save"]
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # they leave the base as it is
-_READ = {"peft_type": is_text, "base_model_name_or_path": is_place, "r": is_count, "lora_alpha": is_number,
-         "rank_pattern": partial(is_table_of, is_count), "alpha_pattern": partial(is_table_of, is_number),
+_READ = {"peft_type": is_text, "base_model_name_or_path": is_place,
+         "r": is_count, "lora_alpha": is_number,
+         "rank_pattern": partial(is_table_of, is_count),
+         "alpha_pattern": partial(is_table_of, is_number),
          "target_parameters": partial(is_list_of, is_text), "trainable_token_indices": are_tokens,
          "bias": is_text, **dict.fromkeys(_FLAGS, is_flag), **dict.fromkeys(_TARGETS, is_targets)}
 _OF_TRAINING = set("""auto_mapping corda_config enable_lora ensure_weight_tying eva_config inference_mode
@@ -79,20 +84,28 @@ def read_config(path: Path, # of an adapter
                 ) -> dict:  # what it says; what is empty is left out
     "Its configuration, checked. What has no merged weights here: MaetError that names the key."
     file = path/CONFIG
-    config = {key: value for key, value in read_json(file).items() if value not in (None, "", [], {})}
-    if config.get("peft_type") != "LORA":
-        kind = config.get("peft_type")
-        raise MaetError(f"{file}: peft_type {kind!r} is not read here, only LORA; merge it with peft first")
-    for key, value in config.items():
-        said = f"{file}: {key}: {str(value)[:60]!r}"
-        if key in _READ:
-            if not _READ[key](value): raise MaetError(f"{said} is not what peft writes there; mend it")
-        elif value and key not in _OF_TRAINING:
-            raise MaetError(f"{said} is not supported: it is no sum of weights; merge it with peft first")
-    if (start := config.get("init_lora_weights", True)) not in _STARTS:
-        said = f"{file}: init_lora_weights: {str(start)[:60]!r} changed the base, too"
-        raise MaetError(f"{said}; save it by peft with path_initial_model_for_weight_conversion")
+    config = {key: value for key, value in read_json(file).items()
+              if value not in (None, "", [], {})}
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise MaetError(f"{file}: peft_type {kind!r} is not read here, only LORA; "
+                        "merge it with peft first")
+    for key, value in config.items(): must_be_read(file, key, value)
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise MaetError(f"{file}: init_lora_weights: {str(start)[:60]!r} changed the base, too; "
+                        "save it by peft with path_initial_model_for_weight_conversion")
     return config
+
+def must_be_read(file: Path, key: str, value) -> None:
+    "Raise a MaetError for a key that is read and odd, or that is not read and would matter."
+    what = f"{file}: {key}: {str(value)[:60]!r}"
+    if key in _READ:
+        if _READ[key](value): return
+        raise MaetError(f"{what} is not what peft writes there; mend it")
+    if value and key not in _OF_TRAINING:
+        raise MaetError(f"{what} is not supported: it is no sum of weights; "
+                        "merge it with peft first")
 
 # %% ../../nbs/08_weights.adapters.ipynb #ade8ceb1
 def scale_of(config: Mapping, # of `read_config`
@@ -103,7 +116,8 @@ def scale_of(config: Mapping, # of `read_config`
         for pattern, value in config.get(key, {}).items():
             try: fits = re.match(rf"(.*\.)?({pattern})$", name)
             except re.error as error:
-                raise MaetError(f"{CONFIG}: {key}: {pattern!r} is no pattern ({error}); mend it") from None
+                raise MaetError(f"{CONFIG}: {key}: {pattern!r} is no pattern ({error}); "
+                                "mend it") from None
             if fits: return value
         return otherwise
     rank = asked("rank_pattern", config.get("r", 8))
@@ -149,12 +163,13 @@ def product(factors: Factors, start: int, stop: int, # flat
     return torch.cat(blocks).mul_(scale).view(-1)[start - begin * columns:][:stop - start]
 
 # %% ../../nbs/08_weights.adapters.ipynb #8c916ed1
-_ENDINGS = {".lora_A.weight": "a", ".lora_embedding_A": "a", ".lora_B.weight": "b", ".lora_embedding_B": "b",
+_ENDINGS = {".lora_A.weight": "a", ".lora_embedding_A": "a",
+            ".lora_B.weight": "b", ".lora_embedding_B": "b",
             ".lora_B.bias": "bias", ".token_adapter.trainable_tokens_delta": "rows",
             ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude"}
 
 def read_key(key: str) -> tuple[str, str]: # path of a module, or of a parameter; what it is for
-    "A key of the file: a, b, bias, magnitude or rows of a module; `stored` takes a parameter's place."
+    "A key of the file: a, b, bias, magnitude or rows of a module; `stored` replaces a parameter."
     path = key.removeprefix("base_model.model.")
     for ending, role in _ENDINGS.items():
         if path.endswith(ending): return path.removesuffix(ending), role
@@ -181,7 +196,8 @@ class Change:
     factor: Tensor | None = None # f of DoRA, once it is known
 
     @property
-    def plain(self) -> bool: return not (self.stored or self.rows or self.magnitude) # a product alone?
+    def plain(self) -> bool: # a product alone?
+        return not (self.stored or self.rows or self.magnitude)
     @property
     def matrix(self) -> tuple[int, int]: # rows, columns of an expert
         return prod(self.shape[-2:-1]), prod(self.shape[-1:])
@@ -194,6 +210,10 @@ class Target(NamedTuple):
     parameter: str
     asked: str    # the name that rank_pattern and alpha_pattern are asked for
     turned: bool  # is it stored as (inputs, outputs)?
+
+def is_named(path: str, words: str | list[str]) -> bool: # a pattern, or ends of paths
+    if isinstance(words, str): return re.fullmatch(words, path) is not None
+    return any(f".{path}".endswith(f".{word}") for word in words)
 
 def module_of(found: Layout | None, path: str):
     "A module of the model, or None."
@@ -208,10 +228,11 @@ def target_of(found: Layout | None, config: Mapping, path: str) -> Target:
     module, targets = module_of(found, plain), config.get("target_parameters", [])
     if module is None: return Target(f"{plain}.weight", plain, config.get("fan_in_fan_out", False))
     own = {f"{plain}.{name}": weight for name, weight in module.named_parameters(recurse=False)}
-    wrapped = [name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)]
+    wrapped = [name for name in own if is_named(name, targets)]
     if depth < len(wrapped):
         name = wrapped[-1 - depth]  # the first is the innermost
-        return Target(name, name, own[name].ndim == 3 and getattr(module, "is_transposed", False) is True)
+        turned = own[name].ndim == 3 and getattr(module, "is_transposed", False) is True
+        return Target(name, name, turned)
     return Target(f"{plain}.weight", plain, isinstance(module, (Conv1D, torch.nn.Embedding)))
 
 # %% ../../nbs/08_weights.adapters.ipynb #7be4f41e
@@ -225,71 +246,93 @@ def parts_of(keys: Mapping, # of the file
     return found
 
 # %% ../../nbs/08_weights.adapters.ipynb #6fa56a47
+_WORDS = {"a": "lora_A", "b": "lora_B", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+
 def whole_parts(file: Path, config: Mapping, path: str, roles: Mapping[str, str]) -> None:
     "Raise a MaetError if a module lacks one of its parts, or has one that is not asked for."
-    words = {"a": "lora_A", "b": "lora_B", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
-    there, wanted = roles.keys() & words.keys(), {"a", "b"}
+    there = roles.keys() & _WORDS.keys()
+    if not there: return
+    wanted = {"a", "b"}
     if config.get("use_dora"): wanted.add("magnitude")
     if config.get("lora_bias"): wanted.add("bias")
-    if not there: return
-    if lacking := wanted - there:
-        raise MaetError(f"{file}: {path} has no {words[min(lacking)]}; copy or download the adapter again")
-    if spare := there - wanted:
-        raise MaetError(f"{file}: {roles[min(spare)]} is there, but {CONFIG} does not ask for it; mend that")
+    lacking, spare = wanted - there, there - wanted
+    if lacking:
+        raise MaetError(f"{file}: {path} has no {_WORDS[min(lacking)]}; "
+                        "copy or download the adapter again")
+    if spare:
+        raise MaetError(f"{file}: {roles[min(spare)]} is there, but {CONFIG} does not ask for it; "
+                        "mend that")
 
 # %% ../../nbs/08_weights.adapters.ipynb #1f99ed8c
 def must_fit(file: Path, stored: Mapping, # name -> header, of the file
              change: Change, base: Checkpoint) -> None:
-    "Raise a MaetError unless an adapter's tensors have the shapes that the base's parameter asks for."
+    "Raise a MaetError unless an adapter's tensors have the shapes that the parameter asks for."
+    for key, shape in wanted_shapes(change).items():
+        if not key: continue
+        if DTYPES.get(stored[key].code) not in FLOATS:
+            raise MaetError(f"{file}: {key} is stored as {stored[key].code}; "
+                            "only plain floats are read")
+        if stored[key].shape == shape: continue
+        raise MaetError(
+            f"{file}: {key} is {stored[key].shape} where {change.name}, {change.shape}, "
+            f"asks for {shape}; rank or vocabulary differ, or {base.path} is not its base")
+    rows, _ = change.matrix
+    last = max(change.tokens, default=-1)
+    if last >= rows:
+        raise MaetError(f"{file}: {change.rows} is of token {last}, {base.path} has {rows} of them")
+
+def wanted_shapes(change: Change) -> dict[str, tuple]: # key -> shape; an empty key is none
+    "The shapes that a parameter asks for."
     rows, columns = change.matrix
     inside, outside = (rows, columns) if change.turned else (columns, rows)
     wide = change.rank * change.experts
-    wanted = {change.stored: change.shape, change.rows: (len(change.tokens), columns),
-              change.a: (wide, inside), change.b: (outside, wide) if change.a else change.shape,
-              change.magnitude: (outside,)}
-    for key, shape in wanted.items():
-        if not key: continue
-        if DTYPES.get(stored[key].code) not in FLOATS:
-            raise MaetError(f"{file}: {key} is stored as {stored[key].code}; only plain floats are read")
-        if stored[key].shape == shape: continue
-        said = f"{key} is {stored[key].shape} where {change.name}, {change.shape}, asks for {shape}"
-        raise MaetError(f"{file}: {said}; rank or vocabulary differ, or {base.path} is not its base")
-    if (last := max(change.tokens, default=-1)) >= rows:
-        raise MaetError(f"{file}: {change.rows} is of token {last}, {base.path} has {rows} of them")
+    return {change.stored: change.shape,
+            change.rows: (len(change.tokens), columns),
+            change.a: (wide, inside),
+            change.b: (outside, wide) if change.a else change.shape,
+            change.magnitude: (outside,)}
 
 # %% ../../nbs/08_weights.adapters.ipynb #6e637025
-def must_have(file: Path, config: Mapping, found: Layout | None, stored: Mapping, parts: Mapping) -> None:
+def must_have(file: Path, config: Mapping, found: Layout | None,
+              stored: Mapping, parts: Mapping) -> None:
     "Raise a MaetError for two tensors of one use, and for what is said to be there and is not."
     if sum(map(len, parts.values())) < len(stored):
-        raise MaetError(f"{file}: has two tensors of one use, under two names; save the adapter again")
+        raise MaetError(f"{file}: has two tensors of one use, under two names; "
+                        "save the adapter again")
     if "trainable_token_indices" in config and not any("rows" in roles for roles in parts.values()):
-        raise MaetError(f"{file}: has no rows for trainable_token_indices; copy or download it again")
+        raise MaetError(f"{file}: has no rows for trainable_token_indices; "
+                        "copy or download it again")
     words = config.get("modules_to_save", [])
     for word in [words] if isinstance(words, str) else words:
-        modules = [path for path, _ in found.model.named_modules() if path.endswith(word)] if found else []
-        if modules and not any(f"{path}.".startswith(f"{module}.") for path in parts for module in modules):
-            raise MaetError(f"{file}: has nothing for {word} of modules_to_save; copy or download it again")
+        modules = modules_called(found, word)
+        if modules and not any(is_inside(path, module) for path in parts for module in modules):
+            raise MaetError(f"{file}: has nothing for {word} of modules_to_save; "
+                            "copy or download it again")
+
+def modules_called(found: Layout | None, word: str) -> list[str]:
+    if found is None: return []
+    return [path for path, _ in found.model.named_modules() if path.endswith(word)]
+
+def is_inside(path: str, module: str) -> bool: return f"{path}.".startswith(f"{module}.")
 
 # %% ../../nbs/08_weights.adapters.ipynb #b31b5265
-def unheard(found: Layout | None, config: Mapping, heard: set[str], # modules that the file has something for
+def unheard(found: Layout | None, config: Mapping,
+            heard: set[str], # modules that the file has something for
             ) -> list[str]:
     "Modules that the configuration targets and the file has nothing for."
     from transformers.pytorch_utils import Conv1D
-    def named(path, words):
-        if isinstance(words, str): return re.fullmatch(words, path) is not None
-        return any(f".{path}".endswith(f".{word}") for word in words)
     targets = config.get("target_modules", [])
     if found is None or targets == "all-linear" or "layers_to_transform" in config: return []
     kinds = Conv1D, torch.nn.Linear, torch.nn.Embedding
     modules = {path for path, module in found.model.named_modules() if isinstance(module, kinds)}
-    modules = {path for path in modules if named(path, targets)}
+    modules = {path for path in modules if is_named(path, targets)}
     for key in ("exclude_modules", "modules_to_save"):
-        modules = {path for path in modules if not named(path, config.get(key, []))}
+        modules = {path for path in modules if not is_named(path, config.get(key, []))}
     return sorted(modules - heard)
 
 # %% ../../nbs/08_weights.adapters.ipynb #6199970a
 class Gathered:
-    "What the file of an adapter changes: `changes`, by parameter. Raises MaetError for what finds no place."
+    "What an adapter's file changes: `changes`, by parameter. MaetError for what finds no place."
     def __init__(self, shard: Shard, config: Mapping, base: Checkpoint):
         self.file, self.config, self.base, self.found = shard.path, config, base, layout(base)
         self.changes, parts = {}, parts_of(shard.stored)
@@ -297,39 +340,46 @@ class Gathered:
         for path, roles in parts.items():
             whole_parts(self.file, config, path, roles)
             if "stored" in roles: self.change(path, roles["stored"]).stored = roles["stored"]
-            if "rows" in roles: self.take_rows(path, roles["rows"])
-            if "a" in roles: self.take_product(path, roles)
+            if "rows" in roles: take_rows(self, path, roles["rows"])
+            if "a" in roles: take_product(self, path, roles)
         for change in self.changes.values(): must_fit(self.file, shard.stored, change, base)
         silent = unheard(self.found, config, {path.replace(".base_layer", "") for path in parts})
-        if silent: note(f"{self.file}: has nothing for {some(silent, 3)}; what it leaves out stays as it is")
+        if silent:
+            note(f"{self.file}: has nothing for {some(silent, 3)}; "
+                 "what it leaves out stays as it is")
 
     def change(self, name: str, key: str) -> Change:
         "The change of a parameter, or of a tensor that the adapter knows by its name on disk."
         twins = self.found.tied.get(name, []) if self.found else []
         direct = not any(twin in self.found.parameters for twin in twins)
         if direct and name not in self.base.stored:
-            raise MaetError(f"{self.file}: {key} is of no tensor of {self.base.path}; give its own base")
+            raise MaetError(f"{self.file}: {key} is of no tensor of {self.base.path}; "
+                            "give its own base")
         shape = self.base.shape(name) if direct else self.found.state[name]
         return self.changes.setdefault(name, Change(name, tuple(shape), direct))
 
 # %% ../../nbs/08_weights.adapters.ipynb #451c2bb0
-def _take_rows(self, path: str, key: str) -> None:
-    said = self.config.get("trainable_token_indices", [])
-    if isinstance(said, dict):
-        said = next((tokens for name, tokens in said.items() if f".{path}".endswith(f".{name}")), [])
-    change = self.change(f"{path}.weight", key)
-    change.rows, change.tokens = key, said
+def take_rows(gathered: Gathered, path: str, key: str) -> None:
+    "Rows of a matrix, for which the configuration names tokens, by module or for all."
+    tokens = gathered.config.get("trainable_token_indices", [])
+    if isinstance(tokens, dict):
+        named = [rows for name, rows in tokens.items() if is_named(path, [name])]
+        tokens = named[0] if named else []
+    change = gathered.change(f"{path}.weight", key)
+    change.rows, change.tokens = key, tokens
 
 # %% ../../nbs/08_weights.adapters.ipynb #d663eac7
-def _take_product(self, path: str, roles: Mapping[str, str]) -> None:
-    name, asked, turned = target_of(self.found, self.config, path)
-    change = self.change(name, roles["a"])
-    if change.b: raise MaetError(f"{self.file}: {roles['a']} changes {name} a second time; save it again")
+def take_product(gathered: Gathered, path: str, roles: Mapping[str, str]) -> None:
+    "The low-rank matrices of a module, and the bias that came with them."
+    name, asked, turned = target_of(gathered.found, gathered.config, path)
+    change = gathered.change(name, roles["a"])
+    if change.b:
+        raise MaetError(f"{gathered.file}: {roles['a']} changes {name} a second time; "
+                        "save it again")
     change.a, change.b, change.magnitude = roles["a"], roles["b"], roles.get("magnitude", "")
-    change.rank, change.scale = scale_of(self.config, asked)
-    change.experts, change.turned = prod(change.shape[:-2]), turned or "lora_embedding" in roles["a"]
+    change.rank, change.scale = scale_of(gathered.config, asked)
+    change.experts = prod(change.shape[:-2])
+    change.turned = turned or "lora_embedding" in roles["a"]
     if "bias" not in roles: return
-    bias = self.change(f"{name.rpartition('.')[0]}.bias", roles["bias"])
+    bias = gathered.change(f"{name.rpartition('.')[0]}.bias", roles["bias"])
     bias.b, bias.scale = roles["bias"], change.scale
-
-Gathered.take_rows, Gathered.take_product = _take_rows, _take_product

@@ -37,64 +37,78 @@ from .packs import Pack, bits_of, fits, made, pack_file, shaped
 
 # %% ../../nbs/09c_weights.differences.ipynb #667be543
 class Difference(Lazy):
-    """Tuned minus base: name -> float32 Part, computed when asked for. With `keys` only at the key neurons, and Packed.
+    """Tuned minus base: name -> float32 Part, computed when asked for.
 
-    Other tensors or shapes than the base's, another meaning of them, NaN, integers or 8-bit floats that differ: MaetError."""
-    def __init__(self, tuned: Checkpoint, base: Checkpoint, keys: Mapping[str, Tensor] | None = None,
-                 allow_mismatch: bool = False): # of configurations that give numbers another meaning (meaning)
+    With `keys` only what is at the key neurons, Packed. Other tensors or shapes than the base's,
+    another meaning (unless `allow_mismatch`), NaN, integers or 8-bit floats that differ: MaetError."""
+    def __init__(self, tuned: Checkpoint, base: Checkpoint,
+                 keys: Mapping[str, Tensor] | None = None, allow_mismatch: bool = False):
         for checkpoint in (base, tuned): complete(unquantised(checkpoint))
         tuned = aligned(tuned, base)
         same_tensors(base, tuned)
         same_meaning(base, tuned, allow_mismatch)
-        self.tuned, self.base, self.masks = tuned, base, keys
-        self.told = isinstance(tuned, Adapted) and tuned.base is base  # an adapter tells what it adds
         if keys is not None: fits(tuned.path, keys, base)
-        self.identity = identity("difference", tuned, base, keys)
-        for name in base.names: self.refuse(name)
-        self.shapes = {n: base.shape(n) for n in base.names if base.dtype(n) in FLOATS and (keys is None or n in keys)}
+        for name in base.names: refuse_other_kinds(tuned, base, name)
 
-    def refuse(self, name):
-        "Raise a MaetError if a tensor that has no difference differs."
-        kinds = {self.base.dtype(name), self.tuned.dtype(name)}
-        if kinds <= set(FLOATS): return
-        def bits(checkpoint, at): return checkpoint.piece(name, *at).view(torch.uint8)
-        places = pieces(self.base.size(name))
-        if len(kinds) == 1 and all(torch.equal(bits(self.base, at), bits(self.tuned, at)) for at in places): return
-        said = " and ".join(sorted(map(str, kinds)))
-        raise MaetError(f"{self.tuned.path}: {name} is {said} and differs from the base; dequantize both")
+        self.tuned, self.base, self.masks = tuned, base, keys
+        self.told = isinstance(tuned, Adapted) and tuned.base is base  # an adapter tells its change
+        self.identity = identity("difference", tuned, base, keys)
+        self.shapes = {name: base.shape(name) for name in base.names
+                       if base.dtype(name) in FLOATS and (keys is None or name in keys)}
+
+    def moved(self, name: str, start: int, stop: int) -> Tensor: # flat, float32, finite
+        "A run of tuned minus base, masks aside."
+        if not self.told: return subtract_base(self.tuned, self.base, name, start, stop)
+        return finite(self.tuned.change(name, start, stop), name, self.tuned.folder, start)
+
+    def piece(self, name, start, stop):
+        moved = self.moved(name, start, stop)
+        if self.masks is None: return moved
+        bits = bits_of(self.masks, name, start, stop)
+        return Packed(bits, moved[ones(bits)], moved.shape)
 
 # %% ../../nbs/09c_weights.differences.ipynb #5ad07e12
-def _moved(self, name: str, start: int, stop: int) -> Tensor: # flat, float32, finite
-    "A run of tuned minus base, masks aside."
-    if self.told: return finite(self.tuned.change(name, start, stop), name, self.tuned.folder, start)
-    before, after = self.base.piece(name, start, stop), self.tuned.piece(name, start, stop)
-    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    moved = after.to(wide, copy=True).sub_(before.to(wide)).float()
-    if not all_finite(moved):
-        finite(before, name, self.base.path, start), finite(after, name, self.tuned.path, start)
-        finite(moved, name, f"{self.tuned.path} minus {self.base.path}", start)
-    return moved
+def refuse_other_kinds(tuned: Checkpoint, base: Checkpoint, name: str) -> None:
+    "Raise a MaetError if a tensor that has no difference differs."
+    kinds = {base.dtype(name), tuned.dtype(name)}
+    if kinds <= set(FLOATS): return
+
+    def bits(checkpoint, place): return checkpoint.piece(name, *place).view(torch.uint8)
+
+    def same(place): return torch.equal(bits(base, place), bits(tuned, place))
+
+    if len(kinds) == 1 and all(map(same, pieces(base.size(name)))): return
+    both = " and ".join(sorted(map(str, kinds)))
+    raise MaetError(f"{tuned.path}: {name} is {both} and differs from the base; dequantize both")
 
 # %% ../../nbs/09c_weights.differences.ipynb #46ef462d
-def _difference_piece(self, name: str, start: int, stop: int) -> Part:
-    moved = self.moved(name, start, stop)
-    if self.masks is None: return moved
-    bits = bits_of(self.masks, name, start, stop)
-    return Packed(bits, moved[ones(bits)], moved.shape)
-
-Difference.moved, Difference.piece = _moved, _difference_piece
+def subtract_base(tuned: Checkpoint, base: Checkpoint, name: str,
+                  start: int, stop: int) -> Tensor: # flat, float32, finite
+    "A run of tuned minus base, in float32 or wider, rounded once."
+    before = base.piece(name, start, stop)
+    after = tuned.piece(name, start, stop)
+    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    moved = after.to(wide, copy=True).sub_(before.to(wide)).float()
+    if not all_finite(moved):  # whose fault is it?
+        finite(before, name, base.path, start)
+        finite(after, name, tuned.path, start)
+        finite(moved, name, f"{tuned.path} minus {base.path}", start)
+    return moved
 
 # %% ../../nbs/09c_weights.differences.ipynb #511a418e
-def open_delta(model: str | Path, # a checkpoint, an adapter or a pack: a folder, a file, or a hub id
+def open_delta(model: str | Path, # a folder, a file, or a hub id
                base: Checkpoint,  # what it is a delta to
-               allow_mismatch: bool = False, # of a checkpoint whose numbers mean something else (meaning)
+               allow_mismatch: bool = False, # of a checkpoint whose numbers mean something else
                ) -> Mapping[str, Part]: # by tensor name; what it lacks is zero
-    "The delta of a tuned checkpoint or of an adapter, or a pack of this base. Anything else: MaetError."
-    if is_adapted(model): return Difference(open_checkpoint(model, base), base, allow_mismatch=allow_mismatch)
+    "The delta of a checkpoint or an adapter, or a pack of this base. Anything else: MaetError."
+    if is_adapted(model):
+        return Difference(open_checkpoint(model, base), base, allow_mismatch=allow_mismatch)
     path = local(model)
     complete(unquantised(base))
-    if os.path.isfile(path/"config.json"): return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)
-    if os.path.isdir(path) and len(list(path.glob("*.safetensors"))) == 1 or os.path.isfile(path): return Pack(pack_file(path), base)
+    if os.path.isfile(path/"config.json"):
+        return Difference(Checkpoint(path), base, allow_mismatch=allow_mismatch)
+    one_file = os.path.isdir(path) and len(list(path.glob("*.safetensors"))) == 1
+    if one_file or os.path.isfile(path): return Pack(pack_file(path), base)
     raise MaetError(f"{model}: no checkpoint folder and no pack; check the path")
 
 # %% ../../nbs/09c_weights.differences.ipynb #2a459380
@@ -106,13 +120,13 @@ def added(base: Tensor, # any float dtype
     return add_to(base.to(torch.promote_types(base.dtype, torch.float32), copy=True), 1., part)
 
 # %% ../../nbs/09c_weights.differences.ipynb #31cb83a7
-def plus(base: Tensor,                       # flat, any float dtype
-         terms: list[tuple[float, Part]],    # (factor, part of the same shape), at least one
-         ) -> Tensor: # float32, or float64 if `base` is; not yet rounded
+def plus(base: Tensor,                    # flat, any float dtype
+         terms: list[tuple[float, Part]], # (factor, part of the same shape), at least one
+         ) -> Tensor:                     # float32, or float64 if `base` is; not yet rounded
     "base + the sum of terms, which is taken first: it is small."
     if len(terms) == 1 and terms[0][0] == 1: return added(base, terms[0][1])
     common_shape((base, *(part for _, part in terms)))
-    change = torch.full(base.shape, -0.)  # -0 + x is x, also for x = -0: what no term touches keeps its bits
+    change = torch.full(base.shape, -0.)  # -0 + x is x, also for x = -0: the rest keeps its bits
     for factor, part in terms: add_to(change, factor, part)
     if base.dtype == torch.float64: return base + change
     for moved, still in zip(change.split(PIECE), base.split(PIECE)): moved.add_(still)
@@ -123,18 +137,26 @@ def apply_delta(out: str | Path,           # a new folder
                 base: Checkpoint,
                 delta: Mapping[str, Part], # by tensor name; what it lacks is zero
                 extra_files: Mapping[str, str] | None = None, # plain file name -> text
-                dtype: torch.dtype | None = None,             # of float tensors; None: as in the base
-                max_shard_size: int | str | None = None,      # bytes, or as "5GB"; None: as in the base
+                dtype: torch.dtype | None = None,        # of float tensors
+                max_shard_size: int | str | None = None, # bytes, or as "5GB"
                 ) -> Checkpoint:           # the new one
-    "Write base + delta: all of it or nothing. Holds a few pieces at a time. Finished shards survive a kill."
+    """Write base + delta: all of it or nothing.
+
+    Holds a few pieces at a time. Finished shards survive a kill. A `dtype` or a size of the shards
+    that is not given is the base's."""
     fits(out, delta, complete(unquantised(base)))
-    def piece(name, *at):
-        before, terms = base.piece(name, *at), terms_of(delta, name, *at)
+
+    def piece(name, start, stop):
+        before = base.piece(name, start, stop)
+        terms = terms_of(delta, name, start, stop)
         for _, part in terms: shaped(out, name, part, tuple(before.shape))
         return plus(before, terms) if terms else before
-    which = identity("apply", base, delta, dtype, extra_files, max_shard_size)
-    def step(name): return 2 * PIECE if packed_in(name, [delta]) else PIECE  # of packs twice as much fits into the cache
-    return write_checkpoint(out, base, piece, dtype, extra_files, max_shard_size, which, step)
+
+    def step(name): # of packs twice as much fits into the cache
+        return 2 * PIECE if packed_in(name, [delta]) else PIECE
+
+    made_of = identity("apply", base, delta, dtype, extra_files, max_shard_size)
+    return write_checkpoint(out, base, piece, dtype, extra_files, max_shard_size, made_of, step)
 
 # %% ../../nbs/09c_weights.differences.ipynb #4d89d294
 def origin(content: Mapping,   # of the recipe
@@ -142,14 +164,17 @@ def origin(content: Mapping,   # of the recipe
            method: str, paper: str, # a word and a URL
            ) -> dict[str, str]: # file name -> text, for `extra_files`
     "`README.md`, a model card, and `maet_config.yml`, the recipe itself."
-    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
-    card = f"# A merged model\n\nMade by `maet merge` with [{method}]({paper}), without training, from:\n\n```yaml\n{text}```\n"
+    recipe = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    text = ("# A merged model\n\n"
+            f"Made by `maet merge` with [{method}]({paper}), without training, from:\n\n"
+            f"```yaml\n{recipe}```\n")
     tags = list(dict.fromkeys(["merge", "maet", method]))
-    return {"maet_config.yml": text, "README.md": model_card(card, base_model=models, library_name="transformers", tags=tags)}
+    card = model_card(text, base_model=models, library_name="transformers", tags=tags)
+    return {"maet_config.yml": recipe, "README.md": card}
 
 # %% ../../nbs/09c_weights.differences.ipynb #b478aece
-def model_card(text: str, **data) -> str: # data: what the hub may know of the model; None: it does not
-    "A card as the hub reads it."
+def model_card(text: str, **data) -> str:
+    "A card as the hub reads it. `data`: what the hub may know of the model; None: it does not."
     from huggingface_hub import ModelCard, ModelCardData
     return str(ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}"))
 
@@ -162,10 +187,13 @@ class Where(NamedTuple):
     shape: tuple # of the whole tensor
 
 class Statistic(NamedTuple):
-    "A sum over the pieces of one or two deltas."
-    of: int           # deltas that it looks at: 1 or 2
-    measure: Callable # (part, [part,] where) -> a number or a tensor to add; or, with `length`, (position, tensor)
-    length: Callable | None = None # shape of the tensor -> length of the vector that its pieces add to, each at its position
+    """A sum over the pieces of one or two deltas.
+
+    `measure(part, [part,] where)` gives a number or a tensor to add. Where each piece adds to its
+    part of a vector, `measure` gives (position, tensor), and `length(shape)` is the vector's length."""
+    of: int  # deltas that it looks at: 1 or 2
+    measure: Callable
+    length: Callable | None = None
 
 # %% ../../nbs/09c_weights.differences.ipynb #c847616f
 STATISTICS: dict[str, Statistic] = {}
@@ -173,7 +201,9 @@ STATISTICS: dict[str, Statistic] = {}
 # %% ../../nbs/09c_weights.differences.ipynb #476bf376
 def statistic(name: str, of: int = 1, length: Callable | None = None) -> Callable:
     "Enter a function into the registry."
-    def enter(measure): STATISTICS[name] = Statistic(of, measure, length); return measure
+    def enter(measure):
+        STATISTICS[name] = Statistic(of, measure, length)
+        return measure
     return enter
 
 # %% ../../nbs/09c_weights.differences.ipynb #b888b298
@@ -186,109 +216,167 @@ def add_up(values: Tensor, # flat
     "A sum in float64."
     return sum(chunk.sum(dtype=torch.float64).item() for chunk in values.split(size))
 
-statistic("dot", of=2)(lambda a, b, where: dot(a, b))
-statistic("squares")(lambda a, where: squares(a))
-statistic("l1")(lambda a, where: add_up(values_of(a).abs()))
-statistic("distance", of=2)(lambda a, b, where: add_up(values_of(combine([(1., a), (-1., b)])).abs()))
+# %% ../../nbs/09c_weights.differences.ipynb #ec39a0d2
+@statistic("dot", of=2)
+def _dot(a, b, where): return dot(a, b)
+
+@statistic("squares")
+def _squares(a, where): return squares(a)
+
+@statistic("l1")
+def _l1(a, where): return add_up(values_of(a).abs())
+
+@statistic("distance", of=2)
+def _distance(a, b, where): return add_up(values_of(combine([(1., a), (-1., b)])).abs())
 
 # %% ../../nbs/09c_weights.differences.ipynb #3b65f5f0
 @statistic("rows", length=lambda shape: shape[0] if shape else 1)
 def _rows(a, where):
     columns = prod(where.shape[1:])
     first, last = where.start // columns, -(-where.stop // columns)
+    inside = a.positions() if isinstance(a, Packed) else torch.arange(where.stop - where.start)
+    row = (inside + where.start) // columns - first
     total = torch.zeros(last - first, dtype=torch.float64)
-    positions = a.positions() if isinstance(a, Packed) else torch.arange(where.stop - where.start)
-    total.index_add_(0, (positions + where.start) // columns - first, values_of(a).abs().double())
+    total.index_add_(0, row, values_of(a).abs().double())
     return first, total
 
 # %% ../../nbs/09c_weights.differences.ipynb #76546f9a
-def asked_for(wanted: Iterable[str], names: Iterable[str], pairs: Iterable[tuple] | None) -> list[tuple]:
-    "(statistic, delta) and (statistic, delta, delta) for all that is asked for. An unknown statistic: MaetError."
+def asked_for(wanted: Iterable[str], names: Iterable[str], pairs: Iterable[tuple] | None,
+              ) -> list[tuple]:
+    """(statistic, delta) and (statistic, delta, delta) for all that is asked for.
+
+    An unknown statistic: MaetError."""
     wanted, names = list(wanted), list(names)
     unknown = [name for name in wanted if name not in STATISTICS]
-    if unknown: raise MaetError(f"scan: statistic {some(unknown)} is unknown; choose of {', '.join(STATISTICS)}")
+    if unknown:
+        known = ", ".join(STATISTICS)
+        raise MaetError(f"scan: statistic {some(unknown)} is unknown; choose of {known}")
+    single = [(name,) for name in names]
     pairs = list(combinations(names, 2) if pairs is None else pairs)
-    return [(w, *group) for w in wanted for group in (pairs if STATISTICS[w].of == 2 else zip(names))]
+    groups = {1: single, 2: pairs}
+    return [(what, *group) for what in wanted for group in groups[STATISTICS[what].of]]
 
 # %% ../../nbs/09c_weights.differences.ipynb #583c8114
 def accumulate_into(totals: dict, key, value, length: int | None) -> None:
     "Add what a piece gave."
-    if length is None: totals[key] = totals[key] + value if key in totals else value
-    else:
-        start, part = value
-        totals.setdefault(key, torch.zeros(length, dtype=part.dtype))[start:start + len(part)] += part
+    if length is None:
+        totals[key] = totals[key] + value if key in totals else value
+        return
+    start, part = value
+    vector = totals.setdefault(key, torch.zeros(length, dtype=part.dtype))
+    vector[start:start + len(part)] += part
 
 # %% ../../nbs/09c_weights.differences.ipynb #7d7116e2
-def scan(deltas: Mapping[str, Mapping[str, Part]],  # by a name of your own
-         wanted: Iterable[str],                     # statistics, names in STATISTICS
-         shapes: Mapping[str, tuple] | None = None, # the tensors to look at; None: all that a delta has
-         by: Callable = lambda name: name,          # tensor name -> what sums are kept for: the tensor, its layer, None ...
-         pairs: Iterable[tuple[str, str]] | None = None, # of deltas, for statistics of two; None: every two
-         workers: int | None = None,                # threads; None: one more than cores
-         ) -> dict[tuple, dict]:                    # (statistic, delta[, delta]) -> what `by` gave -> float or Tensor
-    "Statistics of any number of deltas in one pass. Holds a few pieces of each at a time."
+def scan(deltas: Mapping[str, Mapping[str, Part]],       # by a name of your own
+         wanted: Iterable[str],                          # statistics, names in STATISTICS
+         shapes: Mapping[str, tuple] | None = None,      # the tensors to look at
+         by: Callable = lambda name: name,               # tensor name -> what sums are kept for
+         pairs: Iterable[tuple[str, str]] | None = None, # of deltas, for statistics of two
+         workers: int | None = None,                     # threads; None: one more than cores
+         ) -> dict[tuple, dict]:
+    """Statistics of any number of deltas in one pass: (statistic, delta[, delta]) -> sums by `by`.
+
+    Looks at all tensors that a delta has, and at every two deltas, if not told otherwise. `by` may
+    give the tensor, its layer, or None. Holds a few pieces of each delta at a time."""
     shapes = shapes_of(deltas.values()) if shapes is None else shapes
     questions = asked_for(wanted, deltas, pairs)
-    jobs = [Where(n, *at, shape) for n, shape in shapes.items() for at in pieces(prod(shape), step_for(n, deltas)) or [(0, 0)]]
+
     def work(where):
-        parts = {d: piece_of(delta, *where[:3]) for d, delta in deltas.items()}
-        parts = {d: nothing(where) if part is None else part for d, part in parts.items()}
-        return where, [STATISTICS[q[0]].measure(*(parts[d] for d in q[1:]), where) for q in questions]
-    found, total = {question: {} for question in questions}, sum(map(prod, shapes.values()))
-    with progress_bar(total, "scan") as bar, closing(in_order(work, jobs, workers)) as results:
+        parts = {name: piece_or_nothing(delta, where) for name, delta in deltas.items()}
+        return where, [measured(question, parts, where) for question in questions]
+
+    found = {question: {} for question in questions}
+    results = in_order(work, jobs_of(shapes, deltas), workers)
+    with progress_bar(sum(map(prod, shapes.values())), "scan") as bar, closing(results):
         for where, answers in results:
             bar.update(where.stop - where.start)
             for question, value in zip(questions, answers):
                 length = STATISTICS[question[0]].length
-                accumulate_into(found[question], by(where.name), value, length and length(where.shape))
+                size = length(where.shape) if length else None
+                accumulate_into(found[question], by(where.name), value, size)
     return found
 
 # %% ../../nbs/09c_weights.differences.ipynb #832d098d
-def step_for(name: str, deltas: Mapping[str, Mapping[str, Part]]) -> int: # scalars
-    "How much of a tensor to look at in one go."
-    return RUN if packed_in(name, deltas.values()) else PIECE
+def jobs_of(shapes: Mapping[str, tuple], deltas: Mapping[str, Mapping[str, Part]]) -> list[Where]:
+    "All pieces of all tensors; where deltas are packed, longer ones."
+    jobs = []
+    for name, shape in shapes.items():
+        step = RUN if packed_in(name, deltas.values()) else PIECE
+        places = pieces(prod(shape), step) or [(0, 0)]  # an empty tensor is one empty piece
+        jobs += [Where(name, start, stop, shape) for start, stop in places]
+    return jobs
 
-def nothing(where: Where) -> Packed:
-    "A piece of a tensor that a delta lacks."
+# %% ../../nbs/09c_weights.differences.ipynb #f479c8f5
+def measured(question: tuple, parts: Mapping[str, Part], where: Where):
+    "What a statistic says of a piece."
+    what, *names = question
+    return STATISTICS[what].measure(*(parts[name] for name in names), where)
+
+def piece_or_nothing(delta: Mapping[str, Part], where: Where) -> Part:
+    "A piece of a delta; zeros, packed, where it lacks the tensor."
+    part = piece_of(delta, where.name, where.start, where.stop)
+    if part is not None: return part
     size = where.stop - where.start
     return Packed(torch.zeros(-(-size // 8), dtype=torch.uint8), torch.empty(0), (size,))
 
 # %% ../../nbs/09c_weights.differences.ipynb #f887f29b
 def cosines(found: Mapping[tuple, Mapping], # of `scan` with dot and squares
-            a: str, b: str) -> dict:        # what `by` gave -> cosine in [-1, 1]; 0 where one of them is all zeros
-    "Cosines of two deltas from the sums of a scan."
-    return {key: as_cosine(dot, found["squares", a][key], found["squares", b][key]) for key, dot in found["dot", a, b].items()}
+            a: str, b: str) -> dict:        # what `by` gave -> cosine
+    "Cosines of two deltas from the sums of a scan, in [-1, 1]; 0 where one of them is all zeros."
+    products, squares_a, squares_b = found["dot", a, b], found["squares", a], found["squares", b]
+    return {key: as_cosine(products[key], squares_a[key], squares_b[key]) for key in products}
 
 # %% ../../nbs/09c_weights.differences.ipynb #e62d7f1e
+def stored_in(part: Part) -> int: # scalars
+    return part.count if isinstance(part, Packed) else part.numel()
+
+# %% ../../nbs/09c_weights.differences.ipynb #b204176a
 def check_pack(path: str | Path,               # a file, a folder or a hub id
                base: Checkpoint | None = None, # to be compared in full, if given
-               ) -> dict: # file, base, base_id, tensors, packed, scalars, stored, density, bytes, kinds, meta
-    "Read a pack from end to end; `kinds` is how much is stored of each. Raises a MaetError for whatever is wrong."
+               ) -> dict:
+    """Read a pack from end to end and tell what it is; `kinds` is how much is stored of each.
+
+    Raises a MaetError for whatever is wrong."""
     pack = Pack(pack_file(local(path)), base)
-    kinds, stored = {}, 0
-    for name, parts in made(pack.shapes, pack.piece, f"checking {pack.path.name}"):
-        count = sum(part.count if isinstance(part, Packed) else part.numel() for part in parts)
-        kinds[place(name).kind], stored = kinds.get(place(name).kind, 0) + count, stored + count
-        told = pack.meta["counts"].get(name)
-        if told != count: raise MaetError(f"{pack.path}: {name} has {count} values where its metadata say {told}; write it again")
+    kinds = count_kinds(pack)
     if base: base.confirm()
+    stored = sum(kinds.values())
     scalars = sum(map(prod, pack.shapes.values()))
     ours = ("maet", "version", "base", "base_id", "shapes", "counts")
-    return dict(file=str(pack.path), base=pack.base, base_id=pack.meta.get("base_id"), tensors=len(pack),
-                packed=len(pack.sparse), scalars=scalars, stored=stored, density=stored / scalars if scalars else 0.,
-                bytes=pack.path.stat().st_size, kinds=kinds,
-                meta={key: value for key, value in pack.meta.items() if key not in ours})
+    return dict(
+        file=str(pack.path), base=pack.base, base_id=pack.meta.get("base_id"), tensors=len(pack),
+        packed=len(pack.sparse), scalars=scalars, stored=stored,
+        density=stored / scalars if scalars else 0.,
+        bytes=pack.path.stat().st_size, kinds=kinds,
+        meta={key: value for key, value in pack.meta.items() if key not in ours})
+
+# %% ../../nbs/09c_weights.differences.ipynb #dba05039
+def count_kinds(pack: Pack) -> dict[str, int]: # kind of tensor -> scalars that are stored
+    "Read every number of a pack. Raises a MaetError where its metadata count otherwise."
+    kinds = {}
+    for name, parts in made(pack.shapes, pack.piece, f"checking {pack.path.name}"):
+        count = sum(map(stored_in, parts))
+        promised = pack.meta["counts"].get(name)
+        if promised != count:
+            raise MaetError(f"{pack.path}: {name} has {count} values "
+                            f"where its metadata say {promised}; write it again")
+        kind = place(name).kind
+        kinds[kind] = kinds.get(kind, 0) + count
+    return kinds
 
 # %% ../../nbs/09c_weights.differences.ipynb #2d0c8af8
 def pack_card(checked: Mapping) -> str: # of `check_pack`
     "The text of a model card."
     meta, base = checked["meta"], checked["base_id"]
-    rows = [f"| {key} | {json.dumps(value)} |" for key, value in sorted(meta.items()) if not isinstance(value, Mapping)]
+    rows = [f"| {key} | {json.dumps(value)} |" for key, value in sorted(meta.items())
+            if not isinstance(value, Mapping)]
     text = (f"# A pack of {base or 'a base'}\n\nA delta to be added to its base by maet: "
             f"{checked['stored']:,} of {checked['scalars']:,} scalars ({checked['density']:.2%}), "
             f"{checked['bytes']:,} bytes.\n\n"
-            f"The base's fingerprint is `{checked['base']}`.\n\n| entry | value |\n| --- | --- |\n" + "\n".join(rows) + "\n")
-    return model_card(text, base_model=base, license=meta.get("licence"), library_name="maet", tags=["maet", "pack", "merge"])
+            f"The base's fingerprint is `{checked['base']}`.\n\n"
+            "| entry | value |\n| --- | --- |\n" + "\n".join(rows) + "\n")
+    return model_card(text, base_model=base, license=meta.get("licence"), library_name="maet",
+                      tags=["maet", "pack", "merge"])
 
 # %% ../../nbs/09c_weights.differences.ipynb #88d7e171
 def push_pack(path: str | Path,      # the file
@@ -300,17 +388,19 @@ def push_pack(path: str | Path,      # the file
     card = pack_card(check_pack(path))
     try:
         HfApi().create_repo(name, private=private, exist_ok=True)
-        files = [CommitOperationAdd("pack.safetensors", str(path)), CommitOperationAdd("README.md", card.encode())]
+        files = [CommitOperationAdd("pack.safetensors", str(path)),
+                 CommitOperationAdd("README.md", card.encode())]
         return str(HfApi().create_commit(name, files, commit_message="A pack").repo_url)
     except Exception as error:  # whatever the network, the hub or its checks of names say
-        said = str(error).strip().partition("\n")[0]
-        raise MaetError(f"{name}: the hub does not take {path} ({said}); check name, rights and network") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise MaetError(f"{name}: the hub does not take {path} ({reason}); "
+                        "check name, rights and network") from None
 
 # %% ../../nbs/09c_weights.differences.ipynb #f1008041
 def pull_pack(name: str,             # owner/name[@revision] on the hub
               out: str | Path,       # the file to be
               base: Checkpoint | None = None) -> Pack:
-    "Download a pack, check it and put it in its place. Raises a one-line MaetError for whatever goes wrong."
+    "Download a pack, check it and put it in its place. Raises a one-line MaetError if that fails."
     file = pack_file(local(name))
     check_pack(file, base)
     with whole(out) as part: shutil.copyfile(file, part)

@@ -33,7 +33,7 @@ class Runs:
     "Of which runs of other tensors a flat tensor is made."
     def __init__(self,
                  names: list[str],    # of the others
-                 begins: np.ndarray,  # (runs + 1,) where each begins in this tensor; the last is its size
+                 begins: np.ndarray,  # (runs + 1,) where each begins in this tensor; last, its size
                  owners: np.ndarray,  # (runs,) in which of the others it lies
                  firsts: np.ndarray): # (runs,) and where it begins there
         self.names, self.begins, self.owners, self.firsts = names, begins, owners, firsts
@@ -54,7 +54,7 @@ def one_run(name: str, size: int) -> Runs:
 
 # %% ../../nbs/07_weights.names.ipynb #4004da7b
 def joined_runs(names: list[str],
-                owners: np.ndarray, # (units,) for each unit of a flat tensor: in which of the others it lies
+                owners: np.ndarray, # (units,) in which of the others a unit of the flat tensor lies
                 places: np.ndarray, # (units,) and which unit it is there
                 unit: int,          # scalars that stay together
                 ) -> Runs:
@@ -67,8 +67,10 @@ def joined_runs(names: list[str],
 # %% ../../nbs/07_weights.names.ipynb #08e34b21
 def find_groups(names: Iterable[str], # of a checkpoint's tensors
                 model,                # on the meta device
-                ) -> tuple[dict, list]: # parameter -> (converter or None, [(tensor, pattern)]); what no parameter takes
-    "Which tensors transformers brings together for which parameter."
+                ) -> tuple[dict, list]:
+    """Which tensors transformers brings together for which parameter, and which no parameter takes.
+
+    The groups: parameter -> (converter or None, [(tensor, pattern)])."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
     from transformers.core_model_loading import dot_natural_key, rename_source_key
@@ -76,13 +78,18 @@ def find_groups(names: Iterable[str], # of a checkpoint's tensors
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    state, prefix, groups, strange = model.state_dict(), model.base_model_prefix, {}, []
+    state, prefix = model.state_dict(), model.base_model_prefix
+
+    groups, strange = {}, []
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:  # it is a parameter's own name, for which no rule is meant
+        if target not in state and name in state:  # a parameter's own name: no rule is meant for it
             target, pattern = rename_source_key(name, [], [], prefix, state)
-        if target not in state: strange.append(name)
-        else: groups.setdefault(target, (by_pattern.get(pattern), []))[1].append((name, pattern))
+        if target not in state:
+            strange.append(name)
+            continue
+        _, members = groups.setdefault(target, (by_pattern.get(pattern), []))
+        members.append((name, pattern))
     return groups, strange
 
 # %% ../../nbs/07_weights.names.ipynb #957eb85c
@@ -95,144 +102,185 @@ def numbered(target: str,     # parameter that the group is brought together for
     "Let a converter loose on numbers of places: 0, 1, 2, ... through all tensors of the group."
     converter, total = copy.deepcopy(converter), 0
     for name, pattern in members:
-        shape = (*shapes[name][:-1], 1) if narrow else shapes[name]
-        converter.add_tensor(target, name, pattern, torch.arange(total, total + prod(shape)).view(shape))
+        shape = one_wide(shapes[name]) if narrow else shapes[name]
+        numbers = torch.arange(total, total + prod(shape)).view(shape)
+        converter.add_tensor(target, name, pattern, numbers)
         total += prod(shape)
+
     found = converter.convert(target, model=model, config=model.config)
     found = {name: part[0] if isinstance(part, list) else part for name, part in found.items()}
     for name, part in found.items():
-        wanted = tuple(model.state_dict()[name].shape)
-        if narrow: wanted = (*wanted[:-1], 1)
+        shape = tuple(model.state_dict()[name].shape)
+        wanted = one_wide(shape) if narrow else shape
         if tuple(part.shape) != wanted: raise ValueError(f"{name} came out as {tuple(part.shape)}")
     numbers = torch.cat([part.flatten() for part in found.values()]).sort().values
-    if not torch.equal(numbers, torch.arange(total)): raise ValueError("not every number came out once")
+    if not torch.equal(numbers, torch.arange(total)):
+        raise ValueError("not every number came out once")
     return found
+
+def one_wide(shape: tuple) -> tuple: return (*shape[:-1], 1)
 
 # %% ../../nbs/07_weights.names.ipynb #a800fd9b
 def both_ways(found: dict[str, Tensor],    # of `numbered`
-              sizes: dict[str, int],       # tensor -> units, in the order in which they were numbered
+              sizes: dict[str, int],       # tensor -> units, in the order of their numbers
               unit: int,                   # scalars
-              ) -> tuple[dict, dict]:      # tensor -> Runs of parameters; parameter -> Runs of tensors
-    "What a group's numbers say of each tensor and of each parameter."
+              ) -> tuple[dict, dict]:
+    """What a group's numbers say of each tensor and of each parameter.
+
+    Gives tensor -> Runs of parameters, and parameter -> Runs of tensors."""
     tensors, parameters = list(sizes), list(found)
     begins = np.cumsum([0, *sizes.values()])
-    places, owner_of, place_of = {}, np.empty(begins[-1], np.int64), np.empty(begins[-1], np.int64)
+    # for each unit of the tensors: in which parameter it is, and where
+    parameter_of = np.empty(begins[-1], np.int64)
+    place_of = np.empty(begins[-1], np.int64)
+
+    places = {}
     for at, (name, part) in enumerate(found.items()):
         numbers = part.flatten().numpy()
         owners = np.searchsorted(begins, numbers, "right") - 1
         places[name] = joined_runs(tensors, owners, numbers - begins[owners], unit)
-        owner_of[numbers], place_of[numbers] = at, np.arange(len(numbers))
-    parts = {name: joined_runs(parameters, owner_of[start:stop], place_of[start:stop], unit)
-             for name, start, stop in zip(tensors, begins, begins[1:])}
+        parameter_of[numbers] = at
+        place_of[numbers] = np.arange(len(numbers))
+
+    parts = {}
+    for name, start, stop in zip(tensors, begins, begins[1:]):
+        parts[name] = joined_runs(parameters, parameter_of[start:stop], place_of[start:stop], unit)
     return parts, places
 
 # %% ../../nbs/07_weights.names.ipynb #002852e8
-def trace(target: str, converter, members: list, shapes: Mapping[str, tuple], model) -> tuple[dict, dict]:
+def trace(target: str, converter, members: list, shapes: Mapping[str, tuple], model,
+          ) -> tuple[dict, dict]:
     "`both_ways` of one group. Raises MaetError if its tensors do not make up its parameters."
     names = [name for name, _ in members]
-    rows = [True] if all(len(shapes[name]) > 1 for name in names) else []
-    for narrow in [*rows, False]:
+    have_rows = all(len(shapes[name]) > 1 for name in names)
+    for narrow in ([True, False] if have_rows else [False]):
         try: found = numbered(target, converter, members, shapes, model, narrow)
-        except Exception as error: said = error  # a converter fails in its own words
+        except Exception as error:  # a converter fails in its own words
+            reason = " ".join(str(error).split())[:200]
         else:
             unit = shapes[names[0]][-1] if narrow else 1
-            return both_ways(found, {name: prod(shapes[name]) // max(unit, 1) for name in names}, unit)
-    reason = " ".join(str(said).split())[:200]
+            sizes = {name: prod(shapes[name]) // max(unit, 1) for name in names}
+            return both_ways(found, sizes, unit)
     raise MaetError(f"{target}: cannot be made from {some(names, 3)} ({reason}); "
                     "save the checkpoint again with transformers")
 
 # %% ../../nbs/07_weights.names.ipynb #7c654c9b
-class Layout:
+class Groups:
+    "A checkpoint's tensors and its model's parameters, in groups that are traced when asked for."
+    def __init__(self, model,                  # on the meta device
+                 shapes: Mapping[str, tuple]): # of the stored tensors
+        state = model.state_dict(keep_vars=True)
+        self.model = model
+        self.groups, self.strange = find_groups(shapes, model)
+        self.group_of = {}  # tensor -> the parameter that names its group
+        for target, (_, members) in self.groups.items():
+            for name, _ in members: self.group_of[name] = target
+        self.tensors = {name: tuple(shapes[name]) for name in self.group_of}
+        self.state = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.tied = same_storage(state)
+        self.known, self.made_of = {}, {}  # of the groups that were traced; parameter -> its group
+
+    def traced(self, target: str) -> tuple[dict, dict]:
+        "One group, both ways: tensor -> Runs of parameters; parameter -> Runs of tensors."
+        if target not in self.known:
+            self.known[target] = trace_group(self, target)
+            self.made_of.update(dict.fromkeys(self.known[target][1], target))
+        return self.known[target]
+
+# %% ../../nbs/07_weights.names.ipynb #705a4247
+def trace_group(groups: Groups, target: str) -> tuple[dict, dict]:
+    "Without a converter, a tensor is its parameter."
+    converter, members = groups.groups[target]
+    if converter is not None: return trace(target, converter, members, groups.tensors, groups.model)
+    name, _ = members[0]
+    size = prod(groups.state[target])
+    return {name: one_run(target, size)}, {target: one_run(name, size)}
+
+# %% ../../nbs/07_weights.names.ipynb #cdb38a70
+def same_storage(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    "Which keys of a state dict, taken with its variables, are one parameter: key -> all of them."
+    keys = {}
+    for name, tensor in state.items(): keys.setdefault(id(tensor), []).append(name)
+    return {name: together for together in keys.values() for name in together}
+
+# %% ../../nbs/07_weights.names.ipynb #9b8f8ea7
+class Layout(Groups):
     """How the tensors of a checkpoint and the parameters of its model correspond.
 
     tensors: name -> shape, of those that the model reads
     parameters: name -> shape, of those that are stored, buffers included
     aside: what is stored, and passed over by transformers
     missing, unexpected: sorted names; both are empty if the checkpoint is whole"""
-    def __init__(self, model,                     # on the meta device
-                 shapes: Mapping[str, tuple]):    # of the stored tensors
-        self.model, (self.groups, strange) = model, find_groups(shapes, model)
-        self.known, self.made_of, state = {}, {}, model.state_dict(keep_vars=True)
-        self.group_of = {name: target for target, (_, members) in self.groups.items() for name, _ in members}
-        self.tensors = {name: tuple(shapes[name]) for name in self.group_of}
-        self.state = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        self.tied = same_storage(state)
-        self.report(set(strange))
+    def __init__(self, model, shapes: Mapping[str, tuple]):
+        super().__init__(model, shapes)
+        made = made_parameters(self)
+        self.parameters = {name: shape for name, shape in self.state.items() if name in made}
+        self.missing, self.unexpected, self.aside = loading_report(self, made)
 
-# %% ../../nbs/07_weights.names.ipynb #cdb38a70
-def same_storage(state: Mapping[str, Tensor]) -> dict[str, list[str]]: # key -> all keys of the same parameter
-    "Which keys of a state dict, taken with its variables, are one parameter."
-    keys = {}
-    for name, tensor in state.items(): keys.setdefault(id(tensor), []).append(name)
-    return {name: together for together in keys.values() for name in together}
+    def parts(self, tensor: str, start: int, stop: int) -> list[Run]:
+        "A run of a flat tensor as runs of parameters."
+        runs, _ = self.traced(self.group_of[tensor])
+        return list(runs[tensor].cut(start, stop))
 
-# %% ../../nbs/07_weights.names.ipynb #9b8f8ea7
-def _report(self, strange: set[str]) -> None:
-    "Find out what is aside, missing and unexpected, by transformers' own rules."
-    from transformers.utils.loading_report import LoadStateDictInfo
-    made = set(self.groups)
-    for target, (converter, _) in self.groups.items():
-        if converter and len(converter.target_patterns) > 1: made |= self.traced(target)[1].keys()
-    held = {other for name in made for other in self.tied.get(name, [name])}
-    nothing = dict(mismatched_keys=set(), conversion_errors={}, error_msgs=[], skipped_pp_keys=set())
-    info = LoadStateDictInfo(missing_keys=set(self.state) - held, unexpected_keys=strange, **nothing)
-    self.model._adjust_missing_and_unexpected_keys(info)
-    self.parameters = {name: self.state[name] for name in self.state if name in made}
-    self.missing, self.unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
-    self.aside = strange - info.unexpected_keys
+    def places(self, parameter: str, start: int, stop: int) -> list[Run]:
+        "A run of a flat parameter as runs of tensors."
+        twins = [parameter, *self.tied[parameter]]
+        stored = next(name for name in twins if name in self.parameters)
+        _, runs = self.traced(stored if stored in self.groups else self.made_of[stored])
+        return list(runs[stored].cut(start, stop))
 
-Layout.report = _report
+    def settle(self) -> "Layout": # itself
+        "Trace every group now. Raises MaetError for what could not be written back."
+        refuse_unwritable(self)
+        return self
 
 # %% ../../nbs/07_weights.names.ipynb #d97079a6
-def _traced(self, target: str) -> tuple[dict, dict]:
-    "One group, both ways: tensor -> Runs of parameters; parameter -> Runs of tensors."
-    if target not in self.known:
-        converter, members = self.groups[target]
-        if converter is None:
-            (name, _), size = members[0], prod(self.state[target])
-            self.known[target] = {name: one_run(target, size)}, {target: one_run(name, size)}
-        else: self.known[target] = trace(target, converter, members, self.tensors, self.model)
-        self.made_of.update(dict.fromkeys(self.known[target][1], target))
-    return self.known[target]
+def made_parameters(layout: Layout) -> set[str]:
+    "Which parameters the groups make. A converter that makes several is asked."
+    made = set(layout.groups)
+    for target, (converter, _) in layout.groups.items():
+        if converter and len(converter.target_patterns) > 1: made |= layout.traced(target)[1].keys()
+    return made
 
 # %% ../../nbs/07_weights.names.ipynb #6e385036
-def _parts(self, tensor: str, start: int, stop: int) -> list[Run]:
-    "A run of a flat tensor as runs of parameters."
-    return list(self.traced(self.group_of[tensor])[0][tensor].cut(start, stop))
-
-def _places(self, parameter: str, start: int, stop: int) -> list[Run]:
-    "A run of a flat parameter as runs of tensors."
-    twins = [parameter, *self.tied[parameter]]
-    stored = next(name for name in twins if name in self.parameters)
-    target = stored if stored in self.groups else self.made_of[stored]
-    return list(self.traced(target)[1][stored].cut(start, stop))
-
-Layout.traced, Layout.parts, Layout.places = _traced, _parts, _places
+def loading_report(layout: Layout, made: set[str]) -> tuple[list, list, set]:
+    "What is missing, unexpected and aside, by transformers' own rules."
+    from transformers.utils.loading_report import LoadStateDictInfo
+    strange = set(layout.strange)
+    held = {twin for name in made for twin in layout.tied.get(name, [name])}
+    info = LoadStateDictInfo(
+        missing_keys=set(layout.state) - held, unexpected_keys=strange,
+        mismatched_keys=set(), conversion_errors={}, error_msgs=[], skipped_pp_keys=set())
+    layout.model._adjust_missing_and_unexpected_keys(info)
+    return sorted(info.missing_keys), sorted(info.unexpected_keys), strange - info.unexpected_keys
 
 # %% ../../nbs/07_weights.names.ipynb #c36e773e
-def _settle(self) -> "Layout": # itself
-    "Trace every group now, before anything is trained. Raises MaetError for what could not be written back."
-    for target in self.groups: self.traced(target)
-    for name, _ in self.model.named_parameters():
-        if not any(twin in self.parameters for twin in self.tied[name]):
-            raise MaetError(f"{name}: no tensor of the checkpoint holds this parameter; save the checkpoint again")
-    return self
-
-Layout.settle = _settle
+def refuse_unwritable(layout: Layout) -> None:
+    "Trace every group. Raises MaetError for a parameter that no tensor holds."
+    for target in layout.groups: layout.traced(target)
+    for name, _ in layout.model.named_parameters():
+        if not any(twin in layout.parameters for twin in layout.tied[name]):
+            raise MaetError(f"{name}: no tensor of the checkpoint holds this parameter; "
+                            "save the checkpoint again")
 
 # %% ../../nbs/07_weights.names.ipynb #a1a78c2d
 _layouts = {}  # identity of a checkpoint -> its layout
 
 def layout(checkpoint: Checkpoint) -> Layout | None:
-    "How its tensors and its model's parameters correspond; None if transformers knows no such model."
+    "How its tensors and its model's parameters correspond; None if the model is not known."
     key = checkpoint.identity, checkpoint.path
     if key not in _layouts:
-        try: model = meta_model(checkpoint.path) if "model_type" in checkpoint.config else None
-        except UnknownModel: model = None
+        model = known_model(checkpoint)
         if len(_layouts) > 16: _layouts.clear()
         shapes = {name: part.shape for name, part in checkpoint.stored.items()}
-        _layouts[key] = model and Layout(model, shapes)
+        _layouts[key] = None if model is None else Layout(model, shapes)
     return _layouts[key]
+
+def known_model(checkpoint: Checkpoint):
+    "The model on the meta device; None if transformers knows no such model."
+    if "model_type" not in checkpoint.config: return None
+    try: return meta_model(checkpoint.path)
+    except UnknownModel: return None
 
 # %% ../../nbs/07_weights.names.ipynb #865e967b
 def needed_layout(checkpoint: Checkpoint) -> Layout:
@@ -242,7 +290,8 @@ def needed_layout(checkpoint: Checkpoint) -> Layout:
     return found
 
 # %% ../../nbs/07_weights.names.ipynb #44108918
-_IRRELEVANT = re.compile(r"^_|_token_id$|^(torch_)?dtype$|^transformers_version$|^use_cache$|^architectures$")
+_IRRELEVANT = re.compile(
+    r"^_|_token_id$|^(torch_)?dtype$|^transformers_version$|^use_cache$|^architectures$")
 
 def _verdict(checkpoint: Checkpoint) -> str:
     "What the answer depends on, as a key."
@@ -253,18 +302,36 @@ def _verdict(checkpoint: Checkpoint) -> str:
 # %% ../../nbs/07_weights.names.ipynb #ed96a2fa
 def misfits(found: Layout) -> str: # "" if there are none
     "What does not fit between a checkpoint and its config.json, and what to do."
-    if found.missing: return f"lacks {some(found.missing)}, which its config.json asks for; copy the checkpoint again"
+    if found.missing:
+        return (f"lacks {some(found.missing)}, which its config.json asks for; "
+                "copy the checkpoint again")
     if found.unexpected:
-        return f"holds {some(found.unexpected)}, for which the model of its config.json has no place; mend one of them"
-    plain = {name: target for name, target in found.group_of.items() if found.groups[target][0] is None}
-    reshaped = [f"{name} is {found.tensors[name]} where the model has {found.state[target]}"
-                for name, target in plain.items() if found.tensors[name] != found.state[target]]
+        return (f"holds {some(found.unexpected)}, for which the model of its config.json has "
+                "no place; mend one of them")
+    reshaped = misshapen(found)
     if reshaped: return f"{some(reshaped, 2)}; its config.json is of another model"
+    return incomplete_group(found)
+
+# %% ../../nbs/07_weights.names.ipynb #8e0d195a
+def misshapen(found: Layout) -> list[str]:
+    "Tensors that are a parameter of another shape."
+    wrong = []
+    for name, target in found.group_of.items():
+        converter, _ = found.groups[target]
+        if converter is None and found.tensors[name] != found.state[target]:
+            shape, wanted = found.tensors[name], found.state[target]
+            wrong.append(f"{name} is {shape} where the model has {wanted}")
+    return wrong
+
+def incomplete_group(found: Layout) -> str: # "" if there is none
+    "A group with more or fewer scalars than the one parameter that it makes."
     for target, (converter, members) in found.groups.items():
+        if not converter or len(converter.target_patterns) != 1: continue
         held = sum(prod(found.tensors[name]) for name, _ in members)
-        if converter and len(converter.target_patterns) == 1 and held != prod(found.state[target]):
-            names = some([name for name, _ in members], 2)
-            return f"{names} do not make up {target}, which its config.json asks for; copy the checkpoint again"
+        if held == prod(found.state[target]): continue
+        names = some([name for name, _ in members], 2)
+        return (f"{names} do not make up {target}, which its config.json asks for; "
+                "copy the checkpoint again")
     return ""
 
 # %% ../../nbs/07_weights.names.ipynb #c4e9002b
@@ -276,67 +343,83 @@ def complete(checkpoint: Checkpoint) -> Checkpoint: # itself
     if remembered(key): return checkpoint
     found = layout(checkpoint)
     if found is None: return checkpoint
-    if said := misfits(found): raise MaetError(f"{checkpoint.path}: {said}")
+    problem = misfits(found)
+    if problem: raise MaetError(f"{checkpoint.path}: {problem}")
     remember(key, "whole", lasting=checkpoint.bytes >= LARGE)
     return checkpoint
 
 # %% ../../nbs/07_weights.names.ipynb #a97fa2bf
 def unquantised(checkpoint: Checkpoint) -> Checkpoint: # itself
-    "Raise a MaetError, one line that names the method or the tensor, for weights that are not plain numbers."
+    """Raise a MaetError for weights that are not plain numbers.
+
+    It is one line that names the method or the tensor."""
     not_quantised(checkpoint.config, checkpoint.path)
     for name, part in sorted(checkpoint.stored.items()):
         if part.code.startswith(("F8", "F6", "F4")):
-            raise MaetError(f"{checkpoint.path}: {name} is stored as {part.code}; dequantize it first")
+            raise MaetError(f"{checkpoint.path}: {name} is stored as {part.code}; "
+                            "dequantize it first")
     return checkpoint
 
 # %% ../../nbs/07_weights.names.ipynb #11f742f6
 class Aligned(Checkpoint):
-    "A checkpoint under the names and shapes of another one of the same model. Has what a Checkpoint has for reading."
-    def __init__(self, source: Checkpoint, like: Checkpoint):
+    "A checkpoint under another one's names and shapes. Has what a Checkpoint has for reading."
+    def __init__(self, source: Checkpoint, like: Checkpoint): # of the same model
         self.__dict__.update(source.__dict__)
-        self.source, self.like, self.here, self.there = source, like, layout(like), layout(source)
+        self.source, self.like = source, like
+        self.here, self.there = layout(like), layout(source)
         self.names, self.aliases = like.names, like.aliases
         self.digests, self.claims = {}, []  # of its own names
-        self.stored = {name: Stored("", like.shape(name), like.stored[name].code, 0) for name in like.names}
+        self.stored = {name: Stored("", like.shape(name), like.stored[name].code, 0)
+                       for name in like.names}
 
-    def runs(self, name: str, start: int, stop: int) -> list[tuple[Checkpoint, Run]]:
-        "Where a run of a tensor lies: in its own files, or, if no model reads the tensor, in the other's."
-        if name in self.here.aside: return [(self.like, Run(name, start, stop))]
-        parts = self.here.parts(name, start, stop)
-        return [(self.source, run) for part in parts for run in self.there.places(*part)]
+    @property
+    def identity(self) -> str:
+        return hashed([["aligned", self.source.identity, self.like.identity]])
+
+    def shape(self, name: str) -> tuple: return self.like.shape(name)
+    def dtype(self, name: str) -> torch.dtype: return widest_dtype(self, name)
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        "The scalars from `start` to `stop` in C order, flat. Do not write into it."
+        with exactly():
+            parts = [owner.piece(*run) for owner, run in runs_of(self, name, start, stop)]
+        if not parts: return self.like.piece(name, start, stop)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read(self, name: str) -> Tensor:
+        return self.piece(name, 0, self.size(name)).view(self.shape(name))
 
     def __repr__(self): return f"Aligned({self.path.name!r} like {self.like.path.name!r})"
 
 # %% ../../nbs/07_weights.names.ipynb #794f93e3
-def _shape(self, name: str) -> tuple: return self.like.shape(name)
-
-def _dtype(self, name: str) -> torch.dtype:
-    "The widest of those that the tensor's runs have."
-    found = {checkpoint.dtype(run.name) for checkpoint, run in self.runs(name, 0, self.size(name))}
-    return reduce(torch.promote_types, found) if found else self.like.dtype(name)
-
-def _piece(self, name: str, start: int, stop: int) -> Tensor:
-    "The scalars from `start` to `stop` in C order, flat. Do not write into it."
-    with exactly(): parts = [checkpoint.piece(*run) for checkpoint, run in self.runs(name, start, stop)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self.like.piece(name, start, stop)
+def runs_of(view: Aligned, name: str, start: int, stop: int) -> list[tuple[Checkpoint, Run]]:
+    "Where a run of a tensor lies: in its own files; in the other's if no model reads the tensor."
+    if name in view.here.aside: return [(view.like, Run(name, start, stop))]
+    parts = view.here.parts(name, start, stop)
+    return [(view.source, run) for part in parts for run in view.there.places(*part)]
 
 # %% ../../nbs/07_weights.names.ipynb #aa611a28
-def _read(self, name: str) -> Tensor: return self.piece(name, 0, self.size(name)).view(self.shape(name))
-
-Aligned.shape, Aligned.dtype, Aligned.piece, Aligned.read = _shape, _dtype, _piece, _read
-Aligned.identity = property(lambda self: hashed([["aligned", self.source.identity, self.like.identity]]))
+def widest_dtype(view: Aligned, name: str) -> torch.dtype:
+    "The widest of those that the tensor's runs have."
+    runs = runs_of(view, name, 0, view.size(name))
+    if not runs: return view.like.dtype(name)
+    return reduce(torch.promote_types, {owner.dtype(run.name) for owner, run in runs})
 
 # %% ../../nbs/07_weights.names.ipynb #2ad30cce
 def aligned(source: Checkpoint,
-            like: Checkpoint,                     # of the same model
+            like: Checkpoint,                  # of the same model
             say: Callable[[str], None] = note, # told what is set aside
-            ) -> Checkpoint:                      # `source`, or a view of it under the other's names
-    "A checkpoint under another's names. Raises MaetError, which lists what differs, if they are not of one model."
+            ) -> Checkpoint:                   # `source`, or a view of it under the other's names
+    """A checkpoint under another's names.
+
+    Raises MaetError, which lists what differs, if they are not of one model."""
     if set(source.names) == set(like.names): return source
     here, there = layout(like), layout(source)
     if here is None or there is None: same_tensors(like, source)
-    complete(like), complete(source)
+    complete(like)
+    complete(source)
     if here.parameters != there.parameters: same_tensors(like, source)
     for checkpoint, found in ((like, here), (source, there)):
-        if found.aside: say(f"{checkpoint.path}: {some(found.aside, 2)} set aside: no model reads them")
+        if not found.aside: continue
+        say(f"{checkpoint.path}: {some(found.aside, 2)} set aside: no model reads them")
     return Aligned(source, like)
