@@ -92,7 +92,7 @@ def average(results: list[dict],   # rows of `examine`
             "n": min(row["n"] for row in rows),
             "seconds": sum(row["seconds"] for row in rows)}
 
-# %% ../../nbs/45_exams.evaluation.ipynb #b4789ae3
+# %% ../../nbs/45_exams.evaluation.ipynb #e08dc4a2
 def _error_of_average(rows: list[dict], out: str | Path, task: str, languages: list[str],
                       ) -> float | None:
     "Over problems where every language asks the same ones, else over languages."
@@ -130,7 +130,7 @@ def _same_items(folder: str | Path, task: str, language: str,
     raise MaetError(f"{folder}: task {task!r}, {language}: its items are not those of {of}; "
                     "examine both on the same")
 
-# %% ../../nbs/45_exams.evaluation.ipynb #34d3f847
+# %% ../../nbs/45_exams.evaluation.ipynb #483e172f
 def _answers_of_both(a: str | Path, b: str | Path, task: str, languages: list[str],
                      ) -> torch.Tensor: # (items, models, languages, sums), float64
     "What each answer of two models adds to their scores."
@@ -160,7 +160,7 @@ def compare(a: str | Path, b: str | Path,  # what `examine` wrote to `out`, for 
              "difference": first - second, "stderr": gain.std().item(), "low": low, "high": high}
     return found | _discordant(answers)
 
-# %% ../../nbs/45_exams.evaluation.ipynb #b7953b4f
+# %% ../../nbs/45_exams.evaluation.ipynb #3a73b233
 def _discordant(answers: torch.Tensor) -> dict: # of `_answers_of_both` -> only_a, only_b, p
     "How many items only one model got right, and McNemar's p; None for several languages, other scores."
     right_or_wrong = answers.shape[-1] == 2 and bool((answers[..., 1] == 1).all())
@@ -243,7 +243,7 @@ def _how_asked(lm, exam: Exam) -> dict:
     if lm.set_aside: how["set_aside"] = lm.set_aside
     return how
 
-# %% ../../nbs/45_exams.evaluation.ipynb #11ec8fed
+# %% ../../nbs/45_exams.evaluation.ipynb #2d775947
 def _asked(exam: Exam, how: list) -> str:
     "A hash of what an exam's answers depend on: rows, exemplars, prompts, and how they are asked."
     text = json.dumps([exam, how], default=_function_as_json, sort_keys=True)
@@ -261,7 +261,7 @@ def _files(model: str | Path) -> list: # name, size in bytes, time of change in 
         found += [path for path in home.iterdir() if path.is_file()]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
 
-# %% ../../nbs/45_exams.evaluation.ipynb #be5582ce
+# %% ../../nbs/45_exams.evaluation.ipynb #726a4c31
 def _is_result(row) -> bool:
     "Is this a row of results.jsonl, with what is shown of it?"
     if not isinstance(row, dict): return False
@@ -367,7 +367,7 @@ def evaluation_job(model: str | Path, data: str | Path | None,
         if against is None: continue
         yield _against(compare(out, against, row["task"], [row["language"]]))
 
-# %% ../../nbs/45_exams.evaluation.ipynb #3d932e58
+# %% ../../nbs/45_exams.evaluation.ipynb #4f976867
 def _stripped(names: list[str]) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
