@@ -24,22 +24,25 @@ from .examinee import examinee
 def _patches() -> list:
     "What lm-eval does beside the work, each replaced by less; patches to enter."
     import lm_eval.api.task, lm_eval.evaluator, lm_eval.utils
+    templates = lm_eval.utils.env
     return [patch.object(lm_eval.api.task, "tqdm", lambda rows, **_: rows),
             patch.object(lm_eval.evaluator, "add_env_info", lambda storage: None),
             patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
-            patch.object(lm_eval.utils.env, "from_string", lru_cache(lm_eval.utils.env.from_string))]
+            patch.object(templates, "from_string", lru_cache(templates.from_string))]
 
 # %% ../../nbs/44_exams.asking.ipynb #cb7a1d77
 @contextlib.contextmanager
 def quiet():
-    "No bars and no log lines of lm-eval, datasets and transformers inside the block; nothing of it stays changed."
+    "No bars and no log lines of lm-eval, datasets and transformers inside the block; all is put back."
     patches = _patches()  # imports lm-eval: before the levels are read
     import datasets, transformers
     bars = transformers.utils.logging
     with contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.WARNING)  # DeepSpeed makes its logger anew, and writes to stdout when something imports it
-        for logger in map(logging.getLogger, ("lm_eval", "datasets", "transformers")):
+        # DeepSpeed makes its logger anew, and writes to stdout when something imports it
+        logging.disable(logging.WARNING)
+        for name in ("lm_eval", "datasets", "transformers"):
+            logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         if datasets.is_progress_bar_enabled():
@@ -48,16 +51,19 @@ def quiet():
         if bars.is_progress_bar_enabled():
             stack.callback(bars.enable_progress_bar)
             bars.disable_progress_bar()
-        for each in patches: stack.enter_context(each)
+        for change in patches: stack.enter_context(change)
         yield
 
 # %% ../../nbs/44_exams.asking.ipynb #af3e1334
 def ratio_stderr(pairs: list[tuple[float, float]], # (numerator, denominator) of each item
                  ) -> float | None:                # None for a single item
     "Standard error of sum(numerators) / sum(denominators), linearised."
-    n, below = len(pairs), sum(m for _, m in pairs)
+    n = len(pairs)
+    below = sum(m for _, m in pairs)
     ratio = sum(b for b, _ in pairs) / below
-    return None if n < 2 else math.sqrt(n / (n - 1) * sum((b - ratio * m) ** 2 for b, m in pairs)) / below
+    if n < 2: return None
+    squares = sum((b - ratio * m) ** 2 for b, m in pairs)
+    return math.sqrt(n / (n - 1) * squares) / below
 
 # %% ../../nbs/44_exams.asking.ipynb #0286dd55
 DRAWS = 2000  # of a bootstrap; its error is then itself 1.6 % unsure
@@ -66,9 +72,13 @@ def drawn_sums(items: torch.Tensor, # (items, sums)
                draws: int = DRAWS, seed: int = 0, # the same seed draws the same items
                ) -> torch.Tensor:   # (draws, sums)
     "Sums of as many items as there are, drawn with replacement."
-    generator, n = torch.Generator().manual_seed(seed), len(items)
-    chosen = (torch.randint(n, (n,), generator=generator) for _ in range(draws))
-    return torch.stack([items.double().T @ torch.bincount(c, minlength=n).double() for c in chosen])
+    generator = torch.Generator().manual_seed(seed)
+    columns, n = items.double().T, len(items)
+    found = []
+    for _ in range(draws):
+        chosen = torch.randint(n, (n,), generator=generator)
+        found.append(columns @ torch.bincount(chosen, minlength=n).double())
+    return torch.stack(found)
 
 # %% ../../nbs/44_exams.asking.ipynb #7ca4f587
 def score_of(sums: torch.Tensor) -> torch.Tensor: # (..., 2) or (..., 10) -> (...)
@@ -79,31 +89,45 @@ def score_of(sums: torch.Tensor) -> torch.Tensor: # (..., 2) or (..., 10) -> (..
 def _measured(metric: str, report: dict, samples: list[dict]) -> tuple[float, float | None]:
     "Value and standard error of one task in lm-eval's report, where the keys are `metric,filter`."
     found = {key.split(",")[0]: value for key, value in report.items()}
+    answers = [sample[metric] for sample in samples]
     error = found.get(f"{metric}_stderr")
-    if metric == "bits_per_byte": error = ratio_stderr([(-s[metric][0] / math.log(2), s[metric][1]) for s in samples])
-    if metric == "bleu" and len(samples) > 1: error = score_of(drawn_sums(torch.tensor([s[metric] for s in samples]))).std()
+    if metric == "bits_per_byte":
+        error = ratio_stderr([(-log_p / math.log(2), size) for log_p, size in answers])
+    if metric == "bleu" and len(samples) > 1:
+        error = score_of(drawn_sums(torch.tensor(answers))).std()
     return float(found[metric]), None if error in ("N/A", None) else float(error)
 
 def _joined(metric: str, reports: list[dict], samples: list[dict]) -> tuple[float, float | None]:
     "Value and standard error of an exam in one or more sections."
     if len(reports) == 1: return _measured(metric, reports[0], samples)
-    return sum(s[metric] for s in samples) / len(samples), ratio_stderr([(s[metric], 1) for s in samples])
+    answers = [sample[metric] for sample in samples]
+    return sum(answers) / len(answers), ratio_stderr([(answer, 1) for answer in answers])
 
 # %% ../../nbs/44_exams.asking.ipynb #2e01e174
 def _answer(row: dict, sample: dict, metric: str) -> dict:
     "One item and what the model made of it."
     kept = {"id": row["id"], "level": row.get("level", row.get("subject"))}
-    if metric == "bits_per_byte": return kept | {"bits": -sample[metric][0] / math.log(2), "bytes": sample[metric][1]}
-    if "choices" in row:
-        scores = [score for score, _ in sample["filtered_resps"]]
-        target, prediction = row["choices"][row["label"]], row["choices"][scores.index(max(scores))]
-    else:
-        target, prediction = str(row.get("target", "")), sample["filtered_resps"][0]
-        if prediction == "[invalid]": prediction = None  # no number at all
-        kept["output"] = sample["resps"][0][0]
-        if sample.get("end"): kept["end"] = sample["end"]
-    if metric == "bleu": return kept | {"target": target, "prediction": prediction, "statistics": sample[metric]}
-    return kept | {"target": target, "prediction": prediction, "correct": bool(sample[metric])}
+    if metric == "bits_per_byte":
+        log_p, size = sample[metric]
+        return kept | {"bits": -log_p / math.log(2), "bytes": size}
+    kept |= _chosen(row, sample) if "choices" in row else _written(row, sample)
+    if metric == "bleu": return kept | {"statistics": sample[metric]}
+    return kept | {"correct": bool(sample[metric])}
+
+# %% ../../nbs/44_exams.asking.ipynb #c410f2e6
+def _chosen(row: dict, sample: dict) -> dict:
+    "The right choice, and the likeliest one."
+    scores = [score for score, _ in sample["filtered_resps"]]
+    likeliest = scores.index(max(scores))
+    return {"target": row["choices"][row["label"]], "prediction": row["choices"][likeliest]}
+
+def _written(row: dict, sample: dict) -> dict:
+    "What the model wrote, what ended it, and what was read in it; None where no number was."
+    prediction = sample["filtered_resps"][0]
+    if prediction == "[invalid]": prediction = None
+    kept = {"output": sample["resps"][0][0]}
+    if sample.get("end"): kept["end"] = sample["end"]
+    return kept | {"target": str(row.get("target", "")), "prediction": prediction}
 
 # %% ../../nbs/44_exams.asking.ipynb #a9334987
 def _keep(path: Path, rows: list[dict]):
@@ -112,30 +136,46 @@ def _keep(path: Path, rows: list[dict]):
     with whole(path) as part: Path(part).write_text("".join(lines), encoding="utf-8")
 
 # %% ../../nbs/44_exams.asking.ipynb #da4c1dd3
-def _results(exams: list[Exam], report: dict, seconds: float, out: Path | None, ended: dict) -> list[dict]:
+def _results(exams: list[Exam], report: dict, seconds: float, out: Path | None, ended: dict,
+             ) -> list[dict]:
     "lm-eval's report as rows of ours; samples are written where `out` is given."
-    results, items = [], sum(len(exam.rows) for exam in exams)
-    for task, language, rows, asked in exams:
-        metric, places = template(task)["metric_list"][0]["metric"], {}
-        for section in asked:
-            name = section.config["task"]
-            samples = sorted(report["samples"][name], key=lambda s: s["doc_id"])
-            samples = [s | {"end": ended.get((name, s["doc_id"]))} for s in samples]
-            places |= dict(zip(section.places, samples, strict=True))
-        samples = [places[n] for n in range(len(rows))]
-        value, stderr = _joined(metric, [report["results"][section.config["task"]] for section in asked], samples)
-        results.append(dict(task=task, language=language, metric=metric, value=value, stderr=stderr, n=len(rows),
-                            seconds=seconds * len(rows) / items))
-        if out is not None: _keep(out / task / f"{language}.jsonl", [_answer(row, s, metric) for row, s in zip(rows, samples)])
+    items = sum(len(exam.rows) for exam in exams)
+    results = []
+    for exam in exams:
+        metric, n = template(exam.task)["metric_list"][0]["metric"], len(exam.rows)
+        samples = _in_order(exam, report["samples"], ended)
+        reports = [report["results"][section.config["task"]] for section in exam.sections]
+        value, stderr = _joined(metric, reports, samples)
+        results.append({"task": exam.task, "language": exam.language, "metric": metric, "value": value,
+                        "stderr": stderr, "n": n, "seconds": seconds * n / items})
+        if out is None: continue
+        answers = [_answer(row, sample, metric) for row, sample in zip(exam.rows, samples)]
+        _keep(out / exam.task / f"{exam.language}.jsonl", answers)
     return results
+
+# %% ../../nbs/44_exams.asking.ipynb #57e8a68a
+def _in_order(exam: Exam, samples: dict, # of lm-eval's report: a section's name -> its samples
+              ended: dict, # (a section's name, its item) -> what ended the answer
+              ) -> list[dict]:
+    "lm-eval's samples of all sections, in the order of the exam's items."
+    places = {}
+    for section in exam.sections:
+        name = section.config["task"]
+        own = sorted(samples[name], key=lambda sample: sample["doc_id"])
+        for place, sample in zip(section.places, own, strict=True):
+            places[place] = sample | {"end": ended.get((name, sample["doc_id"]))}
+    return [places[n] for n in range(len(exam.rows))]
 
 # %% ../../nbs/44_exams.asking.ipynb #80e28a51
 def _simple_evaluate(lm, tasks: list, **how) -> dict:
     "lm-eval's report on tasks of `tasks_of`."
     import lm_eval
     from lm_eval.tasks import TaskManager
-    seeds = {f"{kind}_seed": None for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
-    return lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=1, **seeds, **how)
+    kinds = ("random", "numpy_random", "torch_random", "fewshot_random")
+    unseeded = {f"{kind}_seed": None for kind in kinds}
+    manager = TaskManager(include_defaults=False)
+    return lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=1,
+                                   **unseeded, **how)
 
 # %% ../../nbs/44_exams.asking.ipynb #a153ff48
 def ask(lm,                      # an lm_eval.api.model.LM
@@ -145,15 +185,28 @@ def ask(lm,                      # an lm_eval.api.model.LM
         chat_template: bool = False, allow_code: bool = False,
         ) -> list[dict]:         # task, language, metric, value, stderr, n, seconds
     "Hold exams, all in one call. Warns of prompts that were cut."
-    started, before = time.perf_counter(), [getattr(lm, name, 0) for name in ("done", "cut")]
-    answers = sum(len(row["choices"]) if "choices" in row else 1 for exam in exams for row in exam.rows)
-    if hasattr(lm, "report"): lm.report = progress and (lambda done: progress(min(done - before[0], answers), answers))
+    started, cut_before = time.perf_counter(), getattr(lm, "cut", 0)
+    if hasattr(lm, "report"):
+        lm.report = progress and _reporter(progress, exams, getattr(lm, "done", 0))
     with quiet():
-        report = _simple_evaluate(lm, tasks_of(exams), apply_chat_template=chat_template, fewshot_as_multiturn=chat_template,
-                                  confirm_run_unsafe_code=allow_code)
-    if cut := getattr(lm, "cut", 0) - before[1]:
-        warnings.warn(f"{lm.path}: {cut} prompts were longer than the context of {lm.max_length} tokens and lost their beginning", stacklevel=3)
+        report = _simple_evaluate(lm, tasks_of(exams), confirm_run_unsafe_code=allow_code,
+                                  apply_chat_template=chat_template, fewshot_as_multiturn=chat_template)
+    cut = getattr(lm, "cut", 0) - cut_before
+    if cut:
+        warnings.warn(f"{lm.path}: {cut} prompts were longer than the context of {lm.max_length} "
+                      "tokens and lost their beginning", stacklevel=3)
     return _results(exams, report, time.perf_counter() - started, out, getattr(lm, "ended", {}))
+
+# %% ../../nbs/44_exams.asking.ipynb #2a48ff1d
+def _reporter(progress: Callable[[int, int], None], exams: list[Exam],
+              before: int, # answers that the model has given already
+              ) -> Callable[[int], None]:
+    "What the model calls with the answers that it has given so far; each choice is an answer."
+    answers = 0
+    for exam in exams:
+        answers += sum(len(row["choices"]) if "choices" in row else 1 for row in exam.rows)
+    def report(done: int): progress(min(done - before, answers), answers)
+    return report
 
 # %% ../../nbs/44_exams.asking.ipynb #54ceb912
 def _room(lm, path, tasks: list[str]):
@@ -166,55 +219,75 @@ def _room(lm, path, tasks: list[str]):
 
 # %% ../../nbs/44_exams.asking.ipynb #7b90e611
 def _shots_fit(lm, path, tasks: list, chat_template: bool):
-    "Raises MaetError for a task of `tasks_of` whose longest prompt, with its exemplars and the answer, is longer than the context."
+    """Raises MaetError for a task of `tasks_of` whose longest prompt, with its exemplars and the answer,
+    is longer than the context."""
+    chat = {}
+    if chat_template:
+        chat = {"apply_chat_template": True, "fewshot_as_multiturn": True,
+                "chat_template": lm.apply_chat_template}
     for task in tasks:
-        if not (count := task.config.num_fewshot): continue
-        doc = max(task.test_docs(), key=lambda doc: len(task.doc_to_text(doc)))
-        chat = dict(apply_chat_template=True, fewshot_as_multiturn=True, chat_template=lm.apply_chat_template) if chat_template else {}
-        prompt = len(lm.tok_encode(task.fewshot_context(doc, count, **chat)))
+        count = task.config.num_fewshot
+        if not count: continue
+        longest = max(task.test_docs(), key=lambda doc: len(task.doc_to_text(doc)))
+        prompt = len(lm.tok_encode(task.fewshot_context(longest, count, **chat)))
         answer = (task.config.generation_kwargs or {}).get("max_gen_toks", 1)
-        if prompt + answer > lm.max_length:
-            raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for {count} shots of {task.task_name!r}: "
-                            f"the longest prompt has {prompt}, an answer up to {answer}; ask with fewer shots")
+        if prompt + answer <= lm.max_length: continue
+        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for {count} shots "
+                        f"of {task.task_name!r}: the longest prompt has {prompt}, "
+                        f"an answer up to {answer}; ask with fewer shots")
 
 # %% ../../nbs/44_exams.asking.ipynb #0697240a
 def _fits(lm, path, exams: list[Exam], chat_template: bool):
-    "Raises MaetError where the model cannot sit an exam: no chat template, or a context that is too short."
+    "Raises MaetError where the model cannot sit an exam: no chat template, a context that is too short."
     if chat_template and not getattr(lm.tokenizer, "chat_template", None):
-        raise MaetError(f"{path}: its tokenizer has no chat template: save one beside it, or ask without")
+        raise MaetError(f"{path}: its tokenizer has no chat template: "
+                        "save one beside it, or ask without")
     _room(lm, path, dict.fromkeys(exam.task for exam in exams))
-    _shots_fit(lm, path, tasks_of([e for e in exams if any(section.config["num_fewshot"] for section in e.sections)]), chat_template)
+    _shots_fit(lm, path, tasks_of(list(filter(_has_shots, exams))), chat_template)
+
+def _has_shots(exam: Exam) -> bool:
+    return any(section.config["num_fewshot"] for section in exam.sections)
 
 # %% ../../nbs/44_exams.asking.ipynb #667be543
-def _exams(data, tasks: list[str], languages: list[str], limit: int | None, shots: int | None, allow_code: bool) -> list[Exam]:
+def _exams(data, tasks: list[str], languages: list[str], limit: int | None, shots: int | None,
+           allow_code: bool) -> list[Exam]:
     "What is asked, each exam once. Raises MaetError, also where code would run without consent."
     for task in tasks:
         if template(task).get("unsafe_code") and not allow_code:
-            raise MaetError(f"task {task!r} runs code that the model wrote: allow it (allow_code, --allow-code), or leave the task out")
-    found = [exam(data, task, l, limit, shots) for task in dict.fromkeys(tasks) for l in held(task, languages)]
+            raise MaetError(f"task {task!r} runs code that the model wrote: allow it "
+                            "(allow_code, --allow-code), or leave the task out")
+    found = []
+    for task in dict.fromkeys(tasks):
+        for language in held(task, languages):
+            found.append(exam(data, task, language, limit, shots))
     if not found: raise MaetError("no exam is asked: name at least one task and one language")
     return found
 
 # %% ../../nbs/44_exams.asking.ipynb #26f2e17c
 def _folders(out: Path, exams: list[Exam]):
-    "The samples' folders: a forbidden one should not cost an exam."
+    "The samples' folders: a forbidden one should not cost an exam. Raises MaetError."
     try:
         for exam in exams: (out / exam.task).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise MaetError(f"{out}: the samples cannot be written there ({e.strerror})") from None
+    except OSError as e:
+        raise MaetError(f"{out}: the samples cannot be written there ({e.strerror})") from None
 
 # %% ../../nbs/44_exams.asking.ipynb #8fa6f7f5
-def _seated(model, exams: list[Exam], out: Path | None, chat_template: bool = False, backend_args: dict | None = None,
+def _seated(model, exams: list[Exam], out: Path | None, chat_template: bool = False,
+            backend_args: dict | None = None,
             **how): # of `examinee`
-    "The model, ready for these exams: lm-eval's object. Raises MaetError for whatever can be refused before the first question."
-    if clash := {"model", "batch_size", "device", "backend", "dtype"} & set(backend_args or {}):
-        raise MaetError(f"backend options: {', '.join(sorted(clash))} has an option of its own")
+    """The model, ready for these exams: lm-eval's object. Raises MaetError for whatever can be refused
+    before the first question."""
+    backend_args = backend_args or {}
+    clash = {"model", "batch_size", "device", "backend", "dtype"} & set(backend_args)
+    if clash: raise MaetError(f"backend options: {', '.join(sorted(clash))} has an option of its own")
     with quiet():
-        lm = examinee(model, **how, **(backend_args or {}))
+        lm = examinee(model, **how, **backend_args)
         _fits(lm, model, exams, chat_template)
     if out is not None: _folders(out, exams)
-    if lm.set_aside and any(_is_written(e.task) for e in exams):
+    if lm.set_aside and any(_is_written(exam.task) for exam in exams):
         named = ", ".join(f"{name} {value}" for name, value in lm.set_aside.items())
-        warnings.warn(f"{lm.path}: exams ask greedily and set aside what it brings: {named}", stacklevel=3)
+        message = f"{lm.path}: exams ask greedily and set aside what it brings: {named}"
+        warnings.warn(message, stacklevel=3)
     return lm
 
 # %% ../../nbs/44_exams.asking.ipynb #cc0f5af3
@@ -233,14 +306,17 @@ def examine(model,                    # a checkpoint folder or hub id, or an lm_
             shots: int | None = None, # exemplars before each item; None: the task's own number
             backend: str = "hf",      # or "vllm"
             dtype: str = "auto",      # auto: the checkpoint's own
-            chat_template: bool = False, # put prompts, and exemplars as turns, into the tokenizer's chat template
+            chat_template: bool = False, # prompts, and exemplars as turns, in the tokenizer's template
             allow_code: bool = False, # run what the model wrote (HumanEval, MBPP)
             backend_args: dict | None = None, # for lm-eval's class of the backend
             ) -> list[dict]:          # task, language, metric, value, stderr, n, seconds
-    "Examine a model with lm-eval, in one call for all tasks and languages. Raises MaetError before the first question."
-    out, lm = None if out is None else Path(out), model
+    """Examine a model with lm-eval, in one call for all tasks and languages. Raises MaetError before
+    the first question."""
+    out = None if out is None else Path(out)
     exams = _exams(data, tasks, languages, limit, shots, allow_code)
+    lm = model
     if isinstance(model, (str, Path)):
-        lm = _seated(model, exams, out, chat_template, backend_args, batch_size=batch_size, device=device, backend=backend, dtype=dtype)
+        lm = _seated(model, exams, out, chat_template, backend_args,
+                     batch_size=batch_size, device=device, backend=backend, dtype=dtype)
     elif out is not None: _folders(out, exams)
     return ask(lm, exams, out, progress, chat_template, allow_code)

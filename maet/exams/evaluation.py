@@ -27,38 +27,52 @@ from maet.exams.asking import (
 
 # %% ../../nbs/45_exams.evaluation.ipynb #d02560dd
 def _samples(out: str | Path, task: str, language: str) -> list[dict]:
+    "The answers of one exam, as they were kept. Raises MaetError: none there, or no answers."
     path = Path(out) / task / f"{language}.jsonl"
     if not os.path.isfile(path): raise MaetError(f"{path}: no samples there: examine with `out` first")
-    return [_sample(*line) for line in read_lines(path, "examine again")]
+    return [_sample(where, row) for where, row in read_lines(path, "examine again")]
 
 # %% ../../nbs/45_exams.evaluation.ipynb #ecfb0ebb
+def _is_number(value) -> bool: return isinstance(value, bool | int | float)
+
+def _is_answer(row) -> bool:
+    "Has it an id and a score, and are what is added up numbers?"
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str | int): return False
+    sums = row.get("statistics", [])
+    if not isinstance(sums, list) or not all(map(_is_number, sums)): return False
+    scored = "statistics" in row or "correct" in row or {"bits", "bytes"} <= row.keys()
+    counted = [row[key] for key in ("correct", "bits", "bytes") if key in row]
+    return scored and all(map(_is_number, counted))
+
 def _sample(where: str, row) -> dict:
-    "An answer, checked: it has an id, and what is added up are numbers."
-    def number(value): return isinstance(value, bool | int | float)
-    sums = row.get("statistics", []) if isinstance(row, dict) else None
-    named = sums is not None and isinstance(row.get("id"), str | int)
-    counted = named and isinstance(sums, list) and all(map(number, sums))
-    scored = counted and ("statistics" in row or "correct" in row or {"bits", "bytes"} <= row.keys())
-    if scored and all(number(row[key]) for key in ("correct", "bits", "bytes") if key in row): return row
+    "An answer, checked."
+    if _is_answer(row): return row
     raise MaetError(f"{where} is no answer that an exam wrote: examine again")
 
 # %% ../../nbs/45_exams.evaluation.ipynb #8ed18636
 def by_level(out: str | Path, # the folder that `examine` wrote its samples to
              task: str, language: str,
              ) -> dict:       # level -> (accuracy, number of items), in the order of the levels
-    "Accuracy at each level of one exam."
+    "Accuracy at each level of one exam. Raises MaetError: answers that are neither right nor wrong."
     if template(task)["metric_list"][0]["metric"] in ("bits_per_byte", "bleu"):
         raise MaetError(f"task {task!r}: its answers are neither right nor wrong")
-    levels = {}
-    for answer in _samples(out, task, language): levels.setdefault(answer["level"], []).append(answer["correct"])
-    return {level: (sum(right) / len(right), len(right)) for level, right in sorted(levels.items(), key=lambda item: str(item[0]))}
+    correct = {}
+    for answer in _samples(out, task, language):
+        correct.setdefault(answer["level"], []).append(answer["correct"])
+    found = {}
+    for level in sorted(correct, key=str):
+        right, n = sum(correct[level]), len(correct[level])
+        found[level] = right / n, n
+    return found
 
 # %% ../../nbs/45_exams.evaluation.ipynb #aca65e35
 def over_levels(out: str | Path, task: str, language: str) -> tuple[float, float | None]:
-    "Mean of the levels' accuracies (of MMLU: of the subjects', whatever their sizes) and its standard error."
+    "Mean of the levels' accuracies (of MMLU: of the subjects', of any size) and its standard error."
     levels = by_level(out, task, language).values()
-    error = math.sqrt(sum(p * (1 - p) / (n - 1) for p, n in levels)) / len(levels) if all(n > 1 for _, n in levels) else None
-    return sum(p for p, _ in levels) / len(levels), error
+    mean = sum(share for share, _ in levels) / len(levels)
+    if not all(n > 1 for _, n in levels): return mean, None
+    variance = sum(share * (1 - share) / (n - 1) for share, n in levels)
+    return mean, math.sqrt(variance) / len(levels)
 
 # %% ../../nbs/45_exams.evaluation.ipynb #1f1362ea
 def average(results: list[dict],   # rows of `examine`
@@ -67,16 +81,31 @@ def average(results: list[dict],   # rows of `examine`
             languages: list[str],  # at least one
             name: str = "average", # goes where a language's name goes
             ) -> dict:             # a row like those of `examine`; n counts problems, not answers
-    "Mean accuracy over languages with a standard error that knows which items are translations of each other."
-    rows = [r for r in results if r["task"] == task and r["language"] in languages]
-    missing = sorted(set(languages) - {r["language"] for r in rows})
+    """Mean accuracy over languages with a standard error that knows which items are translations of each
+    other. Raises MaetError where a language has no result."""
+    rows = [row for row in results if row["task"] == task and row["language"] in languages]
+    missing = sorted(set(languages) - {row["language"] for row in rows})
     if missing: raise MaetError(f"task {task!r}: no result for {', '.join(missing)}")
-    stderr = math.sqrt(sum((r["stderr"] or 0) ** 2 for r in rows)) / len(rows)
-    correct = [{a["id"]: a.get("correct") for a in _samples(out, task, language)} for language in languages]
-    if all(c.keys() == correct[0].keys() and len(c) == rows[0]["n"] and None not in c.values() for c in correct):
-        stderr = ratio_stderr([(sum(c[i] for c in correct) / len(correct), 1) for i in correct[0]])
-    return dict(task=task, language=name, metric=rows[0]["metric"], value=sum(r["value"] for r in rows) / len(rows), stderr=stderr,
-                n=min(r["n"] for r in rows), seconds=sum(r["seconds"] for r in rows))
+    return {"task": task, "language": name, "metric": rows[0]["metric"],
+            "value": sum(row["value"] for row in rows) / len(rows),
+            "stderr": _error_of_average(rows, out, task, languages),
+            "n": min(row["n"] for row in rows),
+            "seconds": sum(row["seconds"] for row in rows)}
+
+# %% ../../nbs/45_exams.evaluation.ipynb #e08dc4a2
+def _error_of_average(rows: list[dict], out: str | Path, task: str, languages: list[str],
+                      ) -> float | None:
+    "Over problems where every language asks the same ones, else over languages."
+    correct = [] # of each language: id -> is it right?
+    for language in languages:
+        samples = _samples(out, task, language)
+        correct.append({answer["id"]: answer.get("correct") for answer in samples})
+    ids, n = correct[0].keys(), rows[0]["n"]
+    def answers_all(known): return known.keys() == ids and len(known) == n and None not in known.values()
+    if all(map(answers_all, correct)):
+        def share(i): return sum(known[i] for known in correct) / len(correct)
+        return ratio_stderr([(share(i), 1) for i in ids])
+    return math.sqrt(sum((row["stderr"] or 0) ** 2 for row in rows)) / len(rows)
 
 # %% ../../nbs/45_exams.evaluation.ipynb #d321d6f7
 def mcnemar(b: int, c: int) -> float: # p, two-sided
@@ -87,41 +116,68 @@ def mcnemar(b: int, c: int) -> float: # p, two-sided
 def _sums(answer: dict) -> list[float]:
     "What one answer adds to the sums of its score."
     if "statistics" in answer: return answer["statistics"]
-    return [answer["bits"], answer["bytes"]] if "bits" in answer else [float(answer["correct"]), 1.0]
+    if "bits" in answer: return [answer["bits"], answer["bytes"]]
+    return [float(answer["correct"]), 1.0]
 
 # %% ../../nbs/45_exams.evaluation.ipynb #67b79e45
-def _same_items(folder: str | Path, task: str, language: str, ids: set, of: str) -> dict[str | int, list[float]]: # id -> sums
-    "The samples of one exam. Raises MaetError where they are not of the items that are meant, those `of` something."
-    answers = {s["id"]: _sums(s) for s in _samples(folder, task, language)}
+def _same_items(folder: str | Path, task: str, language: str,
+                ids: set, # of the items that are meant
+                of: str,  # whose items they are
+                ) -> dict[str | int, list[float]]: # id -> sums
+    "What each answer of one exam adds to its score. Raises MaetError: other items."
+    answers = {sample["id"]: _sums(sample) for sample in _samples(folder, task, language)}
     if answers.keys() == ids: return answers
-    raise MaetError(f"{folder}: task {task!r}, {language}: its items are not those of {of}; examine both on the same")
+    raise MaetError(f"{folder}: task {task!r}, {language}: its items are not those of {of}; "
+                    "examine both on the same")
+
+# %% ../../nbs/45_exams.evaluation.ipynb #483e172f
+def _answers_of_both(a: str | Path, b: str | Path, task: str, languages: list[str],
+                     ) -> torch.Tensor: # (items, models, languages, sums), float64
+    "What each answer of two models adds to their scores."
+    ids = [sample["id"] for sample in _samples(a, task, languages[0])]
+    columns = []
+    for folder in (a, b):
+        for language in languages:
+            sums = _same_items(folder, task, language, set(ids), f"{a}, {languages[0]}")
+            columns.append(torch.tensor([sums[i] for i in ids], dtype=torch.float64))
+    return torch.stack(columns, 1).unflatten(1, (2, len(languages)))
 
 # %% ../../nbs/45_exams.evaluation.ipynb #8b9fa262
 def compare(a: str | Path, b: str | Path,  # what `examine` wrote to `out`, for two models
             task: str,
             languages: list[str],          # the average over these
             draws: int = 10_000, seed: int = 0,
-            ) -> dict:                     # task, languages, n, a, b, difference, stderr, low, high, only_a, only_b, p
-    """Two models on the same items: a minus b with error and interval; McNemar's p where one language is asked, and answers are right
-    or wrong. Raises MaetError: other items."""
-    ids = [s["id"] for s in _samples(a, task, languages[0])]
-    tables = [[_same_items(folder, task, l, set(ids), f"{a}, {languages[0]}") for l in languages] for folder in (a, b)]
-    stack = torch.tensor([[[answers[i] for answers in table] for table in tables] for i in ids], dtype=torch.float64)  # item, model, language, sum
-    scores = lambda sums: score_of(sums.unflatten(-1, stack.shape[1:])).mean(-1)
-    drawn = scores(drawn_sums(stack.flatten(1), draws, seed))
-    gain, (first, second) = drawn[:, 0] - drawn[:, 1], scores(stack.sum(0).flatten()).tolist()
+            ) -> dict:  # task, languages, n, a, b, difference, stderr, low, high, only_a, only_b, p
+    """Two models on the same items: a minus b with error and interval; McNemar's p where one language
+    is asked, and answers are right or wrong. Raises MaetError: other items."""
+    answers = _answers_of_both(a, b, task, languages)
+    first, second = score_of(answers.sum(0)).mean(-1).tolist()
+    drawn = drawn_sums(answers.flatten(1), draws, seed).unflatten(-1, answers.shape[1:])
+    scores = score_of(drawn).mean(-1)  # (draws, models)
+    gain = scores[:, 0] - scores[:, 1]
     low, high = gain.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    found = dict(task=task, languages=list(languages), n=len(ids), a=first, b=second, difference=first - second, stderr=gain.std().item(), low=low, high=high)
-    if len(languages) > 1 or stack.shape[-1] != 2 or (stack[..., 1] != 1).any(): return found | dict(only_a=None, only_b=None, p=None)
-    x, y = stack[:, 0, 0, 0], stack[:, 1, 0, 0]
-    only = int((x > y).sum()), int((y > x).sum())
-    return found | dict(only_a=only[0], only_b=only[1], p=mcnemar(*only))
+    found = {"task": task, "languages": list(languages), "n": len(answers), "a": first, "b": second,
+             "difference": first - second, "stderr": gain.std().item(), "low": low, "high": high}
+    return found | _discordant(answers)
+
+# %% ../../nbs/45_exams.evaluation.ipynb #3a73b233
+def _discordant(answers: torch.Tensor) -> dict: # of `_answers_of_both` -> only_a, only_b, p
+    "How many items only one model got right, and McNemar's p; None for several languages, other scores."
+    right_or_wrong = answers.shape[-1] == 2 and bool((answers[..., 1] == 1).all())
+    several = answers.shape[2] > 1
+    if several or not right_or_wrong: return {"only_a": None, "only_b": None, "p": None}
+    a, b = answers[:, :, 0, 0].unbind(1)
+    only_a = int((a > b).sum())
+    only_b = int((b > a).sum())
+    return {"only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b)}
 
 # %% ../../nbs/45_exams.evaluation.ipynb #b888b298
 @lru_cache(1)
-def backbones() -> dict[str, dict]: # name -> config: what its config.json says; scores: paper, table, exam, then language -> score
-    "The published models."
-    return yaml.safe_load((Path(str(files("maet"))) / "catalogue" / "backbones.yml").read_text(encoding="utf-8"))
+def backbones() -> dict[str, dict]:
+    """The published models: name -> config (what its config.json says) and scores (rows of paper,
+    table, exam, and a score for each language)."""
+    file = Path(str(files("maet"))) / "catalogue" / "backbones.yml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 # %% ../../nbs/45_exams.evaluation.ipynb #1b28c0b4
 def backbone(model: str | Path, # a checkpoint folder or a hub id
@@ -132,20 +188,29 @@ def backbone(model: str | Path, # a checkpoint folder or a hub id
     except (OSError, ValueError): return None
     name = f"{Path(model).name} {config.get('_name_or_path', '')}".lower()
     if (path / "maet_config.yml").exists() or re.search(r"instruct|chat|\bit\b", name): return None
-    return next((known for known, row in backbones().items() if all(config.get(k) == v for k, v in row["config"].items())), None)
+    for known, row in backbones().items():
+        if all(config.get(key) == value for key, value in row["config"].items()): return known
+    return None
 
 # %% ../../nbs/45_exams.evaluation.ipynb #74984acb
 def published(model: str | Path, # a checkpoint folder or a hub id
               ) -> dict[tuple[str, str], dict]: # (our task, language) -> value, model, paper, table
-    "A published model's scores, in the unit of ours: shares 0 to 1, BLEU 0 to 100. Empty for any other model."
-    if (known := backbone(model)) is None: return {}
-    ours, found = {}, {}
-    for task in TASKS: ours.setdefault(template(task)["metadata"].get("published"), []).append(task)
+    """A published model's scores, in the unit of ours: shares 0 to 1, BLEU 0 to 100. Empty for any other
+    model."""
+    known = backbone(model)
+    if known is None: return {}
+    tasks = {} # their exam -> our tasks
+    for task in TASKS:
+        theirs = template(task)["metadata"].get("published")
+        tasks.setdefault(theirs, []).append(task)
+    found = {}
     for row in backbones()[known]["scores"]:
-        scores = {l: v for l, v in row.items() if l not in ("paper", "table", "exam")}
-        for language, task in ((l, t) for l in scores for t in ours[row["exam"]]):
-            value = scores[language] if task == "flores" else scores[language] / 100
-            found.setdefault((task, language), dict(value=value, model=known, paper=row["paper"], table=row["table"]))
+        source = {"model": known, "paper": row["paper"], "table": row["table"]}
+        for language, score in row.items():
+            if language in ("paper", "table", "exam"): continue
+            for task in tasks[row["exam"]]:
+                value = score if task == "flores" else score / 100
+                found.setdefault((task, language), {"value": value} | source)
     return found
 
 # %% ../../nbs/45_exams.evaluation.ipynb #76546f9a
@@ -153,91 +218,130 @@ def score_lines(results: list[dict],  # of `examine`, and of `average`
                 known: dict,          # of `published`
                 ) -> list[str]:
     "One line a score for the command line, with the published one where there is one."
-    lines = []
-    for s in results:
-        error = "unknown" if s["stderr"] is None else f"{s['stderr']:.4f}"  # of a single item
-        line = f"{s['task']:14} {s['language']:7} {s['metric']} {s['value']:.4f} ±{error}  n {s['n']}  {s['seconds']:.0f} s"
-        there = known.get((s["task"], s["language"]))
-        lines.append(line + (f"  published {there['value']:.4f} ({there['model']}, {there['paper']}, Table {there['table']})" if there else ""))
-    return lines
+    return [_score_line(row, known.get((row["task"], row["language"]))) for row in results]
+
+def _score_line(row: dict, there: dict | None) -> str:
+    error = "unknown" if row["stderr"] is None else f"{row['stderr']:.4f}"  # of a single item
+    line = f"{row['task']:14} {row['language']:7} {row['metric']} {row['value']:.4f} ±{error}"
+    line += f"  n {row['n']}  {row['seconds']:.0f} s"
+    if there is None: return line
+    source = f"{there['model']}, {there['paper']}, Table {there['table']}"
+    return f"{line}  published {there['value']:.4f} ({source})"
 
 # %% ../../nbs/45_exams.evaluation.ipynb #1352246e
-ASKING = 2  # how answers are asked for, ended and read; one more with each change: older answers do not count
+# how answers are asked for, ended and read; one more with each change: older answers do not count
+ASKING = 2
 
 # %% ../../nbs/45_exams.evaluation.ipynb #04b0ae3f
 def _how_asked(lm, exam: Exam) -> dict:
-    "The stop tokens of an exam, and which settings of the model were not used; {} where nothing is written."
+    "The stop tokens of an exam, and the model's settings that were set aside; {} where nothing is written."
     if not _is_written(exam.task): return {}
     stops = {}
-    for section in exam.sections: stops |= lm.in_force(section.config["generation_kwargs"]["until"])
-    return {"stops": list(stops.values())} | ({"set_aside": lm.set_aside} if lm.set_aside else {})
+    for section in exam.sections:
+        stops |= lm.in_force(section.config["generation_kwargs"]["until"])
+    how = {"stops": list(stops.values())}
+    if lm.set_aside: how["set_aside"] = lm.set_aside
+    return how
 
+# %% ../../nbs/45_exams.evaluation.ipynb #2d775947
 def _asked(exam: Exam, how: list) -> str:
     "A hash of what an exam's answers depend on: rows, exemplars, prompts, and how they are asked."
-    plain = lambda f: [f.func.__name__, *f.args] if isinstance(f, partial) else f.__name__
-    return hashlib.sha256(json.dumps([exam, how], default=plain, sort_keys=True).encode()).hexdigest()
+    text = json.dumps([exam, how], default=_function_as_json, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+def _function_as_json(function) -> list | str:
+    if isinstance(function, partial): return [function.func.__name__, *function.args]
+    return function.__name__
 
 # %% ../../nbs/45_exams.evaluation.ipynb #74bec233
 def _files(model: str | Path) -> list: # name, size in bytes, time of change in ns
     "What tells one model folder from another, and from itself before a change, without reading it."
-    found = sorted(p for home in _homes(open_checkpoint(model)) for p in home.iterdir() if p.is_file())
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    found = []
+    for home in _homes(open_checkpoint(model)):
+        found += [path for path in home.iterdir() if path.is_file()]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
 
+# %% ../../nbs/45_exams.evaluation.ipynb #726a4c31
 def _is_result(row) -> bool:
     "Is this a row of results.jsonl, with what is shown of it?"
     if not isinstance(row, dict): return False
-    texts = all(isinstance(row.get(key), str) for key in ("task", "language", "metric"))
-    numbers = all(isinstance(row.get(key), int | float) for key in ("value", "n", "seconds"))
-    return texts and numbers and isinstance(row.get("stderr"), int | float | None)
+    texts = [row.get(key) for key in ("task", "language", "metric")]
+    numbers = [row.get(key) for key in ("value", "n", "seconds")]
+    if not all(isinstance(text, str) for text in texts): return False
+    if not all(isinstance(number, int | float) for number in numbers): return False
+    return isinstance(row.get("stderr"), int | float | None)
 
 # %% ../../nbs/45_exams.evaluation.ipynb #485e0108
 def _finished(out: Path) -> dict[tuple[str, str], dict]: # (task, language) -> row
-    "The exams that an earlier call finished."
+    "The exams that an earlier call finished. Raises MaetError where something else stands there."
     file = out / "results.jsonl"
-    rows = [row for _, row in read_lines(file, "move it away")] if file.is_file() else []
-    if not all(map(_is_result, rows)): raise MaetError(f"{file}: is not what an exam wrote: move it away")
-    return {(r["task"], r["language"]): r for r in rows if (out / r["task"] / f"{r['language']}.jsonl").is_file()}
+    if not file.is_file(): return {}
+    rows = [row for _, row in read_lines(file, "move it away")]
+    finished = {}
+    for _, row in read_lines(file, "move it away"):
+        if not _is_result(row): raise MaetError(f"{file}: is not what an exam wrote: move it away")
+        samples = out / row["task"] / f"{row['language']}.jsonl"
+        if samples.is_file(): finished[row["task"], row["language"]] = row
+    return finished
 
 # %% ../../nbs/45_exams.evaluation.ipynb #3c26dffc
-def _one_by_one(model, exams: list[Exam], out: Path | None, chat_template: bool, allow_code: bool, how: dict) -> Iterator[dict]:
-    "Rows of `examine` as they become known; what an earlier call with the same `out` finished is not asked again."
-    from tqdm import tqdm
-    name = lambda exam: (exam.task, exam.language)
-    keys = {name(e): _asked(e, [ASKING, _files(model), chat_template, how]) for e in exams} if out is not None else {}
-    kept = _finished(out) if out is not None else {}
-    missing = [e for e in exams if out is None or kept.get(name(e), {}).get("asked") != keys[name(e)]]
-    with _told(): lm = _seated(model, missing, out, chat_template, **how) if missing else None
-    for e in exams:
-        if e in missing:
-            with tqdm(desc=" ".join(name(e)), unit="", delay=2, leave=False, file=sys.stderr) as bar, _told():
-                (row,) = ask(lm, [e], out, partial(_advance, bar), chat_template, allow_code)
-            kept[name(e)] = row | _how_asked(lm, e) | {"asked": keys.get(name(e))}
-            if out is not None: _keep(out / "results.jsonl", list(kept.values()))
-        yield kept[name(e)]
-
-# %% ../../nbs/45_exams.evaluation.ipynb #bbb5367c
 @contextlib.contextmanager
 def _told():
     "Warnings inside the block are one line each, behind it."
-    with warnings.catch_warnings(record=True) as said: yield
-    for warning in said: print(f"warning: {warning.message}", file=sys.stderr)
+    with warnings.catch_warnings(record=True) as caught: yield
+    for warning in caught: print(f"warning: {warning.message}", file=sys.stderr)
 
 def _advance(bar, done: int, total: int):
     bar.total = total
     bar.update(done - bar.n)
+
+def _ask_one(lm, exam: Exam, out: Path | None, chat_template: bool, allow_code: bool) -> dict:
+    "One exam's row of results. A bar shows how far it is."
+    from tqdm import tqdm
+    bar = tqdm(desc=f"{exam.task} {exam.language}", unit="", delay=2, leave=False, file=sys.stderr)
+    with bar, _told():
+        (row,) = ask(lm, [exam], out, partial(_advance, bar), chat_template, allow_code)
+    return row
+
+# %% ../../nbs/45_exams.evaluation.ipynb #bbb5367c
+def _one_by_one(model, exams: list[Exam], out: Path | None, chat_template: bool, allow_code: bool,
+                how: dict) -> Iterator[dict]:
+    """Rows of `examine` as they become known; what an earlier call with the same `out` finished is not
+    asked again."""
+    asked = {} # (task, language) -> hash; empty where nothing is kept
+    kept = {}  # (task, language) -> row
+    if out is not None:
+        for exam in exams:
+            settings = [ASKING, _files(model), chat_template, how]
+            asked[exam.task, exam.language] = _asked(exam, settings)
+        kept = _finished(out)
+    missing = []
+    for exam in exams:
+        row = kept.get((exam.task, exam.language))
+        if row is None or row.get("asked") != asked[exam.task, exam.language]: missing.append(exam)
+    with _told(): lm = _seated(model, missing, out, chat_template, **how) if missing else None
+    for exam in exams:
+        name = exam.task, exam.language
+        if exam in missing:
+            row = _ask_one(lm, exam, out, chat_template, allow_code)
+            kept[name] = row | _how_asked(lm, exam) | {"asked": asked.get(name)}
+            if out is not None: _keep(out / "results.jsonl", list(kept.values()))
+        yield kept[name]
 
 # %% ../../nbs/45_exams.evaluation.ipynb #e62d7f1e
 def _options(text: str) -> dict:
     "Options of a backend, as YAML."
     try: found = yaml.safe_load(text)
     except yaml.YAMLError: found = None
-    if not isinstance(found, dict): raise MaetError(f"backend options {text!r}: a mapping is wanted, such as {{max_length: 4096}}")
-    return found
+    if isinstance(found, dict): return found
+    raise MaetError(f"backend options {text!r}: a mapping is wanted, such as {{max_length: 4096}}")
 
 def _against(found: dict) -> str:
     "A line about a row of `compare`."
-    p = "" if found["p"] is None else f", only here {found['only_a']}, only there {found['only_b']}, p {found['p']:.2g}"
-    return f"  against it {found['difference']:+.4f} ±{found['stderr']:.4f}, 95 % {found['low']:+.4f} to {found['high']:+.4f}{p}"
+    difference = f"{found['difference']:+.4f} ±{found['stderr']:.4f}"
+    line = f"  against it {difference}, 95 % {found['low']:+.4f} to {found['high']:+.4f}"
+    if found["p"] is None: return line
+    return f"{line}, only here {found['only_a']}, only there {found['only_b']}, p {found['p']:.2g}"
 
 # %% ../../nbs/45_exams.evaluation.ipynb #46396e7c
 def evaluation_job(model: str | Path, data: str | Path | None,
@@ -246,16 +350,31 @@ def evaluation_job(model: str | Path, data: str | Path | None,
                    out: str | Path | None = None,
                    against: str | Path | None = None, # what another model's `out` was
                    backend_args: str = "{}",  # YAML
-                   limit: int | None = None, shots: int | None = None, chat_template: bool = False, allow_code: bool = False,
+                   limit: int | None = None, shots: int | None = None,
+                   chat_template: bool = False, allow_code: bool = False,
                    **how,                     # of `examinee`
                    ) -> Iterator[str]:        # a line a score, as soon as it is known
-    "Examine a model and say what it scored. Raises MaetError, for all that can be refused before the first question."
-    tidy = lambda texts: [text.strip() for text in texts if text.strip()]
-    exams, out = _exams(data, expand(tidy(names)), tidy(languages), limit, shots, allow_code), None if out is None else Path(out)
-    if against is not None and out is None: raise MaetError(f"{against}: to compare with it, keep this model's samples too (out, --out)")
-    if against is not None:
-        for e in exams: _same_items(against, e.task, e.language, {row["id"] for row in e.rows}, "the exam")
+    """Examine a model and say what it scored. Raises MaetError, for all that can be refused before the
+    first question."""
+    tasks = expand(_stripped(names))
+    exams = _exams(data, tasks, _stripped(languages), limit, shots, allow_code)
+    if against is not None: _check_against(against, exams, out)
     known = published(model)
-    for row in _one_by_one(model, exams, out, chat_template, allow_code, how | {"backend_args": _options(backend_args)}):
+    out = None if out is None else Path(out)
+    how |= {"backend_args": _options(backend_args)}
+    for row in _one_by_one(model, exams, out, chat_template, allow_code, how):
         yield from score_lines([row], known)
-        if against is not None: yield _against(compare(out, against, row["task"], [row["language"]]))
+        if against is None: continue
+        yield _against(compare(out, against, row["task"], [row["language"]]))
+
+# %% ../../nbs/45_exams.evaluation.ipynb #4f976867
+def _stripped(names: list[str]) -> list[str]:
+    return [name.strip() for name in names if name.strip()]
+
+def _check_against(against: str | Path, exams: list[Exam], out: str | Path | None):
+    "Raises MaetError: the other model did not answer these exams, or this one's answers are not kept."
+    if out is None:
+        raise MaetError(f"{against}: to compare with it, keep this model's samples too (out, --out)")
+    for exam in exams:
+        ids = {row["id"] for row in exam.rows}
+        _same_items(against, exam.task, exam.language, ids, "the exam")

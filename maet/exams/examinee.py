@@ -7,8 +7,9 @@ __all__ = ['BACKENDS', 'DTYPES', 'examinee']
 
 # %% ../../nbs/43_exams.examinee.ipynb #a232ddc8
 import importlib.util, inspect, json, re
-from pathlib import Path
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -21,26 +22,33 @@ from ..weights.adapted import NO_ADAPTER, Adapted, open_checkpoint
 def _pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids and mask, both (rows, longest), int64; the filling is token 0 under mask 0."
     width = max(map(len, rows))
-    fill = [[0] * (width - len(r)) for r in rows]
-    join = (lambda a, b: b + a) if side == "left" else (lambda a, b: a + b)
-    return (torch.tensor([join(r, f) for r, f in zip(rows, fill)]).reshape(len(rows), width),
-            torch.tensor([join([1] * len(r), f) for r, f in zip(rows, fill)]).reshape(len(rows), width))
+    ids, mask = [], []
+    for row in rows:
+        filling, ones = [0] * (width - len(row)), [1] * len(row)
+        ids.append(filling + row if side == "left" else row + filling)
+        mask.append(filling + ones if side == "left" else ones + filling)
+    return torch.tensor(ids).reshape(len(rows), width), torch.tensor(mask).reshape(len(rows), width)
 
 # %% ../../nbs/43_exams.examinee.ipynb #b1d57811
 def _begin(model, questions: list[list[int]]):
-    "log p of the next token (questions, 1, vocabulary), mask (questions, longest) and cache; or None: the model cannot be continued."
+    """log p of the next token (questions, 1, vocabulary), mask (questions, longest) and cache; or None:
+    the model cannot be continued."""
     from transformers.cache_utils import DynamicLayer
-    if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters): return None
+    known = inspect.signature(model.forward).parameters
+    if not {"position_ids", "logits_to_keep"} <= known.keys(): return None
     ids, seen = (x.to(model.device) for x in _pad(questions, "left"))
     place = (seen.cumsum(1) - 1).clamp(min=0)
     start = model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=True, logits_to_keep=1)
     cache = getattr(start, "past_key_values", None)
-    if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])): return None
+    layers = getattr(cache, "layers", [None])
+    if not all(type(layer) is DynamicLayer for layer in layers): return None
     return start.logits[:, -1:].float().log_softmax(-1), seen, cache
 
 # %% ../../nbs/43_exams.examinee.ipynb #7b52009b
-def _go_on(model, seen: torch.Tensor, cache, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    "log p of each choice's second and further tokens (choices, longest - 1, vocabulary). `seen` is the mask of each choice's question."
+def _go_on(model, seen: torch.Tensor, # mask of each choice's question
+           cache, ids: torch.Tensor, scored: torch.Tensor,
+           ) -> torch.Tensor:
+    "log p of each choice's second and further tokens (choices, longest - 1, vocabulary)."
     place = seen.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=ids.device)
     mask = torch.cat([seen, scored[:, :-1]], 1)
     rest = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=place, past_key_values=cache)
@@ -50,13 +58,16 @@ def _go_on(model, seen: torch.Tensor, cache, ids: torch.Tensor, scored: torch.Te
 @torch.no_grad()
 def continue_with(model,                      # a causal LM of transformers
                   questions: list[list[int]], # token ids, none empty
-                  choices: list[list[list[int]]], # for each question the token ids of its choices, none empty
-                  ) -> list[list[tuple[float, bool]]] | None: # (log-likelihood in nats, is it the greedy text?), or None
-    "Scores of all choices, each question read once. None: this model keeps no plain keys and values to start from."
-    if (begun := _begin(model, questions)) is None: return None
+                  choices: list[list[list[int]]], # of each question, the ids of its choices, none empty
+                  ) -> list[list[tuple[float, bool]]] | None: # (log p in nats, is it the greedy text?)
+    "Scores of all choices, each question read once. None: the model keeps no plain keys and values."
+    begun = _begin(model, questions)
+    if begun is None: return None
     log_p, seen, cache = begun
-    owner = torch.tensor([q for q, cs in enumerate(choices) for _ in cs], device=model.device)  # choice -> its question
-    ids, scored = (x.to(model.device) for x in _pad([c for cs in choices for c in cs], "right"))
+    owner = [question for question, own in enumerate(choices) for _ in own]  # choice -> its question
+    owner = torch.tensor(owner, device=model.device)
+    every = [choice for own in choices for choice in own]
+    ids, scored = (x.to(model.device) for x in _pad(every, "right"))
     log_p = log_p[owner]
     if ids.shape[1] > 1:
         cache.batch_select_indices(owner)
@@ -64,29 +75,36 @@ def continue_with(model,                      # a causal LM of transformers
     total = (log_p.gather(2, ids[..., None])[..., 0] * scored).sum(1).tolist()
     greedy = ((log_p.argmax(-1) == ids) | (scored == 0)).all(1).tolist()
     scores = iter(zip(total, greedy))
-    return [[next(scores) for _ in cs] for cs in choices]
+    return [list(islice(scores, len(own))) for own in choices]
 
 # %% ../../nbs/43_exams.examinee.ipynb #5d6e7f80
-def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
-def _behind(tokenizer, many: int, listed: bool) -> str | None:
+def _behind(tokenizer, many: int, # turns
+            listed: bool,         # a turn's text is given in pieces
+            ) -> str | None:
     "What the chat template puts behind the second turn of so many; None where it cannot show such turns."
-    said, turns = ("Aardvark", "Bumblebee", "Chinchilla"), []
-    for role, text in zip(("user", "assistant", "user"), said):
+    first, second, third = texts = ("Aardvark", "Bumblebee", "Chinchilla")
+    turns = []
+    for role, text in zip(("user", "assistant", "user"), texts):
         turns.append({"role": role, "content": [{"type": "text", "text": text}] if listed else text})
-    try: text = tokenizer.apply_chat_template(turns[:many], tokenize=False)
+    try: shown = tokenizer.apply_chat_template(turns[:many], tokenize=False)
     except Exception: return None  # no template, or one that refuses: a template may raise anything
-    return text.rpartition(said[1])[2].partition(said[2])[0] if said[1] in text else None
+    if second not in shown: return None
+    return shown.rpartition(second)[2].partition(third)[0]
 
 # %% ../../nbs/43_exams.examinee.ipynb #b0d4185e
 def turn_end(tokenizer) -> int | None:
-    "The token that the chat template puts behind an assistant's turn; None: no template, or it puts none."
+    "The token that the chat template puts behind an assistant's turn; None: no template, or none there."
     added = {i for text, i in tokenizer.get_added_vocab().items() if text.strip()}
     marks = {*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id}
-    for many, listed in ((2, False), (2, True), (3, False), (3, True)):  # some templates want a turn in pieces
-        behind = _behind(tokenizer, many, listed) or ""
-        found = [i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in marks]
-        if found: return found[0]
+    for many in (2, 3):
+        for listed in (False, True):  # some templates want a turn in pieces
+            behind = _behind(tokenizer, many, listed) or ""
+            ids = tokenizer(behind, add_special_tokens=False).input_ids
+            found = [i for i in ids if i in marks]
+            if found: return found[0]
     return None
 
 # %% ../../nbs/43_exams.examinee.ipynb #6e7f8092
@@ -102,24 +120,31 @@ def _content(path: Path) -> dict:
 # %% ../../nbs/43_exams.examinee.ipynb #7b6e691b
 def stop_tokens(path: Path, tokenizer) -> dict[int, str]: # id -> text
     "Every token that ends an answer of the model in a folder."
-    config, generation = (_content(path / name) for name in ("config.json", "generation_config.json"))
-    texts, ids = {i: text for text, i in tokenizer.get_vocab().items()}, [tokenizer.eos_token_id]
+    config = _content(path / "config.json")
+    generation = _content(path / "generation_config.json")
+    ids = [tokenizer.eos_token_id]
     for content in (config, config.get("text_config") or {}, generation):
         named = content.get("eos_token_id")
         ids += named if isinstance(named, list) else [named]
-    return {i: texts[i] for i in [*ids, turn_end(tokenizer)] if type(i) is int and i in texts}
+    ids.append(turn_end(tokenizer))
+    texts = {i: text for text, i in tokenizer.get_vocab().items()}
+    return {i: texts[i] for i in ids if type(i) is int and i in texts}
 
 # %% ../../nbs/43_exams.examinee.ipynb #8091a2b3
 def _ended(lm, ids: list[int], stops: dict[int, str], until: list[str]) -> tuple[str, str]:
     "What a model says with these tokens, and what ends it: a stop token, a stop text, or `length`."
     end = next((n for n, i in enumerate(ids) if i in stops), len(ids))
     said, thought = ids[:end], getattr(lm, "think_end_token", None)
-    if thought in said: said = said[len(said) - said[::-1].index(thought):]
+    if thought in said:
+        behind = said[::-1].index(thought)
+        said = said[len(said) - behind:]
     text = lm.tokenizer.decode(said, skip_special_tokens=True)
     if isinstance(thought, str): text = text.split(thought)[-1]
     if thought is not None: text = text.lstrip()
-    first = min(((text.index(stop), stop) for stop in until if stop in text), default=None)
-    if first: return text[:first[0]], first[1]
+    found = [(text.index(stop), stop) for stop in until if stop in text]
+    if found:
+        place, stop = min(found)
+        return text[:place], stop
     return text, stops[ids[end]] if end < len(ids) else "length"
 
 # %% ../../nbs/43_exams.examinee.ipynb #3fee6891
@@ -131,9 +156,9 @@ def _fit(lm, question: tuple[int, ...], room: int) -> list[int]:
 
 # %% ../../nbs/43_exams.examinee.ipynb #b3c4d5e6
 class _Answers:
-    "In front of a backend, which has `written`: each answer ends at its own end, whatever is asked beside it."
-    cut, done, report = 0, 0, None         # prompts, answers, and whom to tell: a function of the answers done
-    path, stops, set_aside = None, {}, {}  # of the model: folder, stop tokens, settings that are not used
+    "In front of a backend, which has `written`: each answer ends at its own end, in any batch."
+    cut, done, report = 0, 0, None         # prompts, answers, and a function of the answers done
+    path, stops, set_aside = None, {}, {}  # the model's folder, stop tokens, settings not used
     ended = {}                             # (task, place of the item) -> what ended its answer
 
     def advance(self, answers: int):
@@ -146,39 +171,47 @@ class _Answers:
         return self.stops | {known[text]: text for text in until if text in known}
 
     def generate_until(self, requests, disable_tqdm=True):
-        self.ended, texts, groups = {}, [""] * len(requests), {}
-        for place, request in enumerate(requests):
-            prompt, how = request.args
-            group = groups.setdefault((tuple(how["until"]), how["max_gen_toks"]), [])
-            group.append((self.tok_encode(prompt), prompt, place))
-        for (until, room), asked in groups.items():
-            asked.sort(key=lambda one: (-len(one[0]), one[1]))  # a batch that is too large fails at once
-            size = self.batch_size if isinstance(self.batch_size, int) else len(asked)  # vLLM may say auto
-            stops = self.in_force(until)
-            for batch in (asked[start:start + size] for start in range(0, len(asked), size)):
-                rows = self.written([_fit(self, ids, room) for ids, *_ in batch], room, stops, until)
-                for (*_, place), row in zip(batch, rows, strict=True):
-                    texts[place], end = _ended(self, row, stops, until)
-                    self.ended[requests[place].task_name, requests[place].doc_id] = end
-                self.advance(len(batch))
+        self.ended, texts = {}, [""] * len(requests)
+        for until, room, batch in _batches(self, requests):
+            prompts, stops = [_fit(self, ids, room) for ids, _, _ in batch], self.in_force(until)
+            rows = self.written(prompts, room, stops, until)
+            for (_, _, place), row in zip(batch, rows, strict=True):
+                texts[place], end = _ended(self, row, stops, until)
+                self.ended[requests[place].task_name, requests[place].doc_id] = end
+            self.advance(len(batch))
         return texts
 
     def get_model_info(self): return {}  # lm-eval's asks the hub for a revision
 
+# %% ../../nbs/43_exams.examinee.ipynb #f58d46bd
+def _batches(lm, requests: list):
+    "Stop texts, room and (ids, prompt, place) of requests that may be asked together."
+    groups = {}
+    for place, request in enumerate(requests):
+        prompt, how = request.args
+        settings = tuple(how["until"]), how["max_gen_toks"]
+        groups.setdefault(settings, []).append((lm.tok_encode(prompt), prompt, place))
+    for (until, room), asked in groups.items():
+        asked.sort(key=lambda one: (-len(one[0]), one[1]))  # a batch that is too large fails at once
+        size = lm.batch_size if isinstance(lm.batch_size, int) else len(asked)  # vLLM may say auto
+        for start in range(0, len(asked), size): yield until, room, asked[start:start + size]
+
 # %% ../../nbs/43_exams.examinee.ipynb #a0b1c2d3
 def _holds(tokenizer, until: list[str], start: int) -> Callable:
-    "For `generate`: which rows hold a stop text by now, by their last tokens. The answer is cut by `_ended`."
-    back = 2 + max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in until)
+    "For `generate`: which rows hold a stop text by now, by their last tokens. `_ended` cuts them."
+    longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in until)
+    def holds(text: str) -> bool: return any(stop in text for stop in until)
     def done(ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        last = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - back):], skip_special_tokens=True)
-        return torch.tensor([any(text in row for text in until) for row in last], device=ids.device)
+        last = ids[:, max(start, ids.shape[1] - longest - 2):]
+        texts = tokenizer.batch_decode(last, skip_special_tokens=True)
+        return torch.tensor(list(map(holds, texts)), device=ids.device)
     return done
 
 # %% ../../nbs/43_exams.examinee.ipynb #b2c4e2cd
 def _may_fill(lm, prompt: list[int]) -> bool:
-    "Does a model say the same of a prompt with filling before it? Rounding alone stays far below a tenth."
+    "Does a model say the same of a prompt with filling before it? Rounding alone is far below a tenth."
     def first(rows):
-        made = lm.greedy(rows, 1, lm.stops, [], output_logits=True, return_dict_in_generate=True)
+        made = _greedy(lm, rows, 1, lm.stops, [], output_logits=True, return_dict_in_generate=True)
         return made.logits[0][0].float()
     probe = prompt[:8]
     alone, beside = first([probe]), first([probe, probe * 4])
@@ -191,38 +224,52 @@ class _Watched(_Answers):
 
     def numbers(self, scores: torch.Tensor) -> torch.Tensor:
         if not scores.isnan().any(): return scores
-        raise MaetError(f"{self.model.name_or_path}: its scores are no numbers (NaN): a weight is broken, or {self.model.dtype} is too narrow; try another dtype")
+        raise MaetError(f"{self.model.name_or_path}: its scores are no numbers (NaN): a weight is broken, "
+                        f"or {self.model.dtype} is too narrow; try another dtype")
 
     def greedy(self, prompts: list[list[int]], room: int, stops: dict[int, str], until: list[str], **more):
-        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-        ids, seen = (x.to(self.device) for x in _pad(prompts, "left"))
-        how = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=True, eos_token_id=list(stops),
-                               pad_token_id=min(stops), **more)
-        check = LogitsProcessorList([lambda ids, scores: self.numbers(scores)])
-        halt = StoppingCriteriaList([_holds(self.tokenizer, until, ids.shape[1])] if until else [])
-        precision = dict(dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None)
-        with torch.autocast(self.device.type, **precision):
-            return self.model.generate(input_ids=ids, attention_mask=seen, generation_config=how,
-                                       logits_processor=check, stopping_criteria=halt)
+        return _greedy(self, prompts, room, stops, until, **more)
 
     def written(self, prompts, room: int, stops: dict[int, str], until: list[str]) -> list[list[int]]:
-        lengths = {len(prompt) for prompt in prompts}
-        if len(lengths) > 1 and self.fills is None: self.fills = _may_fill(self, min(prompts, key=len))
+        several = len({len(prompt) for prompt in prompts}) > 1
+        if several and self.fills is None: self.fills = _may_fill(self, min(prompts, key=len))
         thinks = getattr(self, "think_end_token", None) is not None
         if thinks: until = []  # a stop text may stand in what is thought
         rows = {}
-        for length in lengths if self.fills is False else [None]:
-            places = [n for n, prompt in enumerate(prompts) if length in (None, len(prompt))]
+        for places in _together(prompts, self.fills):
             batch = [prompts[n] for n in places]
-            made = self.greedy(batch, room, stops, until)[:, max(map(len, batch)):]
+            made = _greedy(self, batch, room, stops, until)[:, max(map(len, batch)):]
             rows |= dict(zip(places, made.tolist(), strict=True))
         return [rows[n] for n in range(len(prompts))]
 
+# %% ../../nbs/43_exams.examinee.ipynb #03d93904
+def _greedy(lm, prompts: list[list[int]], room: int, stops: dict[int, str], until: list[str],
+            **more): # settings of `generate`
+    "What transformers' `generate` returns: each row stops for itself."
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    ids, seen = (x.to(lm.device) for x in _pad(prompts, "left"))
+    how = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=True, eos_token_id=list(stops),
+                           pad_token_id=min(stops), **more)
+    check = LogitsProcessorList([lambda ids, scores: lm.numbers(scores)])
+    halt = StoppingCriteriaList([_holds(lm.tokenizer, until, ids.shape[1])] if until else [])
+    precision = lm.mixed_precision_dtype
+    with torch.autocast(lm.device.type, dtype=precision, enabled=precision is not None):
+        return lm.model.generate(input_ids=ids, attention_mask=seen, generation_config=how,
+                                 logits_processor=check, stopping_criteria=halt)
+
+def _together(prompts: list[list[int]], fills: bool | None) -> list[list[int]]:
+    "The places of prompts that may stand in one batch: all, or those of one length."
+    if fills is not False: return [list(range(len(prompts)))]
+    places = {}
+    for n, prompt in enumerate(prompts): places.setdefault(len(prompt), []).append(n)
+    return list(places.values())
+
 # %% ../../nbs/43_exams.examinee.ipynb #472b07b9
 def _by_question(requests: list[tuple]) -> dict[tuple[int, ...], list[int]]:
-    "Token ids of a question -> the places of its requests (text, question, choice); the longest question first."
+    "Token ids of a question -> the places of its requests (text, question, choice); the longest first."
     places = {}
-    for i, (_, question, _) in enumerate(requests): places.setdefault(tuple(question), []).append(i)
+    for place, (_, question, _) in enumerate(requests):
+        places.setdefault(tuple(question), []).append(place)
     return {question: places[question] for question in sorted(places, key=len, reverse=True)}
 
 # %% ../../nbs/43_exams.examinee.ipynb #4d134bc0
@@ -232,11 +279,15 @@ def _score(lm, requests: list[tuple]) -> list[tuple[float, bool]] | None:
     order = list(places)
     for start in range(0, len(order), lm.batch_size_per_gpu):
         batch = order[start:start + lm.batch_size_per_gpu]
-        choices = [[requests[i][2] for i in places[q]] for q in batch]
-        scores = continue_with(lm.model, [_fit(lm, q, max(map(len, cs))) for q, cs in zip(batch, choices)], choices)
+        questions, choices = [], []
+        for question in batch:
+            own = [requests[place][2] for place in places[question]]
+            choices.append(own)
+            questions.append(_fit(lm, question, max(map(len, own))))
+        scores = continue_with(lm.model, questions, choices)
         if scores is None: return None
         for question, values in zip(batch, scores):
-            for i, value in zip(places[question], values): found[i] = value
+            for place, value in zip(places[question], values): found[place] = value
         lm.advance(sum(map(len, choices)))
     return found
 
@@ -245,17 +296,18 @@ class Shared(_Watched):
     "In front of lm-eval's HFLM: each question of a choice is read once."
     shares = True  # until the model turns out not to be one that can be continued
 
-    def loglikelihood(self, requests, disable_tqdm=True): return super().loglikelihood(requests, disable_tqdm=True)
+    def loglikelihood(self, requests, disable_tqdm=True):
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
         usual = self.batch_size_per_gpu
-        self.batch_size_per_gpu = max(1, usual // 8)  # here the logits of every token are held at once
+        self.batch_size_per_gpu = max(1, usual // 8)  # the logits of every token are held at once
         try: return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally: self.batch_size_per_gpu = usual
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
-        found = None
-        if requests[0][0] is not None and self.shares:  # windows of a rolling text have no question in common
+        found, question = None, requests[0][0]
+        if question is not None and self.shares:  # windows of a rolling text have none in common
             found = _score(self, requests)
             self.shares = found is not None
         if found is None:
@@ -268,13 +320,16 @@ class Shared(_Watched):
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 def _tokenizer(path: Path):
+    "The tokenizer of a folder. Raises MaetError: none there, cannot be loaded, no end of text."
     from transformers import AutoTokenizer
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise MaetError(f"{path}: no tokenizer there ({TOKENIZERS[0]}): save the model's tokenizer beside it")
     try: tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as e: raise MaetError(f"{path}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from None
+    except Exception as e:
+        raise MaetError(f"{path}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from None
     if tokenizer.eos_token_id is None:
-        raise MaetError(f"{path}: its tokenizer has no end-of-text token: set eos_token in tokenizer_config.json")
+        raise MaetError(f"{path}: its tokenizer has no end-of-text token: "
+                        "set eos_token in tokenizer_config.json")
     return tokenizer
 
 # %% ../../nbs/43_exams.examinee.ipynb #d179cc27
@@ -295,9 +350,10 @@ def _same_ids(path: Path, tokenizer, config):
                     "use the model's own tokenizer")
 
 # %% ../../nbs/43_exams.examinee.ipynb #e6f70819
-BOOKKEEPING = re.compile(r"_.*|.*_version|(bos|eos|pad|decoder_start)_token_id|max_length|max_new_tokens|"
-                         r"output_.*|return_dict_in_generate|num_return_sequences|low_memory|prefill_chunk_size|"
-                         r".*(cache|compile|assistant|batching).*")
+BOOKKEEPING = re.compile(
+    r"_.*|.*_version|(bos|eos|pad|decoder_start)_token_id|max_length|max_new_tokens|output_.*|"
+    r"return_dict_in_generate|num_return_sequences|low_memory|prefill_chunk_size|"
+    r".*(cache|compile|assistant|batching).*")
 
 def own_settings(said) -> dict: # setting -> value
     "What a transformers.GenerationConfig says about the next token, where that is not the greedy way."
@@ -307,7 +363,8 @@ def own_settings(said) -> dict: # setting -> value
     return {name: value for name, value in named.items() if value not in (None, usual.get(name))}
 
 # %% ../../nbs/43_exams.examinee.ipynb #cb4e5208
-BACKENDS, DTYPES = ("hf", "vllm"), ("auto", "bfloat16", "float16", "float32")
+BACKENDS = ("hf", "vllm")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def examinee(model: str | Path,         # a checkpoint folder or a hub id
              batch_size: int = 64,      # questions in a batch
@@ -316,20 +373,18 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
              dtype: str = "auto",       # auto: the checkpoint's own; or bfloat16, float16, float32
              **more,                    # for lm-eval's class of that backend
              ):                         # an lm_eval.api.model.LM
-    "A checkpoint as lm-eval's backend sees it. Raises MaetError: bad checkpoint, no tokenizer, no lm-eval, no vLLM, a bad option."
-    for name, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
-        if value not in allowed: raise MaetError(f"{name} {value!r}: unknown; there are {', '.join(allowed)}")
-    if batch_size < 1: raise MaetError(f"batch_size {batch_size}: at least one question is asked at once")
-    if importlib.util.find_spec("lm_eval") is None: raise MaetError("lm-eval is not installed: pip install 'maet[evaluation]'")
-    if backend == "vllm" and importlib.util.find_spec("vllm") is None: raise MaetError("backend vllm: vLLM is not installed: pip install vllm, or use the backend hf")
-    if backend == "vllm" and device: raise MaetError(f"device {device!r}: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES lists, so set that")
+    """A checkpoint as lm-eval's backend sees it. Raises MaetError: bad checkpoint, no tokenizer, no
+    lm-eval, no vLLM, a bad option."""
+    _check_options(batch_size, device, backend, dtype)
     what = open_checkpoint(model)
-    if "quantization_config" not in what.config: complete(what)  # transformers may read quantised weights, by rules of their own
+    # transformers may read quantised weights, by rules of their own
+    if "quantization_config" not in what.config: complete(what)
     path, tokenizer = what.path, _tokenizer(_homes(what)[-1])
     _same_ids(path, tokenizer, _config(path))
     stops = stop_tokens(path, tokenizer)
     if backend == "vllm" and isinstance(what, Adapted):
-        raise MaetError(f"{model}: backend vllm takes whole models; use the backend hf, or merge the adapter first")
+        raise MaetError(f"{model}: backend vllm takes whole models; use the backend hf, "
+                        "or merge the adapter first")
     try:
         if backend == "vllm": lm = _vllm(path, batch_size, dtype, more)
         else: lm = _hf(what, tokenizer, batch_size, dtype, device, more)
@@ -339,6 +394,22 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
     lm.path, lm.stops = path, stops
     return lm
 
+# %% ../../nbs/43_exams.examinee.ipynb #cd1c0f47
+def _check_options(batch_size: int, device: str | None, backend: str, dtype: str):
+    "Raises MaetError for an option that is none, and for a backend that is not installed."
+    for name, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
+        if value in allowed: continue
+        raise MaetError(f"{name} {value!r}: unknown; there are {', '.join(allowed)}")
+    if batch_size < 1: raise MaetError(f"batch_size {batch_size}: at least one question is asked at once")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MaetError("lm-eval is not installed: pip install 'maet[evaluation]'")
+    if backend != "vllm": return
+    if importlib.util.find_spec("vllm") is None:
+        raise MaetError("backend vllm: vLLM is not installed: pip install vllm, or use the backend hf")
+    if device:
+        raise MaetError(f"device {device!r}: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES lists, "
+                        "so set that")
+
 # %% ../../nbs/43_exams.examinee.ipynb #b6692ea5
 def _homes(what: Checkpoint) -> list[Path]:
     "Folders that a model is of; the last has its tokenizer. An adapter may bring one."
@@ -347,20 +418,25 @@ def _homes(what: Checkpoint) -> list[Path]:
     return [what.path, what.folder] if brings_one else [what.folder, what.path]
 
 def _causal(path: Path, dtype: str):
+    "transformers' model of a folder. Raises MaetError."
     from transformers import AutoModelForCausalLM
-    how = dict(dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **NO_ADAPTER)
-    try: return AutoModelForCausalLM.from_pretrained(path, **how)
-    except (OSError, ValueError, KeyError) as e: raise MaetError(f"{path}: not a causal language model ({_first_line(e)})") from None
+    how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False} | NO_ADAPTER
+    try: return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
+    except (OSError, ValueError, KeyError) as e:
+        raise MaetError(f"{path}: not a causal language model ({_first_line(e)})") from None
 
 # %% ../../nbs/43_exams.examinee.ipynb #65d51e65
 def _hf(what: Checkpoint, tokenizer, batch_size: int, dtype: str, device: str | None, more: dict):
+    "lm-eval's HFLM with the two classes of this room in front."
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
     known = set(inspect.signature(HFLM.__init__).parameters) - {"truncation"}  # it cuts the end of a question
-    if unknown := set(more) - known: raise TypeError(f"{', '.join(sorted(unknown))}: unknown")
+    unknown = sorted(set(more) - known)
+    if unknown: raise TypeError(f"{', '.join(unknown)}: unknown")
     loaded = _causal(what.path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(what, Adapted): what.into(loaded)
-    own, loaded.generation_config = own_settings(loaded.generation_config), GenerationConfig()
+    own = own_settings(loaded.generation_config)
+    loaded.generation_config = GenerationConfig()
     kind = type("Examinee", (Shared, HFLM), {})
     lm = kind(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, **more)
     lm.set_aside = own

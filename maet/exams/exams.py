@@ -15,11 +15,11 @@ import torch
 
 from ..weights.tensors import MaetError, parse_json, reading
 from .answers import read_number
-from .questions import plain_number
-from .questions import _after_label, _first, read_exam, read_shots, template
+from .questions import _after_label, _first, plain_number, read_exam, read_shots, template
 
 # %% ../../nbs/42_exams.exams.ipynb #761f22b2
 def _limits():
+    "4 GiB of memory, and files of at most 1 MiB."
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -28,22 +28,34 @@ def _limits():
 def runs(program: str,         # Python
          seconds: float = 10,  # that it may take
          ) -> bool:
-    "Does a program come to its end without an error? A word at the very end proves it: `exit(0)` on the way does not count."
+    """Does a program come to its end without an error? A word at the very end proves it: `exit(0)` on
+    the way does not count."""
     word = secrets.token_hex(8)
-    how = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, start_new_session=True,
-               preexec_fn=_limits if os.name == "posix" else None)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "program.py").write_text(f"{program}\nprint({word!r})\n", encoding="utf-8", errors="replace")
-        child = subprocess.Popen([sys.executable, "-I", "-B", "program.py"], cwd=folder, **how)
-        try: return child.communicate(timeout=seconds)[0].endswith(word.encode() + os.linesep.encode())
+        file = Path(folder) / "program.py"
+        file.write_text(f"{program}\nprint({word!r})\n", encoding="utf-8", errors="replace")
+        child = _start(file)
+        try: printed, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired: return False
         finally:
-            with contextlib.suppress(OSError): os.killpg(child.pid, signal.SIGKILL)  # whatever it may have started
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, signal.SIGKILL)  # and all that it started
             child.wait()
+        return printed.endswith(word.encode() + os.linesep.encode())
+
+# %% ../../nbs/42_exams.exams.ipynb #a321d803
+def _start(file: Path) -> subprocess.Popen:
+    "A Python program in its folder, in a session of its own, without the user's environment."
+    return subprocess.Popen(
+        [sys.executable, "-I", "-B", file.name], cwd=file.parent, env={}, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=_limits if os.name == "posix" else None)
 
 # %% ../../nbs/42_exams.exams.ipynb #a4f12d16
 def _passes(form: str, doc: dict, results: list[str]) -> dict:
-    return {"pass@1": float(runs(form.format_map(doc | {"answer": results[0]})))}
+    "What lm-eval asks of a program's task: does the answer, put into the form, run?"
+    program = form.format_map(doc | {"answer": results[0]})
+    return {"pass@1": float(runs(program))}
 
 # %% ../../nbs/42_exams.exams.ipynb #98fbc42f
 def bleu_sums(answer: str, reference: str,
@@ -58,14 +70,18 @@ def bleu_sums(answer: str, reference: str,
 def bleu(sums: torch.Tensor, # (..., 10)
          ) -> torch.Tensor:  # (...), 0 to 100
     "Corpus BLEU of summed statistics."
-    matches, totals, given, wanted = sums[..., :4].double(), sums[..., 4:8].double(), sums[..., 8].double(), sums[..., 9].double()
+    sums = sums.double()
+    matches, totals = sums[..., :4], sums[..., 4:8]
+    given, wanted = sums[..., 8], sums[..., 9]
     zeros = (matches == 0).cumsum(-1)
     shares = torch.where(matches > 0, matches, 0.5 ** zeros) / totals.clamp(min=1)
     brief = (1 - wanted / given.clamp(min=1)).clamp(max=0).exp()
-    return 100 * brief * shares.log().mean(-1).exp() * ((totals > 0).all(-1) & (matches[..., 0] > 0) & (given > 0))
+    scored = (totals > 0).all(-1) & (matches[..., 0] > 0) & (given > 0)
+    return 100 * brief * shares.log().mean(-1).exp() * scored
 
 # %% ../../nbs/42_exams.exams.ipynb #fe2ef495
 def _translated(tokenize: str, doc: dict, results: list[str]) -> dict:
+    "What lm-eval asks of a translation: the sums of one answer."
     return {"bleu": bleu_sums(results[0], doc["target"], tokenize)}
 
 def _corpus_bleu(items: list[list[float]]) -> float:
@@ -77,22 +93,37 @@ def _scoring(config: dict, language: str) -> dict:
     meta, metric = config["metadata"], config["metric_list"][0]
     if "program" in meta: return {"process_results": partial(_passes, meta["program"])}
     if metric["metric"] != "bleu": return {}
-    tokenize = meta["labels"].get(language.split("-")[-1], {}).get("tokenize", "13a")
-    return {"process_results": partial(_translated, tokenize), "metric_list": [metric | {"aggregation": _corpus_bleu}]}
+    into = language.split("-")[-1]
+    tokenize = meta["labels"].get(into, {}).get("tokenize", "13a")
+    return {"process_results": partial(_translated, tokenize),
+            "metric_list": [metric | {"aggregation": _corpus_bleu}]}
 
 # %% ../../nbs/42_exams.exams.ipynb #64e095fe
 def _localised(config: dict, language: str) -> tuple[dict, dict]:
     "The task's settings in a language, and the columns that the language adds to each row."
     meta = config["metadata"]
-    of, into = language.split("-", 1) if "pivot" in meta else (language, language)
+    if "pivot" in meta: return config, _both_names(meta["labels"], language)
     label = meta.get("labels", {}).get(language, {})
-    if "pivot" in meta: return config, {side: meta["labels"].get(l, {}).get("name", l) for side, l in (("source_name", of), ("target_name", into))}
-    for chain in config.get("filter_list", []):
-        for f in chain["filter"]: f.update(decimal_comma=True) if f["function"] == "number" and label.get("decimal_comma") else None
+    if label.get("decimal_comma"): _read_decimal_commas(config)
     if "target_delimiter" in label: config["target_delimiter"] = label["target_delimiter"]
-    if until := config.get("generation_kwargs", {}).get("until"):
-        config["generation_kwargs"]["until"] = [u.replace("{question_label}", label.get("question_label", "\n\n").strip(" ")) for u in until]
-    return config, {c: label.get(c, "") for c in meta.get("optional", []) if label}
+    generation = config.get("generation_kwargs", {})
+    if generation.get("until"):
+        ends, question = generation["until"], label.get("question_label", "\n\n").strip(" ")
+        generation["until"] = [end.replace("{question_label}", question) for end in ends]
+    if not label: return config, {}
+    return config, {column: label.get(column, "") for column in meta.get("optional", [])}
+
+# %% ../../nbs/42_exams.exams.ipynb #4e8ea358
+def _both_names(labels: dict, direction: str) -> dict:
+    "How a translation's two languages are called in its prompt."
+    of, into = direction.split("-", 1)
+    return {"source_name": labels.get(of, {}).get("name", of),
+            "target_name": labels.get(into, {}).get("name", into)}
+
+def _read_decimal_commas(config: dict):
+    for chain in config.get("filter_list", []):
+        for step in chain["filter"]:
+            if step["function"] == "number": step["decimal_comma"] = True
 
 # %% ../../nbs/42_exams.exams.ipynb #9e8ae30e
 def task_config(task: str,          # a key of TASKS
@@ -101,20 +132,43 @@ def task_config(task: str,          # a key of TASKS
                 shots: list[dict] = (), # of `read_shots`
                 section: str = "",     # goes into the name too
                 ) -> dict:          # what lm_eval.simple_evaluate takes in its list of tasks
-    "The lm-eval task of one exam, or of a section of it, with its data."
+    "The lm-eval task of one exam, or of a section of it, with its data. Raises MaetError: no labels."
     config, labels = _localised(template(task), language)
-    meta, data = config["metadata"], {}
-    if not labels and (lost := [c for c in meta.get("optional", []) if "labels" in meta and not all(c in r for r in rows)]):
-        raise MaetError(f"task {task!r}: no labels for language {language!r}: give {', '.join(lost)} in every row, or ask one of {', '.join(meta['labels'])}")
-    for split, given, columns in (("test", rows, meta["columns"]), ("shots", shots, meta.get("shot_columns", meta["columns"]))):
-        full = [labels | row for row in given]
-        columns = [*columns, *labels, *(c for c in meta.get("optional", []) if c not in labels and all(c in r for r in full))]
-        data[split] = [{c: row[c] for c in columns} for row in full]
-    name = "_".join(filter(None, (config["task"], language, section)))
+    meta = config["metadata"]
+    if not labels: _check_labels(task, language, meta, rows)
+    optional = [column for column in meta.get("optional", []) if column not in labels]
+    columns = [*meta["columns"], *labels]
+    shot_columns = [*meta.get("shot_columns", meta["columns"]), *labels]
+    data = {"test": _selected(rows, columns, optional, labels),
+            "shots": _selected(shots, shot_columns, optional, labels)}
     if shots: config |= {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}}
-    return config | {"task": name, "num_fewshot": len(shots), "custom_dataset": partial(_dataset, data)} | _scoring(config, language)
+    name = "_".join(part for part in (config["task"], language, section) if part)
+    config |= {"task": name, "num_fewshot": len(shots), "custom_dataset": partial(_dataset, data)}
+    return config | _scoring(config, language)
 
 # %% ../../nbs/42_exams.exams.ipynb #918bfd7b
+def _in_all(rows: list[dict], column: str) -> bool: return all(column in row for row in rows)
+
+def _check_labels(task: str, language: str, meta: dict, rows: list[dict]):
+    "Raises MaetError where a task has labels in other languages, and some row lacks its own."
+    lost = [column for column in meta.get("optional", []) if not _in_all(rows, column)]
+    if not lost or "labels" not in meta: return
+    raise MaetError(f"task {task!r}: no labels for language {language!r}: give {', '.join(lost)} "
+                    f"in every row, or ask one of {', '.join(meta['labels'])}")
+
+# %% ../../nbs/42_exams.exams.ipynb #18dac1a4
+def _selected(rows: list[dict], columns: list[str],
+              optional: list[str], # goes along where every row has it
+              labels: dict,        # of the language; a row's own goes first
+              ) -> list[dict]:
+    "The columns that a task reads: a column that it does not name cannot trouble a loader."
+    columns = columns + [column for column in optional if _in_all(rows, column)]
+    found = []
+    for row in rows:
+        row = labels | row
+        found.append({column: row[column] for column in columns})
+    return found
+
 def _dataset(data: dict[str, list[dict]], **_) -> dict:
     from datasets import Dataset
     return {split: Dataset.from_list(rows) for split, rows in data.items() if rows}
@@ -127,17 +181,36 @@ class Section(NamedTuple):
 
 # %% ../../nbs/42_exams.exams.ipynb #b66bf07d
 def sections(task: str, language: str, rows: list[dict],
-          shots: dict[str | None, list[dict]], # of `read_shots`
-          ) -> list[Section]:
+             shots: dict[str | None, list[dict]], # of `read_shots`
+             ) -> list[Section]:
     "An exam as lm-eval's tasks."
-    meta, places = template(task)["metadata"], {}
-    if meta.get("shots_from_test") and (given := shots.get(None)):
-        count = len(given) - 1
-        own = [Section(task_config(task, language, [row], [s for s in given if s["id"] != row["id"]], f"item{n}"), [n]) for n, row in enumerate(rows[:count])]
-        rest = [Section(task_config(task, language, rows[count:], given[:count]), list(range(count, len(rows))))] if rows[count:] else []
-        return own + rest
-    for n, row in enumerate(rows): places.setdefault(row[meta["by"]] if "by" in meta else None, []).append(n)
-    return [Section(task_config(task, language, [rows[n] for n in own], shots.get(subject, []), subject or ""), own) for subject, own in places.items()]
+    meta = template(task)["metadata"]
+    if meta.get("shots_from_test") and shots.get(None):
+        return _sections_of_own_shots(task, language, rows, shots[None])
+    places = {} # subject -> its items
+    for n, row in enumerate(rows):
+        subject = row[meta["by"]] if "by" in meta else None
+        places.setdefault(subject, []).append(n)
+    found = []
+    for subject, own in places.items():
+        items = [rows[n] for n in own]
+        config = task_config(task, language, items, shots.get(subject, []), subject or "")
+        found.append(Section(config, own))
+    return found
+
+# %% ../../nbs/42_exams.exams.ipynb #9674be65
+def _sections_of_own_shots(task: str, language: str, rows: list[dict],
+                           given: list[dict], # its first rows, one more than exemplars are wanted
+                           ) -> list[Section]:
+    "Each of the first items with the others before it, and the rest."
+    count, found = len(given) - 1, []
+    for n, row in enumerate(rows[:count]):
+        others = [shot for shot in given if shot["id"] != row["id"]]
+        found.append(Section(task_config(task, language, [row], others, f"item{n}"), [n]))
+    if len(rows) > count:
+        config = task_config(task, language, rows[count:], given[:count])
+        found.append(Section(config, list(range(count, len(rows)))))
+    return found
 
 # %% ../../nbs/42_exams.exams.ipynb #c5b76da3
 class Exam(NamedTuple):
@@ -149,26 +222,35 @@ class Exam(NamedTuple):
 
 # %% ../../nbs/42_exams.exams.ipynb #73766702
 def held(task: str, languages: list[str]) -> list[str]:
-    "In which languages, or directions, a task is held when these are asked. Raises MaetError for a translation into itself."
+    """In which languages, or directions, a task is held when these are asked. Raises MaetError for a
+    translation into itself."""
     meta = template(task)["metadata"]
     if "languages" in meta: return meta["languages"]
-    if (pivot := meta.get("pivot")) is None: return list(dict.fromkeys(languages))
-    directions = [[l] if "-" in l else [f"{pivot}-{l}", f"{l}-{pivot}"] for l in languages if l != pivot]
-    if not directions: raise MaetError(f"task {task!r}: translates from and into {pivot}: ask for another language besides")
-    return list(dict.fromkeys(direction for both in directions for direction in both))
+    pivot = meta.get("pivot")
+    if pivot is None: return list(dict.fromkeys(languages))
+    directions = []
+    for language in languages:
+        if "-" in language: directions.append(language)
+        elif language != pivot: directions += [f"{pivot}-{language}", f"{language}-{pivot}"]
+    if directions: return list(dict.fromkeys(directions))
+    raise MaetError(f"task {task!r}: translates from and into {pivot}: "
+                    "ask for another language besides")
 
 # %% ../../nbs/42_exams.exams.ipynb #246836f9
 def exam(data: str | Path | None, task: str, language: str,
          limit: int | None = None, # so many items only
-         shots: int | None = None, # exemplars; None: the task's own number; exams that know no exemplars have none
+         shots: int | None = None, # exemplars; None: the task's own number
          ) -> Exam:
-    "Read one exam. Raises MaetError."
+    "Read one exam. One that knows no exemplars has none, whatever `shots` says. Raises MaetError."
     config, rows = template(task), read_exam(data, task, language)
-    count, meta = config.get("num_fewshot"), config["metadata"]
+    meta, count = config["metadata"], config.get("num_fewshot")
     if shots is not None and shots < 0: raise MaetError(f"shots {shots}: 0 or more exemplars are wanted")
     if count is not None and shots is not None: count = shots
     asked = _first(rows, limit, meta.get("by"))
-    given = read_shots(data, task, language, count, rows if meta.get("shots_from_test") else asked) if count else {}
+    given = {}
+    if count:
+        source = rows if meta.get("shots_from_test") else asked
+        given = read_shots(data, task, language, count, source)
     return Exam(task, language, asked, sections(task, language, asked, given))
 
 # %% ../../nbs/42_exams.exams.ipynb #8effee40
@@ -181,7 +263,8 @@ def _register():
     @register_filter("number")
     class Number(Filter):
         def __init__(self, **how): self.how = how
-        def apply(self, resps, docs): return [[read_number(text, **self.how) or "[invalid]" for text in texts] for texts in resps]
+        def read(self, text): return read_number(text, **self.how) or "[invalid]"
+        def apply(self, resps, docs): return [list(map(self.read, texts)) for texts in resps]
 
 # %% ../../nbs/42_exams.exams.ipynb #e7f0cf86
 def tasks_of(exams: list[Exam]) -> list: # lm_eval.api.task.Task
@@ -193,38 +276,64 @@ def tasks_of(exams: list[Exam]) -> list: # lm_eval.api.task.Task
 
 # %% ../../nbs/42_exams.exams.ipynb #9109c85a
 def _published_mgsm(folder: Path, language: str, examples: dict) -> tuple[list[dict], list[dict]]:
-    "Problems and exemplars of one language, as they are published."
+    "Problems and exemplars of one language, as they are published. Raises MaetError."
     file = folder / f"mgsm_{language}.tsv"
-    try: lines = [line.split("\t") for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    except (OSError, UnicodeDecodeError) as e: raise MaetError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    if not isinstance(examples, dict) or language not in examples or any(len(line) != 2 or plain_number(line[1]) is None for line in lines):
-        raise MaetError(f"{file}: a line is not a problem, a tab and a number, or exemplars.json lacks {language}")
-    problems = [{"id": n, "question": q, "target": plain_number(number)} for n, (q, number) in enumerate(lines)]
+    try: text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise MaetError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    lines = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    if not isinstance(examples, dict) or language not in examples or not all(map(_is_problem, lines)):
+        raise MaetError(f"{file}: a line is not a problem, a tab and a number, "
+                        f"or exemplars.json lacks {language}")
+    problems = [{"id": n, "question": question, "target": plain_number(number)}
+                for n, (question, number) in enumerate(lines)]
     return problems, _exemplars(folder / "exemplars.json", language, examples[language])
+
+def _is_problem(line: list[str]) -> bool:
+    return len(line) == 2 and plain_number(line[1]) is not None
 
 # %% ../../nbs/42_exams.exams.ipynb #accc7bf9
 def _exemplars(file: Path, language: str, given) -> list[dict]:
-    "The exemplars of a language, checked: question and answer are texts, the answer's number is one."
-    def is_text(value): # half a surrogate pair is JSON, but no text
-        return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
-    def whole(e):
-        texts = isinstance(e, dict) and is_text(e.get("question")) and is_text(e.get("answer"))
-        return texts and plain_number(str(e.get("answer_number"))) is not None
-    if isinstance(given, list) and all(map(whole, given)): return given
-    raise MaetError(f"{file}: an exemplar of {language} lacks question, answer or answer_number; download the file again")
+    "The exemplars of a language, checked. Raises MaetError."
+    if isinstance(given, list) and all(map(_is_exemplar, given)): return given
+    raise MaetError(f"{file}: an exemplar of {language} lacks question, answer or answer_number; "
+                    "download the file again")
+
+def _is_exemplar(row) -> bool:
+    "Are question and answer texts, and is the answer's number one?"
+    if not isinstance(row, dict): return False
+    if not _is_text(row.get("question")) or not _is_text(row.get("answer")): return False
+    return plain_number(str(row.get("answer_number"))) is not None
+
+def _is_text(value) -> bool: # half a surrogate pair is JSON, but no text
+    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 # %% ../../nbs/42_exams.exams.ipynb #ff38a596
 def mgsm_exams(folder: str | Path,   # with mgsm_<language>.tsv and exemplars.json
                languages: list[str],
-               out: str | Path) -> None: # gets mgsm_cot/, mgsm_direct/ with exemplars, and bits_per_byte/
-    "MGSM as it is published, as exam files. Raises MaetError for a file that is missing or not what it should be."
+               out: str | Path,      # gets mgsm_cot/, mgsm_direct/ with exemplars, and bits_per_byte/
+               ) -> None:
+    "MGSM as it is published, as exam files. Raises MaetError: a file that is missing or broken."
     file = Path(folder) / "exemplars.json"
     with reading(file, "download it again"): examples = parse_json(file.read_bytes(), file)
     for language in languages:
         problems, given = _published_mgsm(Path(folder), language, examples)
-        shots = [{"question": _after_label(e["question"]), "answer": _after_label(e["answer"]), "target": str(e["answer_number"])} for e in given]
-        worked = [{"id": n, "question": e["question"], "answer": e["answer"]} for n, e in enumerate(given)]
-        for place, rows in (("mgsm_cot", problems), ("mgsm_direct", problems), ("mgsm_cot/shots", shots), ("mgsm_direct/shots", shots), ("bits_per_byte", worked)):
-            (Path(out) / place).mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (Path(out) / place / f"{language}.jsonl").write_text(text, encoding="utf-8")
+        shots = [_shot(row) for row in given]
+        name = f"{language}.jsonl"
+        for task in ("mgsm_cot", "mgsm_direct"):
+            _write(Path(out) / task / name, problems)
+            _write(Path(out) / task / "shots" / name, shots)
+        worked = [{"id": n, "question": row["question"], "answer": row["answer"]}
+                  for n, row in enumerate(given)]
+        _write(Path(out) / "bits_per_byte" / name, worked)
+
+# %% ../../nbs/42_exams.exams.ipynb #a8199c34
+def _shot(row: dict) -> dict:
+    "An exemplar without the labels, which the prompt writes itself."
+    return {"question": _after_label(row["question"]), "answer": _after_label(row["answer"]),
+            "target": str(row["answer_number"])}
+
+def _write(path: Path, rows: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")

@@ -16,11 +16,17 @@ import yaml
 
 from ..weights.tensors import MaetError
 
-
 # %% ../../nbs/40_exams.questions.ipynb #ac3478d6
-GROUPS = {folder.name: [path.stem for path in sorted(folder.glob("*.yaml"))]
-          for folder in sorted((Path(str(files("maet"))) / "tasks").iterdir()) if folder.is_dir()}  # group -> its tasks
-TASKS = {task: Path(str(files("maet"))) / "tasks" / group / f"{task}.yaml" for group, tasks in GROUPS.items() for task in tasks}
+def _task_files() -> list[Path]: # <group>/<task>.yaml, in their order
+    return sorted((Path(str(files("maet"))) / "tasks").glob("*/*.yaml"))
+
+def _groups() -> dict[str, list[str]]: # group -> its tasks
+    groups = {}
+    for path in _task_files(): groups.setdefault(path.parent.name, []).append(path.stem)
+    return groups
+
+GROUPS = _groups()
+TASKS = {path.stem: path for path in _task_files()}
 
 # %% ../../nbs/40_exams.questions.ipynb #99b8cf92
 def template(task: str,  # a key of TASKS
@@ -30,76 +36,105 @@ def template(task: str,  # a key of TASKS
     return yaml.safe_load(TASKS[task].read_text(encoding="utf-8"))
 
 # %% ../../nbs/40_exams.questions.ipynb #3ac3eca3
-def expand(names: list[str],  # groups and tasks; where a group and a task have one name, the group is meant
+def expand(names: list[str],  # groups and tasks; a name that both have is the group's
            ) -> list[str]:    # tasks, each once
     "What a user types after --tasks, as tasks. Raises MaetError for a name that is neither."
+    tasks = []
     for name in names:
         if name not in GROUPS and name not in TASKS:
-            raise MaetError(f"exam {name!r}: unknown; the groups are {', '.join(GROUPS)}, the tasks {', '.join(TASKS)}")
-    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+            raise MaetError(f"exam {name!r}: unknown; the groups are {', '.join(GROUPS)}, "
+                            f"the tasks {', '.join(TASKS)}")
+        tasks += GROUPS.get(name, [name])
+    return list(dict.fromkeys(tasks))
 
 # %% ../../nbs/40_exams.questions.ipynb #7b52009b
 def _choices(row: dict, where: str):
+    "Raises MaetError unless there are 2 to 8 choices, and the label is the number of one of them."
     choices, label = row["choices"], row["label"]
-    if not (isinstance(choices, list) and 2 <= len(choices) <= 8 and all(isinstance(c, str) and c for c in choices)
-            and type(label) is int and 0 <= label < len(choices)):
-        raise MaetError(f"{where}: `choices` must be a list of 2 to 8 texts and `label` the number of one of them, counted from 0")
+    listed = isinstance(choices, list) and 2 <= len(choices) <= 8
+    if listed and all(isinstance(choice, str) and choice for choice in choices):
+        if type(label) is int and 0 <= label < len(choices): return
+    raise MaetError(f"{where}: `choices` must be a list of 2 to 8 texts and `label` the number "
+                    "of one of them, counted from 0")
 
 # %% ../../nbs/40_exams.questions.ipynb #fa35e192
 def plain_number(text: str) -> str | None: # the shortest decimal form: "2,125" and "2125.0" are "2125"
     "A text that is one number. None for anything else."
-    if not re.fullmatch(r"-?\d+(,\d{2,3})*(\.\d+)?", text := text.strip()): return None
+    text = text.strip()
+    if not re.fullmatch(r"-?\d+(,\d{2,3})*(\.\d+)?", text): return None
     value = Decimal(text.replace(",", ""))
+    if not value: return "0"
     written = format(value, "f")
-    return "0" if not value else written.rstrip("0").rstrip(".") if "." in written else written
+    return written.rstrip("0").rstrip(".") if "." in written else written
 
 # %% ../../nbs/40_exams.questions.ipynb #cb5b3329
-def _row(row, where: str, columns: list[str], numeric: bool = False) -> dict:
-    "A row that is as the task wants it. `where` names it in errors; `numeric`: the target is a number, and written in one way."
-    missing = [c for c in columns if not isinstance(row, dict) or row.get(c) in (None, "", [])]
+def _row(row, where: str, # names it in errors
+         columns: list[str],
+         numeric: bool = False, # the target is a number, and written in one way
+         ) -> dict:
+    "A row that is as the task wants it. Raises MaetError."
+    missing = [name for name in columns if not isinstance(row, dict) or row.get(name) in (None, "", [])]
     if missing: raise MaetError(f"{where} lacks the column {', '.join(missing)}")
-    for c in columns:
-        if not isinstance(row[c], str) and c not in ("choices", "label") and not (c == "target" and type(row[c]) in (int, float)):
-            raise MaetError(f"{where}: `{c}` must be a text")
+    for name in columns:
+        if not _may_hold(name, row[name]): raise MaetError(f"{where}: `{name}` must be a text")
     if "choices" in columns: _choices(row, where)
     if not numeric or "target" not in columns: return row
-    if (target := plain_number(str(row["target"]))) is None: raise MaetError(f"{where}: the target {row['target']!r} is not a number")
+    target = plain_number(str(row["target"]))
+    if target is None: raise MaetError(f"{where}: the target {row['target']!r} is not a number")
     return row | {"target": target}
+
+def _may_hold(column: str, value) -> bool:
+    "A text, but a target may be a number; choices and their label are looked at apart."
+    if column in ("choices", "label") or isinstance(value, str): return True
+    return column == "target" and type(value) in (int, float)
 
 # %% ../../nbs/40_exams.questions.ipynb #0716d970
 def _lines(path: Path) -> list[tuple[str, object]]:
-    "(where it stands, object) of each line of a JSONL file."
+    "(where it stands, object) of each line of a JSONL file. Raises MaetError."
     try: lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as e: raise MaetError(f"{path}: no exam can be read there ({e.strerror})") from None
-    except UnicodeDecodeError as e: raise MaetError(f"{path}: byte {e.start} is not UTF-8: convert the file") from None
+    except UnicodeDecodeError as e:
+        raise MaetError(f"{path}: byte {e.start} is not UTF-8: convert the file") from None
     found = []
     for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try:
-            found.append((f"{path}: line {n}", json.loads(line)))
-            json.dumps(found[-1][1], ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-        except (ValueError, RecursionError) as e:
-            raise MaetError(f"{path}: line {n} is not JSON ({getattr(e, 'msg', e)}): one object in a line is wanted") from None
+        if line.strip(): found.append((f"{path}: line {n}", _parsed(line, f"{path}: line {n}")))
     if not found: raise MaetError(f"{path}: the exam is empty")
     return found
+
+def _parsed(line: str, where: str) -> object:
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+    except (ValueError, RecursionError) as e:
+        reason = getattr(e, "msg", e)
+        raise MaetError(f"{where} is not JSON ({reason}): one object in a line is wanted") from None
+    return row
 
 # %% ../../nbs/40_exams.questions.ipynb #a33caf26
 def _with_ids(rows: list[dict], places: list[str]) -> list[dict]:
     "Rows that all have an id, which no other has. `places` name them in errors."
-    rows, seen = [{"id": n} | row for n, row in enumerate(rows)], set()
+    rows = [{"id": n} | row for n, row in enumerate(rows)]
+    seen = set()
     for row, where in zip(rows, places):
-        if (name := str(row["id"])) in seen: raise MaetError(f"{where}: an earlier row has the id {name!r} too: give each row its own")
+        name = str(row["id"])
+        if name in seen:
+            raise MaetError(f"{where}: an earlier row has the id {name!r} too: give each row its own")
         seen.add(name)
     return rows
 
 # %% ../../nbs/40_exams.questions.ipynb #b3f0c7f6
 def _first(rows: list[dict], limit: int | None, by: str | None) -> list[dict]:
-    "The first so many rows; with `by`, first the first of each subject, then the second of each, in the order of the file."
+    """The first so many rows; with `by`, first the first of each subject, then the second of each, in
+    the order of the file."""
     if limit is not None and limit < 1: raise MaetError(f"limit {limit}: at least one item must be asked")
     if limit is None or by is None: return rows[:limit]
-    seen, turns = {}, []
-    for place, row in enumerate(rows): turns.append((seen.setdefault(row[by], []).append(place) or len(seen[row[by]]), place))
-    return [rows[place] for place in sorted(place for _, place in sorted(turns)[:limit])]
+    seen = {}  # subject -> its rows so far
+    turns = [] # (which of its subject, place)
+    for place, row in enumerate(rows):
+        seen[row[by]] = seen.get(row[by], 0) + 1
+        turns.append((seen[row[by]], place))
+    chosen = sorted(place for _, place in sorted(turns)[:limit])
+    return [rows[place] for place in chosen]
 
 # %% ../../nbs/40_exams.questions.ipynb #5725fdb6
 def read_exam(data: str | Path | None,  # folder that holds one folder per task; None: the hub
@@ -107,44 +142,66 @@ def read_exam(data: str | Path | None,  # folder that holds one folder per task;
               language: str,            # the stem of a file
               limit: int | None = None, # so many rows only
               ) -> list[dict]:          # at least one row
-    "The rows of one exam. Raises MaetError: unknown task, missing or empty file, bad line, missing column, an id twice, no such language."
+    """The rows of one exam. Raises MaetError: unknown task, missing or empty file, bad line, missing
+    column, an id twice, no such language."""
     config = template(task)
-    if not re.fullmatch(r"[\w-]+", language): raise MaetError(f"language {language!r}: a name of letters, digits, - and _ is wanted")
-    found = from_hub(task, language) if data is None else _lines(Path(data) / task / f"{language}.jsonl")
-    rows = [_row(row, where, config["metadata"]["columns"], reads_numbers(config)) for where, row in found]
-    return _first(_with_ids(rows, [where for where, _ in found]), limit, config["metadata"].get("by"))
+    if not re.fullmatch(r"[\w-]+", language):
+        raise MaetError(f"language {language!r}: a name of letters, digits, - and _ is wanted")
+    if data is None: found = from_hub(task, language)
+    else: found = _lines(Path(data) / task / f"{language}.jsonl")
+    meta, numeric = config["metadata"], reads_numbers(config)
+    rows = [_row(row, where, meta["columns"], numeric) for where, row in found]
+    rows = _with_ids(rows, [where for where, _ in found])
+    return _first(rows, limit, meta.get("by"))
 
 # %% ../../nbs/40_exams.questions.ipynb #87156d99
 def reads_numbers(config: dict, # of `template`
                   ) -> bool:
     "Is the answer found by `read_number`? Then targets are numbers."
-    return any(f["function"] == "number" for chain in config.get("filter_list", []) for f in chain["filter"])
+    for chain in config.get("filter_list", []):
+        if any(step["function"] == "number" for step in chain["filter"]): return True
+    return False
 
 # %% ../../nbs/40_exams.questions.ipynb #12c6fc06
 def read_shots(data: str | Path | None, task: str, language: str,
                count: int,     # exemplars before each item
-               rows: list[dict] | None = None, # of the exam: where it has no other exemplars, its first rows serve
-               ) -> dict:      # subject -> exemplars, all of one length; None is the only subject where there are none
+               rows: list[dict] | None = None, # of the exam: its first serve where it has no others
+               ) -> dict:      # subject -> exemplars, all of one length; else None -> exemplars
     "The exemplars of one exam. Raises MaetError where there are fewer than `count`."
     config = template(task)
-    meta, found = config["metadata"], {}
+    meta, by = config["metadata"], config["metadata"].get("by")
     if meta.get("shots_from_test"): return _own_shots(task, count, rows or [])
     where = "the hub" if data is None else Path(data) / task / "shots" / f"{language}.jsonl"
-    if count and data is not None and not os.path.isfile(where): raise MaetError(f"{where}: no exemplars there; write {count}, or ask with 0 shots")
-    given = [] if not count else from_hub(task, language, "shots") if data is None else _lines(where)
-    for place, row in given:
-        row = _row(row, place, meta.get("shot_columns", meta["columns"]), reads_numbers(config))
-        found.setdefault(row[meta["by"]] if "by" in meta else None, []).append(row)
-    for subject in {r[meta["by"]] for r in rows or []} if "by" in meta else {None}:
-        if (n := len(found.get(subject, []))) < count:
-            raise MaetError(f"{where}: {n} exemplars{f' of {subject}' if subject else ''} where {count} are wanted: add some, or ask with fewer shots")
+    columns = meta.get("shot_columns", meta["columns"])
+    found = {}
+    for place, row in _given_shots(where, task, language, count):
+        row = _row(row, place, columns, reads_numbers(config))
+        found.setdefault(row[by] if by else None, []).append(row)
+    for subject in {row[by] for row in rows or []} if by else {None}:
+        _enough(where, subject, len(found.get(subject, [])), count)
     return {subject: shots[:count] for subject, shots in found.items()}
+
+# %% ../../nbs/40_exams.questions.ipynb #712e7d11
+def _given_shots(where: Path | str, task: str, language: str, count: int) -> list[tuple[str, object]]:
+    "(where it stands, row) of each exemplar, from a file or the hub."
+    if not count: return []
+    if not isinstance(where, Path): return from_hub(task, language, "shots")
+    if os.path.isfile(where): return _lines(where)
+    raise MaetError(f"{where}: no exemplars there; write {count}, or ask with 0 shots")
+
+def _enough(where: Path | str, subject: str | None, n: int, count: int):
+    "Raises MaetError where a subject has fewer exemplars than are wanted."
+    if n >= count: return
+    of = f" of {subject}" if subject else ""
+    raise MaetError(f"{where}: {n} exemplars{of} where {count} are wanted: "
+                    "add some, or ask with fewer shots")
 
 # %% ../../nbs/40_exams.questions.ipynb #b289c8a0
 def _own_shots(task: str, count: int, rows: list[dict]) -> dict:
     "The first rows, and one more: an item is no exemplar of its own."
-    if len(rows) <= count: raise MaetError(f"task {task!r}: its exemplars are its own first rows, and {len(rows)} rows are too few for {count}: ask with fewer shots")
-    return {None: rows[:count + 1]}
+    if len(rows) > count: return {None: rows[:count + 1]}
+    raise MaetError(f"task {task!r}: its exemplars are its own first rows, and {len(rows)} rows "
+                    f"are too few for {count}: ask with fewer shots")
 
 # %% ../../nbs/40_exams.questions.ipynb #f6e1126c
 def _after_label(text: str) -> str:
@@ -162,41 +219,59 @@ def _jinja():
 # %% ../../nbs/40_exams.questions.ipynb #2149481f
 def their_row(forms: dict[str, str], # column of ours -> Jinja over theirs
               theirs: dict) -> dict:
-    "A row of ours from one of a data set of the hub: `choices` is a list, `label` a number, all else text."
+    "A row of ours from one of the hub: `choices` is a list, `label` a number, all else text."
     made = {column: _jinja().from_string(form).render(**theirs) for column, form in forms.items()}
-    return {c: json.loads(v) if c == "choices" else int(v) if c == "label" else v for c, v in made.items()}
+    if "choices" in made: made["choices"] = json.loads(made["choices"])
+    if "label" in made: made["label"] = int(made["label"])
+    return made
 
 # %% ../../nbs/40_exams.questions.ipynb #bc33ea4e
 def _download(dataset: str, config: str, split: str):
-    "Rows of a data set of the hub, as dictionaries. No code of the data set's own is run: `datasets` refuses scripts."
+    """Rows of a data set of the hub, as dictionaries. No code of the data set's own is run: `datasets`
+    refuses scripts."""
     import datasets
     try: return datasets.load_dataset(dataset, config, split=split)
     except Exception as e:  # offline, behind a form, renamed: the hub's client raises many kinds
-        said = (str(e).splitlines() or [type(e).__name__])[0]
-        raise MaetError(f"{dataset} ({config}, {split}) cannot be had from the hub ({said}): give a folder of exam files as data") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise MaetError(f"{dataset} ({config}, {split}) cannot be had from the hub ({reason}): "
+                        "give a folder of exam files as data") from None
 
 def _config(task: str, source: dict, language: str) -> str:
     if language in source["configs"]: return source["configs"][language]
-    raise MaetError(f"task {task!r}: {source['dataset']} has no language {language!r}; it has {', '.join(source['configs'])}")
+    raise MaetError(f"task {task!r}: {source['dataset']} has no language {language!r}; "
+                    f"it has {', '.join(source['configs'])}")
 
 # %% ../../nbs/40_exams.questions.ipynb #87530688
 def from_hub(task: str, language: str,
              part: str = "split",             # or "shots": the exemplars
              ) -> list[tuple[str, dict]]:     # (where it stands, row)
-    "All rows of an exam, or its exemplars. Raises MaetError: no such language, no connection, no hub source."
+    "All rows of an exam, or its exemplars. Raises MaetError: no such language, connection or source."
     source = template(task)["metadata"].get("source")
     if source is None: raise MaetError(f"task {task!r} is on no hub: give a folder of exam files as data")
     if "-" in language: return _both(task, source, *language.split("-", 1))
     config = _config(task, source, language)
-    split, forms = source[part], source.get("shot", source["row"]) if part == "shots" else source["row"]
-    rows = [their_row(forms, theirs) for theirs in _download(source["dataset"], config, split)]
-    wanted = source.get("shots_where", {}) if part == "shots" else source.get("where", {})
-    return [(f"{source['dataset']} ({config}, {split}): row {n}", row) for n, row in enumerate(rows) if all(row[c] in v for c, v in wanted.items())]
+    forms, wanted = source["row"], source.get("where", {})
+    if part == "shots": forms, wanted = source.get("shot", forms), source.get("shots_where", {})
+    name, split = source["dataset"], source[part]
+    found = []
+    for n, theirs in enumerate(_download(name, config, split)):
+        row = their_row(forms, theirs)
+        if all(row[column] in values for column, values in wanted.items()):
+            found.append((f"{name} ({config}, {split}): row {n}", row))
+    return found
 
 # %% ../../nbs/40_exams.questions.ipynb #2f8cb4a5
 def _both(task: str, source: dict, of: str, into: str) -> list[tuple[str, dict]]:
     "A translation exam: the two languages' rows, joined by their ids."
-    configs = [_config(task, source, l) for l in (of, into)]
-    read = lambda config: (their_row(source["row"], theirs) for theirs in _download(source["dataset"], config, source["split"]))
-    texts = [{row["id"]: row["text"] for row in read(config)} for config in configs]
-    return [(f"{source['dataset']}: id {i}", {"id": i, "source": text, "target": texts[1].get(i)}) for i, text in texts[0].items()]
+    configs = [_config(task, source, language) for language in (of, into)]
+    texts, references = (_texts(source, config) for config in configs)
+    found = []
+    for i, text in texts.items():
+        row = {"id": i, "source": text, "target": references.get(i)}
+        found.append((f"{source['dataset']}: id {i}", row))
+    return found
+
+def _texts(source: dict, config: str) -> dict: # id -> text
+    theirs = _download(source["dataset"], config, source["split"])
+    rows = [their_row(source["row"], row) for row in theirs]
+    return {row["id"]: row["text"] for row in rows}
