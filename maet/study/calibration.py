@@ -160,7 +160,7 @@ def rates_wanted(runs: list[Pipeline]) -> list[Candidate]:
                 found.append(Candidate(run, ability, mode, rate, exam))
     return found
 
-# %% ../../nbs/69g_study.calibration.ipynb #c21a59b0
+# %% ../../nbs/69g_study.calibration.ipynb #1379c18b
 def rate_rows(found: list[Candidate]) -> list[dict]:
     rows = []
     for of in found:
