@@ -31,7 +31,8 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     from maet.study.study import study_job
 
     asked = load_study(study) if study else Study(str(recipe))
-    name = Path(study).stem if study else "main"
+    name = asked.name or (Path(study).stem if study else "main")
+    if asked.measure: return say(_measure(asked, name, out, seed, ledger))
     for _, setting in settings(asked):
         must_fit(setting, partial(models, methods=methods_of(asked, setting)))
 
@@ -39,6 +40,19 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     seeds = asked.seeds if seed is None else [seed]
     for number in seeds:
         say(study_job(asked, name, out, number, ledger))
+
+# %% ../nbs/89_verbs.ipynb #5ea5a1e0
+def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path | None) -> str:
+    "A study that reads experts in a way of its own: all its seeds at once."
+    from maet.study.measured import measure_named
+    from maet.study.measures import measure_job
+    from maet.study.plan import must_fit
+    from maet.study.scores import settings
+
+    measure, (_, recipe) = measure_named(asked.measure), settings(asked)[0]
+    must_fit(recipe, lambda run, ability: measure.wanted([run]))
+    seeds = asked.seeds if seed is None else [seed]
+    return measure_job(measure, recipe, name, out, seeds, ledger or Path(f"data/results/{name}.jsonl"))
 
 # %% ../nbs/89_verbs.ipynb #5f327a3b
 def search(recipe: str | Path,                   # of `run`

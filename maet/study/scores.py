@@ -159,6 +159,8 @@ class Study:
     "What is compared, over which settings."
     recipe: str      # a shipped recipe, or a file
     title: str = ""  # what it asks, in a few words
+    name: str = ""   # in the ledger; without it that of the file
+    measure: str = ""  # what is read instead of exams, such as expert_maps
     methods: list[str] = field(default_factory=list)    # rows of the table; none: the recipe's
     abilities: list[str] = field(default_factory=list)  # none: all of the recipe
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -176,6 +178,8 @@ class Study:
         at_least(0, **{f"seeds[{n}]": seed for n, seed in enumerate(self.seeds)})
         for axis, values in self.vary.items():
             if not values: raise MaetError(f"vary.{axis}: it has no values")
+        if self.measure and (self.vary or self.methods):
+            raise MaetError("measure: goes with neither vary nor methods")
 
 # %% ../../nbs/67_study.scores.ipynb #bdb58219
 SHIPPED = files("maet") / "recipes" / "studies"
