@@ -23,7 +23,7 @@ def _patch(look: Look) -> dict:
     hatch = "////" if look.second else ""
     return dict(facecolor=look.colour, hatch=hatch, edgecolor="#333333", linewidth=0.5)
 
-# %% ../../nbs/52_record.plots.ipynb #a24be9d0
+# %% ../../nbs/52_record.plots.ipynb #3ea72272
 def _draw_bar(ax, x: float, width: float, e: Estimate, look: Look, text: str | None):
     "One bar with its interval, its seeds, and its value where `text` is given."
     from matplotlib.patheffects import withStroke
@@ -102,7 +102,7 @@ def scores(rows: list[dict],                # ledger rows
         _legend(figure, methods)
     return figure
 
-# %% ../../nbs/52_record.plots.ipynb #007174da
+# %% ../../nbs/52_record.plots.ipynb #45f69a7b
 def _legend(figure, methods: list[str]):
     "A key for each method, and one for the line at chance if there is one."
     from matplotlib.patches import Patch
@@ -116,7 +116,7 @@ def _legend(figure, methods: list[str]):
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False,
                   handlelength=1.6, columnspacing=1.4)
 
-# %% ../../nbs/52_record.plots.ipynb #b5dde194
+# %% ../../nbs/52_record.plots.ipynb #5b0ea364
 def _with_margin(text: str, margin: float, digits: int) -> str:
     "A number in print, with its margin if that is known."
     return f"{text} ± {margin:.{digits}f}" if margin else text
@@ -140,7 +140,7 @@ def _draw_dot(ax, y: float, e: Estimate, look: Look, digits: int):
     edge = dict(xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False)
     ax.annotate(text, (1.01, y), fontsize=6.5, **edge)
 
-# %% ../../nbs/52_record.plots.ipynb #052a7a01
+# %% ../../nbs/52_record.plots.ipynb #60eaab61
 def _named_lines(ax, names: list):
     "A name for each line from the top, and a grid along x alone."
     ax.grid(axis="x")
@@ -162,7 +162,7 @@ def _draw_dots(ax, rows: list[dict], by: str, names: list[str], chance: float | 
     for tick in ax.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() == "MAET" else "normal")
 
-# %% ../../nbs/52_record.plots.ipynb #e0d12168
+# %% ../../nbs/52_record.plots.ipynb #e78ace2d
 def _sorted(rows: list[dict], paper: list[dict], by: str, lowest_first: bool) -> list:
     "The values of a field by our estimates, those that only the paper has at the end."
     found = {name: e.value for (name,), e in estimates(rows, by).items()}
@@ -197,7 +197,7 @@ def dots(rows: list[dict],             # ledger rows, one for each name and seed
         foot(figure, rows, seeds_shown(rows), "dotted: the base" if dotted else "")
     return figure
 
-# %% ../../nbs/52_record.plots.ipynb #7ab89023
+# %% ../../nbs/52_record.plots.ipynb #6d4e2100
 def _draw_beside(ax, rows: list[dict] | None, source: dict, value, by: str, names: list[str]):
     "The paper's dots on the lines of ours; nothing where it has none of this panel."
     if rows:
@@ -236,7 +236,7 @@ def _level(ax, e: Estimate, look: Look):
     ax.axhline(e.value, color="#8C8C8C", lw=1, ls="--", zorder=1)
     ax.axhspan(low, high, facecolor=look.colour, alpha=0.25, lw=0, zorder=0)
 
-# %% ../../nbs/52_record.plots.ipynb #cdac65ec
+# %% ../../nbs/52_record.plots.ipynb #f5be5a81
 def _curve(ax, points: dict[float, Estimate], look: Look):
     "One line over the setting with its band."
     xs = list(points)
@@ -249,7 +249,7 @@ def _curve(ax, points: dict[float, Estimate], look: Look):
     fill = "white" if look.second else look.colour
     ax.plot(xs, values, look.marker, ms=size, mfc=fill, mec="#333333", mew=0.5)
 
-# %% ../../nbs/52_record.plots.ipynb #e5ef048a
+# %% ../../nbs/52_record.plots.ipynb #73a3070a
 def _name_ends(ax, ends: dict[str, float]):
     "A name at the right end of each line."
     low, high = ax.get_ylim()
@@ -304,7 +304,7 @@ def lines(rows: list[dict],           # ledger rows
         foot(figure, rows)
     return figure
 
-# %% ../../nbs/52_record.plots.ipynb #800f9242
+# %% ../../nbs/52_record.plots.ipynb #e9b43983
 def _draw_cell(ax, place: tuple[int, int], text: str, size: float, colour: tuple):
     "One cell and its number, white on a dark colour."
     x, y = place
@@ -330,7 +330,7 @@ def _draw_heat(ax, cells: dict[tuple, Estimate], colours, digits: int, margins: 
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
-# %% ../../nbs/52_record.plots.ipynb #1a227307
+# %% ../../nbs/52_record.plots.ipynb #85b6ff0c
 def _colours(every: list[Estimate], centre: float | None):
     "A function from a value to its colour. With a centre, colours run both ways from it."
     from matplotlib import colormaps
@@ -345,7 +345,7 @@ def _colours(every: list[Estimate], centre: float | None):
     def colour(value): return colours(scale(value))
     return colour
 
-# %% ../../nbs/52_record.plots.ipynb #35dc92f7
+# %% ../../nbs/52_record.plots.ipynb #c8e5a9cf
 def _numbers(every: list[Estimate], what: str, digits: int) -> str:
     "The line under a heat map: what its numbers are, and how sure."
     counts = [len(e.seeds) for e in every]
@@ -389,7 +389,7 @@ def heat(rows: list[dict],           # ledger rows
         figure.supxlabel(_numbers(every, what, digits), fontsize=7, color="#555555")
     return figure
 
-# %% ../../nbs/52_record.plots.ipynb #77c89ebf
+# %% ../../nbs/52_record.plots.ipynb #480a73e8
 def _cells(rows: list[dict], x: str, y: str, factor: float) -> dict[tuple, Estimate]:
     "The values of two fields -> an estimate in the unit of print."
     return {key: e.times(factor) for key, e in estimates(rows, x, y).items()}
@@ -430,7 +430,7 @@ def _draw_forest(ax, rows: list[dict], label: str):
     ax.set(xlabel=difference(name), ylim=(len(found) - 0.4, -0.6))
     _named_lines(ax, list(found))
 
-# %% ../../nbs/52_record.plots.ipynb #65424197
+# %% ../../nbs/52_record.plots.ipynb #bf6c8413
 def _count(rows: list[dict], name: str) -> int:
     "How many values a field takes."
     return len({field(row, name) for row in rows})
@@ -455,7 +455,8 @@ def forest(rows: list[dict],             # ledger rows whose value is a differen
     return figure
 
 # %% ../../nbs/52_record.plots.ipynb #c5b76da3
-COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric", "value", "stderr", "n", "seed")
+COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric",
+           "value", "stderr", "n", "seed")
 
 def as_csv(rows: list[dict], # ledger rows
            ) -> str:         # COLUMNS, then a line a row; numbers in full
@@ -478,7 +479,7 @@ def drawn(figure, kind: str) -> bytes: # png or svg
         figure.savefig(picture, format=kind, metadata=nameless)
     return _fewer_colours(picture) if kind == "png" else picture.getvalue()
 
-# %% ../../nbs/52_record.plots.ipynb #fa38e428
+# %% ../../nbs/52_record.plots.ipynb #579f0790
 def _fewer_colours(picture: io.BytesIO) -> bytes:
     "A PNG with 256 colours, which are fewer bytes."
     from PIL import Image
@@ -501,5 +502,6 @@ def save(figure,             # a matplotlib Figure
     """Write a figure and its numbers. The same versions of matplotlib give the same bytes.
 
     Raises MaetError if a file cannot be written."""
-    content = {"png": drawn(figure, "png"), "svg": drawn(figure, "svg"), "csv": as_csv(rows).encode()}
+    content = {kind: drawn(figure, kind) for kind in ("png", "svg")}
+    content["csv"] = as_csv(rows).encode()
     return [put(Path(f"{stem}.{kind}"), data) for kind, data in content.items()]
