@@ -22,8 +22,9 @@ except ImportError: fcntl = None  # Windows: there two runs should not write to 
 NUMBER = int | float
 LARGEST = 1e60  # a fourth power of it is finite
 ROW = {"study": str, "scale": str, "method": str, "setting": str | dict,
-       "language": str, "task": str, "metric": str, "value": NUMBER, "stderr": NUMBER | None, "n": int,
-       "seed": int | None, "versions": dict, "commit": str | None, "seconds": NUMBER | None}  # field -> type
+       "language": str, "task": str, "metric": str,
+       "value": NUMBER, "stderr": NUMBER | None, "n": int, "seed": int | None,
+       "versions": dict, "commit": str | None, "seconds": NUMBER | None}  # field -> type
 
 # %% ../../nbs/50_record.ledger.ipynb #2e701415
 def checked(row: dict,  # one measurement
@@ -39,13 +40,13 @@ def checked(row: dict,  # one measurement
 
     for field, wanted in fields.items():
         _check_value(row[field], wanted, f"{where}: {field}")
-    try:
-        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    try:  # half a surrogate pair is no text
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as e:
         raise MaetError(f"{where}: cannot be written as JSON ({e})") from None
     return {field: row[field] for field in fields}
 
-# %% ../../nbs/50_record.ledger.ipynb #9e143fa8
+# %% ../../nbs/50_record.ledger.ipynb #9b6445ca
 def _check_value(value, wanted: type, where: str):
     "Raises MaetError for a value of another type, and for a number that is no measurement."
     if not isinstance(value, wanted) or isinstance(value, bool):
@@ -61,7 +62,7 @@ def _row(line: str, where: str) -> dict:
     if not isinstance(row, dict): raise MaetError(f"{where} is not a row: mend or remove that line")
     return checked(row, where)
 
-# %% ../../nbs/50_record.ledger.ipynb #c0a8c17f
+# %% ../../nbs/50_record.ledger.ipynb #afe64026
 def _last_row(tail: bytes, path: Path) -> list[dict]:
     "A last line without its newline: the row that it is, or none where a kill cut it short."
     try: return [_row(tail.decode("utf-8"), f"{path}: last line")] if tail else []
@@ -69,7 +70,7 @@ def _last_row(tail: bytes, path: Path) -> list[dict]:
 
 # %% ../../nbs/50_record.ledger.ipynb #160b2afc
 def _rows(path: Path) -> tuple[list[dict], int, bool]:
-    """All rows, the length in bytes of the part that is whole, and whether a newline is still missing there.
+    """All rows, the length in bytes of the part that is whole, and whether a newline lacks there.
 
     Raises MaetError."""
     try: content = path.read_bytes()
@@ -78,7 +79,8 @@ def _rows(path: Path) -> tuple[list[dict], int, bool]:
 
     body, _, tail = content.rpartition(b"\n")
     try: lines = body.decode("utf-8").split("\n")
-    except UnicodeDecodeError as e: raise MaetError(f"{path}: byte {e.start} is not UTF-8") from None
+    except UnicodeDecodeError as e:
+        raise MaetError(f"{path}: byte {e.start} is not UTF-8") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip(): rows.append(_row(line, f"{path}: line {number}"))
@@ -90,9 +92,10 @@ def _rows(path: Path) -> tuple[list[dict], int, bool]:
 # %% ../../nbs/50_record.ledger.ipynb #17ba0791
 def _same(row: dict) -> str:
     "All of a row but its seconds, as text: equal for rows that say the same."
-    return json.dumps({name: value for name, value in row.items() if name != "seconds"}, sort_keys=True)
+    lasting = {name: value for name, value in row.items() if name != "seconds"}
+    return json.dumps(lasting, sort_keys=True)
 
-# %% ../../nbs/50_record.ledger.ipynb #e97148c5
+# %% ../../nbs/50_record.ledger.ipynb #ad7348d7
 def _mended(path: Path, file) -> tuple[set[str], int]: # rows that are there already; bytes
     "Cut off or complete what a kill left at the end."
     old, size, cut = _rows(path)
@@ -100,7 +103,7 @@ def _mended(path: Path, file) -> tuple[set[str], int]: # rows that are there alr
     if cut: file.write(b"\n")
     return {_same(row) for row in old}, size + cut
 
-# %% ../../nbs/50_record.ledger.ipynb #90134c8c
+# %% ../../nbs/50_record.ledger.ipynb #9b22f2a5
 def _write(file, data: bytes) -> None:
     "All of the data. A full disk may take a part, and says so only when it is asked again."
     while data:
@@ -120,7 +123,7 @@ def append(path: str | Path,      # <study>.jsonl; made with its folder if it is
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
-            if fcntl: fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, or the process killed
+            if fcntl: fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process killed
             known, size = _mended(path, file)
             new = {_same(row): row for row in rows if _same(row) not in known}
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in new.values()]
@@ -132,16 +135,18 @@ def append(path: str | Path,      # <study>.jsonl; made with its folder if it is
     return len(new)
 
 # %% ../../nbs/50_record.ledger.ipynb #fa35e192
-def field(row: dict, name: str):  # a field of ROW, or `setting.<key>`; None where the setting has no such key
-    "One value of a row. Raises MaetError for a field that no row has."
+def field(row: dict, name: str):
+    """One value of a row: of a field of ROW, or of `setting.<key>`, None without such a key.
+
+    Raises MaetError for a field that no row has."""
     of, _, key = name.partition(".")
     if of not in ROW or (key and of != "setting"):
         raise MaetError(f"rows have no field {name}; they have {', '.join(ROW)} and setting.<key>")
     if not key: return row[of]
     return row["setting"].get(key) if isinstance(row["setting"], dict) else None
 
-# %% ../../nbs/50_record.ledger.ipynb #c70be1ee
-IDENTITY = ("study", "scale", "method", "setting", "language", "task", "metric", "seed") # what is measured
+# %% ../../nbs/50_record.ledger.ipynb #4bc40719
+IDENTITY = ("study", "scale", "method", "setting", "language", "task", "metric", "seed")
 
 def _newest(rows: list[dict]) -> list[dict]:
     "The last row of each thing that was measured, whatever came out."
@@ -168,7 +173,8 @@ def read(path: str | Path,    # <study>.jsonl
     return rows
 
 # %% ../../nbs/50_record.ledger.ipynb #99ef14bd
-SCORE = {name: ROW[name] for name in ("task", "language", "metric", "value", "stderr", "n", "seconds")}
+SCORE_FIELDS = ("task", "language", "metric", "value", "stderr", "n", "seconds")
+SCORE = {name: ROW[name] for name in SCORE_FIELDS}
 
 # %% ../../nbs/50_record.ledger.ipynb #577cd1a4
 def read_scores(exam: str | Path) -> list[dict]: # its folder
@@ -202,7 +208,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 # %% ../../nbs/50_record.ledger.ipynb #cc58a854
 def commit(folder: str | Path | None = None, # default: the folder of this package
-           ) -> str | None:                  # e.g. 1a2b3c4 or 1a2b3c4+; None: not in a git repository
+           ) -> str | None:                  # e.g. 1a2b3c4+; None: not in a git repository
     "Short hash of the last commit that changed a folder."
     folder = Path(folder or Path(find_spec("maet").origin).parent)
     if not _git(folder, "ls-files", "."): return None  # installed, or in somebody else's repository
