@@ -545,6 +545,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'maet.record.estimates.Estimate.times': ( 'record.estimates.html#estimate.times',
                                                                                  'maet/record/estimates.py'),
                                        'maet.record.estimates.Look': ('record.estimates.html#look', 'maet/record/estimates.py'),
+                                       'maet.record.estimates._intervals': ('record.estimates.html#_intervals', 'maet/record/estimates.py'),
                                        'maet.record.estimates.difference': ('record.estimates.html#difference', 'maet/record/estimates.py'),
                                        'maet.record.estimates.estimate': ('record.estimates.html#estimate', 'maet/record/estimates.py'),
                                        'maet.record.estimates.estimates': ('record.estimates.html#estimates', 'maet/record/estimates.py'),
