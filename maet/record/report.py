@@ -24,12 +24,12 @@ def words(text: str) -> str:
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
 
-# %% ../../nbs/55_record.report.ipynb #9c9292ea
+# %% ../../nbs/55_record.report.ipynb #49876427
 def _table_row(cells: list[str], tag: str) -> str: # tag: th or td
     "A line of a table."
     return "<tr>" + "".join(f"<{tag}>{words(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-# %% ../../nbs/55_record.report.ipynb #0d312bef
+# %% ../../nbs/55_record.report.ipynb #f3a8bd29
 def table(lines: list[list[str]], # the header first
           kind: str = "",         # "text": cells of sentences, which break
           ) -> str:
@@ -56,7 +56,7 @@ def _cells(line: str) -> list[str]:
     "The cells of a line of a Markdown table."
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
-# %% ../../nbs/55_record.report.ipynb #e1ddd76b
+# %% ../../nbs/55_record.report.ipynb #66402c9d
 def as_html(text: str) -> str:
     "Markdown as HTML, block by block."
     blocks = re.split(r"\n\s*\n", text.strip())
@@ -116,7 +116,7 @@ def picture(png: bytes, says: str) -> str: # what it says to who cannot see it
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return f'<div class="box"><img alt="{html.escape(says)}" src="{source}"></div>'
 
-# %% ../../nbs/55_record.report.ipynb #d9a8076e
+# %% ../../nbs/55_record.report.ipynb #ac4e8c98
 def folded(title: str, text: str) -> str:
     "A text of which one sees the title until one asks for more."
     text = html.escape(text.strip())
@@ -135,7 +135,7 @@ def of_figures(ledgers: Path, papers: Path) -> tuple[list[Section], list[str]]:
         else: found.append(Section(name, entry.title, _of_figure(done, entry.title)))
     return found, lacking
 
-# %% ../../nbs/55_record.report.ipynb #6bd9638a
+# %% ../../nbs/55_record.report.ipynb #0f5c415f
 def _of_figure(done: figures.Drawn, title: str) -> str:
     "A figure, its caption and its tables."
     drawing = ""
@@ -168,15 +168,17 @@ def of_recipes(rows: list[dict]) -> str:
         parts.append(folded(name, text))
     return "\n".join(parts)
 
-# %% ../../nbs/55_record.report.ipynb #9919a3a0
+# %% ../../nbs/55_record.report.ipynb #3c4ca52d
 def of_versions(rows: list[dict]) -> str:
     "With which code and packages the studies were measured."
     studies = {}  # (commit, packages) -> names, each once
     for row in rows:
-        packages = ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items()))
+        versions = sorted(row["versions"].items())
+        packages = ", ".join(f"{name} {version}" for name, version in versions)
         code = row["commit"] or "no commit", packages
         studies.setdefault(code, {})[row["study"]] = None
-    lines = [f"**{', '.join(names)}** at `{commit}`: {packages}" for (commit, packages), names in studies.items()]
+    lines = [f"**{', '.join(names)}** at `{commit}`: {packages}"
+             for (commit, packages), names in studies.items()]
     return as_html("\n\n".join(lines))
 
 # %% ../../nbs/55_record.report.ipynb #85322ce1
@@ -201,8 +203,8 @@ def study_page(ledgers: Path, papers: Path) -> str:
     studies = {row["study"] for row in rows}
     drawn, lacking = of_figures(ledgers, papers)
     missing = "".join(f"<li>{words(line)}</li>" for line in lacking)
-    lead = (f"{len(rows)} measurements of {len(studies)} studies. Every number on this page is a row of a ledger, "
-            "or of a paper's table, which is then said. "
+    lead = (f"{len(rows)} measurements of {len(studies)} studies. Every number on this page "
+            "is a row of a ledger, or of a paper's table, which is then said. "
             "A value is followed by half of its 95 % interval over items and seeds.")
     return page("maet: the study", lead, [
         Section("claims", "Claims", of_claims(ledgers, papers)),
@@ -223,7 +225,7 @@ def _stage(path: Path) -> tuple[str, dict]: # name, inputs
         if isinstance(name, str) and isinstance(inputs, dict): return name, inputs
     raise MaetError(f"{path}: is not what a stage says of itself; {AGAIN}")
 
-# %% ../../nbs/55_record.report.ipynb #546efeb0
+# %% ../../nbs/55_record.report.ipynb #d9deaa5d
 def _by_kind(folder: Path) -> dict[str, dict[str, dict]]: # kind -> {sub-folder: inputs}
     "The stages of a run; the kind is the first word of a stage's name."
     kinds = {}
@@ -257,7 +259,8 @@ def of_stages(folder: Path) -> tuple[str, str]: # what was made and at which pri
         trained = f"{tokens:,}" if tokens else "–"
         examined = f"{seconds:.0f}" if seconds else "–"
         lines.append([kind, str(len(stages)), trained, examined])
-        texts = [f"{where}\n{json.dumps(inputs, indent=1, ensure_ascii=False)}" for where, inputs in stages.items()]
+        texts = [f"{where}\n{json.dumps(inputs, indent=1, ensure_ascii=False)}"
+                 for where, inputs in stages.items()]
         causes.append(folded(f"{kind}: {len(stages)}", "\n\n".join(texts)))
     return table(lines), "\n".join(causes)
 
@@ -282,7 +285,7 @@ def _seed_folders(folder: Path) -> list[Path]:
         return int(text) if text.isdecimal() else -1
     return sorted(filter(Path.is_dir, folder.glob("seed-*")), key=number)
 
-# %% ../../nbs/55_record.report.ipynb #38b575b7
+# %% ../../nbs/55_record.report.ipynb #caaae399
 def run_page(folder: Path) -> str:
     "The page of a run."
     seeds = _seed_folders(folder)
@@ -306,5 +309,7 @@ def report(source: str | Path = "data/results",  # folder of ledgers: the study;
     source = Path(source)
     if any(source.glob("seed-*")) or any(source.glob("*/stage.json")): text = run_page(source)
     elif any(source.glob("*.jsonl")): text = study_page(source, Path(papers))
-    else: raise MaetError(f"{source}: neither a run folder (seed-<n>, stages) nor a folder of ledgers (*.jsonl)")
+    else:
+        known = "neither a run folder (seed-<n>, stages) nor a folder of ledgers (*.jsonl)"
+        raise MaetError(f"{source}: {known}")
     return plots.put(Path(out), text.encode("utf-8", "backslashreplace"))
