@@ -10,6 +10,7 @@ import csv, io, json, math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from textwrap import wrap
@@ -23,64 +24,111 @@ from .figures import figures, markdown, read_table, said, wanted
 
 # %% ../../nbs/54_record.claims.ipynb #ac3478d6
 POINT = 0.01  # of a share: the tolerance of a claim of no difference
-REGIONS = {"above": [0, None], "below": [None, 0], "not below": [-POINT, None], "not above": [None, POINT], "on par": [-POINT, POINT]}
+REGIONS = {"above": [0, None],
+           "below": [None, 0],
+           "not below": [-POINT, None],
+           "not above": [None, POINT],
+           "on par": [-POINT, POINT]}  # [low, high]; None: no border there
 
 # %% ../../nbs/54_record.claims.ipynb #bc53137f
 @dataclass
 class Evidence:
-    "Differences that a claim is about, all of one study."
-    study: str                                # <ledgers>/<study>.jsonl
-    rows: dict[str, list]                     # what both sides share: field or setting.<key> -> list of values, `seed` among them
-    of: dict[str, list] = field(default_factory=dict)    # the side that is looked at: field -> list of values
-    minus: dict[str, list] = field(default_factory=dict) # the side that is taken off; none: the rows are differences themselves
-    over: str | None = None                   # field over whose values a mean is taken
+    """Differences that a claim is about, all of one study.
+
+    A side is a mapping of fields to lists of values: `of` is looked at, `minus` is taken off.
+    Without `minus` the rows are differences themselves."""
+    study: str                 # <ledgers>/<study>.jsonl
+    rows: dict[str, list]      # what both sides share: field or setting.<key> -> values, also of `seed`
+    of: dict[str, list] = field(default_factory=dict)
+    minus: dict[str, list] = field(default_factory=dict)
+    over: str | None = None    # field over whose values a mean is taken
     lies: str | list[float | None] = "above"  # a region, or [low, high]; null: no border there
 
     def __post_init__(self):
-        if self.minus and not self.of: raise MaetError("minus: it is taken off `of`, and that is not given")
+        if self.minus and not self.of:
+            raise MaetError("minus: it is taken off `of`, and that is not given")
 
     def region(self) -> tuple[float, float]: # low, high, in the ledger's unit
-        found = REGIONS.get(self.lies) if isinstance(self.lies, str) else self.lies
-        if found is None or len(found) != 2: raise MaetError(f"lies: {self.lies!r} is none of {', '.join(REGIONS)}, nor [low, high]")
-        return -math.inf if found[0] is None else found[0], math.inf if found[1] is None else found[1]
+        borders = REGIONS.get(self.lies) if isinstance(self.lies, str) else self.lies
+        if borders is None or len(borders) != 2:
+            raise MaetError(f"lies: {self.lies!r} is none of {', '.join(REGIONS)}, nor [low, high]")
+        low, high = borders
+        low = -math.inf if low is None else low
+        high = math.inf if high is None else high
+        return low, high
 
 # %% ../../nbs/54_record.claims.ipynb #f4a6f15e
 @dataclass
 class Claim:
     "What is evidence for a claim of data/paper/claims.csv."
-    short: str                                # for a figure
-    evidence: list[Evidence] = field(default_factory=list) # none: it is not tested here, and `reading` says why
-    reading: str = ""                         # how it is put to the test
-    explain: str = ""                         # what may explain it where it is not replicated
+    short: str         # for a figure
+    evidence: list[Evidence] = field(default_factory=list) # none: not tested, `reading` says why
+    reading: str = ""  # how it is put to the test
+    explain: str = ""  # what may explain it where it is not replicated
 
 # %% ../../nbs/54_record.claims.ipynb #f9eeb6ce
 def catalogue(source: str | Path | None = None, # YAML; None: the one that ships with the package
               ) -> dict[str, Claim]:            # id -> claim
     "The claims that are known. Raises MaetError: not YAML, an unknown key or region."
-    found = {name: strict(Claim, of, name) for name, of in read_yaml(source or files("maet") / "catalogue" / "claims.yml").items()}
-    for claim in found.values():
-        for evidence in claim.evidence: evidence.region()
-    return found
+    content = read_yaml(source or files("maet") / "catalogue" / "claims.yml")
+    claims = {name: strict(Claim, entry, name) for name, entry in content.items()}
+    for claim in claims.values():
+        for evidence in claim.evidence:
+            evidence.region()  # raises where there is no such region
+    return claims
+
+# %% ../../nbs/54_record.claims.ipynb #83f0ef08
+def _has(row: dict, where: dict) -> bool: # where: field -> value
+    "Whether a row has these values."
+    return all(ledger.field(row, name) == value for name, value in where.items())
+
+# %% ../../nbs/54_record.claims.ipynb #c0e1613c
+def _mean(rows: list[dict]) -> dict:
+    "One row for several: the mean of their values, its error, and the fewest items."
+    errors = [row["stderr"] or 0 for row in rows]
+    return rows[0] | {"value": fmean(row["value"] for row in rows),
+                      "stderr": math.hypot(*errors) / len(rows),
+                      "n": min(row["n"] for row in rows)}
 
 # %% ../../nbs/54_record.claims.ipynb #fe5dbbce
 def _one(rows: list[dict], where: dict, over: str | None) -> dict | None: # where: field -> value
-    "The row that fits, or the mean of those that differ in `over`. Raises MaetError where more fit than one."
-    found = [r for r in rows if all(ledger.field(r, k) == v for k, v in where.items())]
+    "The row that fits, or the mean of those that differ in `over`. Raises MaetError for two that fit."
+    found = [row for row in rows if _has(row, where)]
     if not found: return None
-    points = {json.dumps(ledger.field(r, over)) for r in found} if over else {None}
-    if len(points) < len(found): raise MaetError(f"{len(found)} rows for {said(where)}: choose among them")
-    return found[0] | dict(value=fmean(r["value"] for r in found), stderr=math.hypot(*(r["stderr"] or 0 for r in found)) / len(found), n=min(r["n"] for r in found))
+    points = {json.dumps(ledger.field(row, over)) for row in found} if over else {None}
+    if len(points) < len(found):
+        raise MaetError(f"{len(found)} rows for {said(where)}: choose among them")
+    return _mean(found)
 
 # %% ../../nbs/54_record.claims.ipynb #669c51a9
-def _difference(rows: list[dict], about: dict, of: dict, minus: dict, over: str | None) -> tuple[dict, bool] | None: # row, paired or not
-    "`of` minus `minus` at one seed; None where a row is missing. Rows without an error over items are paired by their seed alone."
-    if not minus: return (row, True) if (row := _one(rows, {"setting.minus": None} | about | of, over)) else None
+def _paired(rows: list[dict], about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
+    "The row of a difference that the study took question by question, in either direction."
     for side, other, sign in ((of, minus, 1), (minus, of, -1)):
-        if row := _one(rows, about | side | {"setting.minus": next(iter(other.values()))}, over): return row | {"value": sign * row["value"]}, True
-    a, b = (_one(rows, about | side | {"setting.minus": None}, over) for side in (of, minus))
+        taken_off = {"setting.minus": next(iter(other.values()))}
+        row = _one(rows, about | side | taken_off, over)
+        if row: return row | {"value": sign * row["value"]}
+    return None
+
+# %% ../../nbs/54_record.claims.ipynb #b3f59806
+def _difference(rows: list[dict], about: dict, of: dict, minus: dict, over: str | None,
+                ) -> tuple[dict, bool] | None: # row, paired or not
+    """`of` minus `minus` at one seed; None where a row is missing.
+
+    Rows without an error over items are paired by their seed alone."""
+    alone = {"setting.minus": None}
+    if not minus:
+        row = _one(rows, alone | about | of, over)
+        return (row, True) if row else None
+
+    row = _paired(rows, about, of, minus, over)
+    if row: return row, True
+
+    a = _one(rows, about | of | alone, over)
+    b = _one(rows, about | minus | alone, over)
     if not (a and b): return None
     error = math.hypot(a["stderr"], b["stderr"])
-    return a | dict(value=a["value"] - b["value"], stderr=error, n=min(a["n"], b["n"])), not error
+    row = a | {"value": a["value"] - b["value"], "stderr": error, "n": min(a["n"], b["n"])}
+    return row, not error
 
 # %% ../../nbs/54_record.claims.ipynb #17ba0791
 class Measured(NamedTuple):
@@ -92,76 +140,151 @@ class Measured(NamedTuple):
     paired: bool                 # question by question at every seed
     missing: list[str]           # seeds that it lacks, as rows in words
 
-    def place(self) -> int: # 1 wholly inside the region, -1 wholly outside, 0 neither, or nothing is known of it
-        if not self.estimate or len(self.estimate.seeds) < 2 and not self.estimate.margin: return 0  # several seeds that agree to the last item are known well
-        (low, high), (value, _, _, margin) = self.region, self.estimate
-        if low < value - margin and value + margin < high: return 1
-        return -1 if value + margin < low or high < value - margin else 0
+    def place(self) -> int: return _place(self.estimate, self.region)
 
-    def amount(self) -> str:
-        "The estimate in print, in points where it is a share."
-        label, factor, digits = estimates.unit(self.metric)
-        e, of = self.estimate.times(factor), label.partition("(")[2].rstrip(")") or label
-        if e.margin: digits = max(digits, -math.floor(math.log10(e.margin)))  # a margin is never printed as 0
-        return f"{e.value:+.{digits}f}" + (f" ± {e.margin:.{digits}f}" if e.margin else "") + {"%": " points", "no unit": ""}.get(of, f" {of}")
+    def amount(self) -> str: return _amount(self.estimate, self.metric)
+
+# %% ../../nbs/54_record.claims.ipynb #f59996aa
+def _place(found: Estimate | None, region: tuple[float, float]) -> int:
+    "1 wholly inside the region, -1 wholly outside, 0 neither, or nothing is known of it."
+    if found is None: return 0
+    unknown = len(found.seeds) < 2 and not found.margin  # several that agree to the last item are known
+    if unknown: return 0
+    low, high = region
+    lower, upper = found.value - found.margin, found.value + found.margin
+    if low < lower and upper < high: return 1
+    if upper < low or high < lower: return -1
+    return 0
+
+# %% ../../nbs/54_record.claims.ipynb #0559b226
+def _amount(found: Estimate, metric: str) -> str:
+    "An estimate in print, in points where it is a share."
+    label, factor, digits = estimates.unit(metric)
+    unit = label.partition("(")[2].rstrip(")") or label
+    ending = {"%": " points", "no unit": ""}.get(unit, f" {unit}")
+
+    found = found.times(factor)
+    if not found.margin: return f"{found.value:+.{digits}f}{ending}"
+    digits = max(digits, -math.floor(math.log10(found.margin)))  # a margin is never printed as 0
+    return f"{found.value:+.{digits}f} ± {found.margin:.{digits}f}{ending}"
 
 # %% ../../nbs/54_record.claims.ipynb #b3420147
-def verdict(differences: list[Measured]) -> str: # replicated, not replicated, undecided, not measured yet, not tested
+def verdict(differences: list[Measured],
+            ) -> str: # replicated, not replicated, undecided, not measured yet, not tested
     "What became of a claim about these differences."
     if not differences: return "not tested"
     if any(d.estimate is None for d in differences): return "not measured yet"
     if min(len(d.estimate.seeds) for d in differences) < 2: return "undecided"
     places = {d.place() for d in differences}
-    return "not replicated" if -1 in places else "replicated" if places == {1} else "undecided"
+    if -1 in places: return "not replicated"
+    return "replicated" if places == {1} else "undecided"
 
 # %% ../../nbs/54_record.claims.ipynb #fa35e192
+def _word(name: str, value) -> str:
+    "A field's value in print; a number has its field's name before it."
+    if isinstance(value, str): return named(value)
+    key = name.rpartition(".")[2].replace("_", " ")
+    return f"{key} {named(value)}"
+
+# %% ../../nbs/54_record.claims.ipynb #e9e9a809
+def _side(fields: dict, other: dict) -> str:
+    "What one side has and the other has not, in words."
+    own = [(name, value) for name, value in fields.items() if other.get(name) != value]
+    return " ".join(_word(name, value) for name, value in own if value is not None)
+
+# %% ../../nbs/54_record.claims.ipynb #74131bab
 def _named(of: dict, minus: dict, about: dict) -> str:
     "A difference in words; what both sides have in common goes without saying."
-    word = lambda k, v: named(v) if isinstance(v, str) else f"{k.rpartition('.')[2].replace('_', ' ')} {named(v)}"
-    side = lambda fields, other: " ".join(word(k, v) for k, v in fields.items() if v is not None and other.get(k) != v)
-    return ", ".join(filter(None, [f"{side(of, minus)} − {side(minus, of)}" if minus else side(of, {}), *(named(v) for v in about.values() if v is not None)]))
+    name = f"{_side(of, minus)} − {_side(minus, of)}" if minus else _side(of, {})
+    shared = [named(value) for value in about.values() if value is not None]
+    return ", ".join(filter(None, [name, *shared]))
+
+# %% ../../nbs/54_record.claims.ipynb #73bf8468
+def _measured(name: str,
+              there: list[tuple[dict, bool]], # a row for each seed, and whether it is paired
+              missing: list[str],
+              region: tuple[float, float]) -> Measured:
+    "The estimate of a difference from what there is of it."
+    if not there: return Measured(name, None, "", region, True, missing)
+    rows = [row for row, _ in there]
+    paired = all(paired for _, paired in there)
+    return Measured(name, estimate(rows), rows[0]["metric"], region, paired, missing)
 
 # %% ../../nbs/54_record.claims.ipynb #7bcd2348
 def differences(evidence: Evidence,
-                folder: str | Path,            # of the ledgers
-                varying: Iterable[str] = (),   # fields of `rows` that belong to a difference's name
+                folder: str | Path,          # of the ledgers
+                varying: Iterable[str] = (), # fields of `rows` that belong to a difference's name
                 ) -> list[Measured]:
-    "Every difference of some evidence, over the seeds that there are. Raises MaetError for a broken ledger, or rows that cannot be told apart."
-    path, region = Path(folder) / f"{evidence.study}.jsonl", evidence.region()
-    sides = [(of, minus) for of in wanted(evidence.of) for minus in wanted(evidence.minus) if of != minus or not of]
+    """Every difference of some evidence, over the seeds that there are.
+
+    Raises MaetError for a broken ledger, or rows that cannot be told apart."""
+    region = evidence.region()
+    path = Path(folder) / f"{evidence.study}.jsonl"
+    pairs = list(product(wanted(evidence.of), wanted(evidence.minus)))
     rows = ledger.read(path, **evidence.rows) if path.is_file() else []
-    found = {}
+    found = {}  # name -> (what is there, what is missing)
     for about in wanted(evidence.rows):
-        fits = [r for r in rows if all(ledger.field(r, k) == v for k, v in about.items())]
-        shared = {k: v for k, v in about.items() if k != "seed"}
-        for of, minus in sides:
-            name = _named(of, minus, {k: v for k, v in shared.items() if k in varying})
-            there, lacking = found.setdefault(name, ([], []))
-            one = _difference(fits, about, of, minus, evidence.over)
-            there.append(one) if one else lacking.append(f"{name}, {said(about)} in {path}")
-    return [Measured(name, estimate([r for r, _ in there]) if there else None, there[0][0]["metric"] if there else "", region, all(p for _, p in there), lacking)
-            for name, (there, lacking) in found.items()]
+        candidates = [row for row in rows if _has(row, about)]
+        naming = set(varying) - {"seed"}
+        shared = {name: value for name, value in about.items() if name in naming}
+        for of, minus in pairs:
+            if of and of == minus: continue  # nothing is taken off itself
+            name = _named(of, minus, shared)
+            there, missing = found.setdefault(name, ([], []))
+            one = _difference(candidates, about, of, minus, evidence.over)
+            if one: there.append(one)
+            else: missing.append(f"{name}, {said(about)} in {path}")
+    return [_measured(name, *parts, region) for name, parts in found.items()]
 
 # %% ../../nbs/54_record.claims.ipynb #15c3a393
 def _varying(claim: Claim) -> set[str]:
     "Fields that take more than one value in a claim."
-    values = {}
+    seen = {}
     for evidence in claim.evidence:
-        for name, of in evidence.rows.items(): values.setdefault(name, set()).update(str(v) for v in of if v is not None)
-    return {name for name, of in values.items() if len(of) > 1} - {"seed"}
+        for name, values in evidence.rows.items():
+            seen.setdefault(name, set()).update(str(value) for value in values if value is not None)
+    return {name for name, values in seen.items() if len(values) > 1 and name != "seed"}
 
 # %% ../../nbs/54_record.claims.ipynb #0716d970
-def _span(there: list[Measured]) -> str:
-    "How many lie where, and the two ends of each unit."
-    inside, outside = (sum(d.place() == place for d in there) for place in (1, -1))
-    units = dict.fromkeys(estimates.unit(d.metric)[0] for d in there)
-    each = [sorted((d for d in there if estimates.unit(d.metric)[0] == label), key=lambda d: d.estimate.value) for label in units]
-    ends = [" to ".join(f"{d.amount()} ({d.words})" for d in (of[0], of[-1])[:len(of)]) for of in each]
-    return f"{inside} of {len(there)} as claimed, {outside} against it; from {'; from '.join(ends)}"
+def _by_unit(differences: list[Measured]) -> dict[str, list[Measured]]:
+    "The label of a unit -> its differences."
+    found = {}
+    for difference in differences:
+        label, _, _ = estimates.unit(difference.metric)
+        found.setdefault(label, []).append(difference)
+    return found
 
-def _seeds(there: list[Measured]) -> str:
-    counts = [len(d.estimate.seeds) for d in there]
-    return (f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}") + f" seed{'s' * (max(counts) > 1)}"
+# %% ../../nbs/54_record.claims.ipynb #2a6825bc
+def _span(differences: list[Measured]) -> str:
+    "How many lie where, and the two ends of each unit."
+    inside = sum(d.place() == 1 for d in differences)
+    outside = sum(d.place() == -1 for d in differences)
+    spans = []
+    for of in _by_unit(differences).values():
+        by_size = sorted(of, key=lambda d: d.estimate.value)
+        ends = [by_size[0], by_size[-1]] if len(of) > 1 else of
+        spans.append(" to ".join(f"{d.amount()} ({d.words})" for d in ends))
+    counts = f"{inside} of {len(differences)} as claimed, {outside} against it"
+    return f"{counts}; from {'; from '.join(spans)}"
+
+# %% ../../nbs/54_record.claims.ipynb #8945b47e
+def _seeds(differences: list[Measured]) -> str:
+    "How many seeds there are, in words."
+    counts = [len(d.estimate.seeds) for d in differences]
+    least, most = min(counts), max(counts)
+    number = f"{least} to {most}" if least < most else f"{most}"
+    return f"{number} seeds" if most > 1 else f"{number} seed"
+
+# %% ../../nbs/54_record.claims.ipynb #fbd2ed5f
+def _ours(differences: list[Measured]) -> str:
+    "Our evidence in words; empty where there is none."
+    there = [d for d in differences if d.estimate]
+    if not there: return ""
+    how = _seeds(there)
+    if not all(d.paired for d in there): how += "; errors not paired"
+    few = len(there) < 4
+    amounts = "; ".join(f"{d.words}: {d.amount()}" for d in there) if few else _span(there)
+    return f"{amounts} ({how})"
 
 # %% ../../nbs/54_record.claims.ipynb #9e6a55b6
 class Finding(NamedTuple):
@@ -178,18 +301,16 @@ class Finding(NamedTuple):
     def missing(self) -> list[str]: return [row for d in self.differences for row in d.missing]
 
     @property
-    def ours(self) -> str: # in words; "" where there is nothing
-        there = [d for d in self.differences if d.estimate]
-        if not there: return ""
-        how = _seeds(there) + ("" if all(d.paired for d in there) else "; errors not paired")
-        return ("; ".join(f"{d.words}: {d.amount()}" for d in there) if len(there) < 4 else _span(there)) + f" ({how})"
+    def ours(self) -> str: return _ours(self.differences)
 
     @property
-    def why(self) -> str: return self.claim.explain if self.verdict in ("not replicated", "undecided") else ""
+    def why(self) -> str:
+        return self.claim.explain if self.verdict in ("not replicated", "undecided") else ""
 
     def __str__(self) -> str:
         lacks = f"{len(self.missing)} rows are missing" if self.missing else ""
-        return ". ".join(filter(None, [f"{self.id}, {self.claim.short}: {self.verdict}", self.ours, lacks])) + "."
+        parts = [f"{self.id}, {self.claim.short}: {self.verdict}", self.ours, lacks]
+        return ". ".join(filter(None, parts)) + "."
 
 # %% ../../nbs/54_record.claims.ipynb #b3f0c7f6
 def findings(ledgers: str | Path = "data/results",
@@ -198,10 +319,18 @@ def findings(ledgers: str | Path = "data/results",
              ) -> dict[str, Finding]:          # id -> what became of it
     "Every claim of both papers. Raises MaetError: no claims.csv, a broken ledger."
     path = Path(papers) / "claims.csv"
-    printed = {line["id"]: line for line in read_table(path, ("id", "paper", "listed", "claim", "evidence"))}
+    lines = read_table(path, ("id", "paper", "listed", "claim", "evidence"))
+    printed = {line["id"]: line for line in lines}
     claims = catalogue(source)
-    if unknown := [name for name in claims if name not in printed]: raise MaetError(f"{', '.join(unknown)}: no such claim in {path}")
-    return {name: Finding(name, claim, printed[name], [d for e in claim.evidence for d in differences(e, ledgers, _varying(claim))]) for name, claim in claims.items()}
+    unknown = [name for name in claims if name not in printed]
+    if unknown: raise MaetError(f"{', '.join(unknown)}: no such claim in {path}")
+    found = {}
+    for name, claim in claims.items():
+        measured = []
+        for evidence in claim.evidence:
+            measured += differences(evidence, ledgers, _varying(claim))
+        found[name] = Finding(name, claim, printed[name], measured)
+    return found
 
 # %% ../../nbs/54_record.claims.ipynb #12c6fc06
 PAPERS = {"maet": "MAET", "swap": "Layer swapping"}  # column `paper` of claims.csv -> in print
@@ -209,10 +338,12 @@ PAPERS = {"maet": "MAET", "swap": "Layer swapping"}  # column `paper` of claims.
 def grid(found: Iterable[Finding]) -> list[list[str]]: # the header first
     "Claims, verdicts, both evidences, and what may explain one that is not replicated."
     lines = [["claim", "verdict", "the paper's evidence", "ours", "what may explain it"]]
-    for f in found:
-        mark = "" if f.paper["listed"] == "yes" else " (further claim)"
-        ours = f.claim.reading if f.verdict == "not tested" else f.ours
-        lines.append([f"{f.id}{mark}: {f.paper['claim']}", f"**{f.verdict}**", f.paper["evidence"], ours, f.why])
+    for finding in found:
+        mark = "" if finding.paper["listed"] == "yes" else " (further claim)"
+        claim = f"{finding.id}{mark}: {finding.paper['claim']}"
+        ours = finding.claim.reading if finding.verdict == "not tested" else finding.ours
+        theirs = finding.paper["evidence"]
+        lines.append([claim, f"**{finding.verdict}**", theirs, ours, finding.why])
     return lines
 
 # %% ../../nbs/54_record.claims.ipynb #e0060084
@@ -221,84 +352,150 @@ def told(found: Iterable[Finding]) -> str:
     return markdown(grid(found)).replace("---:", "---")
 
 # %% ../../nbs/54_record.claims.ipynb #298880bd
-def by_paper(found: dict[str, Finding]) -> dict[str, list[Finding]]: # the paper in print -> its claims
-    return {title: of for paper, title in PAPERS.items() if (of := [f for f in found.values() if f.paper["paper"] == paper])}
+def by_paper(found: dict[str, Finding]) -> dict[str, list[Finding]]:
+    "The findings of each paper that has any, by its name in print."
+    parts = {title: [] for title in PAPERS.values()}
+    for finding in found.values():
+        title = PAPERS.get(finding.paper["paper"])
+        if title: parts[title].append(finding)
+    return {title: part for title, part in parts.items() if part}
 
 # %% ../../nbs/54_record.claims.ipynb #771c6a0b
-HEADER = ("claim", "verdict", "difference", "metric", "value", "margin", "low", "high", "claimed_from", "claimed_to", "seeds", "paired", "place")
+HEADER = ("claim", "verdict", "difference", "metric", "value", "margin", "low", "high",
+          "claimed_from", "claimed_to", "seeds", "paired", "place")
+
+# %% ../../nbs/54_record.claims.ipynb #aa7f8e8c
+def _cells(difference: Measured) -> list:
+    "A difference under HEADER from its third column on; empty where nothing is known."
+    numbers, seeds = [""] * 4, 0
+    if difference.estimate:
+        value, _, values, margin = difference.estimate
+        numbers, seeds = [value, margin, value - margin, value + margin], len(values)
+    borders = ["" if math.isinf(border) else border for border in difference.region]
+    ends = [seeds, int(difference.paired), difference.place()]
+    return [difference.words, difference.metric, *numbers, *borders, *ends]
 
 # %% ../../nbs/54_record.claims.ipynb #069234cc
 def as_csv(found: Iterable[Finding]) -> str:
-    "A line a difference; `place` is 1 where its interval lies wholly inside the claimed region, -1 wholly outside."
-    table = csv.writer(text := io.StringIO(), lineterminator="\n")
+    "A line a difference; `place` is 1 where its interval lies wholly inside the region, -1 wholly outside."
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
     table.writerow(HEADER)
-    for f in found:
-        for d in f.differences:
-            e = d.estimate
-            numbers = [e.value, e.margin, e.value - e.margin, e.value + e.margin] if e else [""] * 4
-            borders = ["" if math.isinf(b) else b for b in d.region]
-            table.writerow([f.id, f.verdict, d.words, d.metric, *numbers, *borders, len(e.seeds) if e else 0, int(d.paired), d.place()])
+    for finding in found:
+        for difference in finding.differences:
+            table.writerow([finding.id, finding.verdict, *_cells(difference)])
     return text.getvalue()
 
 # %% ../../nbs/54_record.claims.ipynb #f6e1126c
-MARKS = {1: dict(fmt="o", color=plots.VERDICTS[1][1]), 0: dict(fmt="o", color=plots.VERDICTS[0][1], mfc="white"), -1: dict(fmt="x", color=plots.VERDICTS[-1][1])} # place -> look
+MARKS = {1: dict(fmt="o", color=plots.VERDICTS[1][1]),
+         0: dict(fmt="o", color=plots.VERDICTS[0][1], mfc="white"),
+         -1: dict(fmt="x", color=plots.VERDICTS[-1][1])} # place -> look
+WORDS = {"replicated": MARKS[1], "not replicated": MARKS[-1]}  # verdict -> look; others are grey
 LINE, GAP = 0.055, 0.11  # inches: of a difference; between claims
-WORDS = {"replicated": MARKS[1], "not replicated": MARKS[-1]}  # verdict -> look; grey for the others
+
+def _height(differences: list[Measured]) -> float: # inches
+    return max(LINE * len(differences), 0.06)
+
+# %% ../../nbs/54_record.claims.ipynb #93c101e4
+def _draw_band(ax, differences: list[Measured], top: float, factor: float):
+    "The differences of one claim below each other, each over the region in which it should lie."
+    height = _height(differences)
+    for n, difference in enumerate(differences):
+        at = top + height * (n + .5) / len(differences)
+        above, below = at - height / len(differences) / 2, at + height / len(differences) / 2
+        if n == 0: above -= GAP / 2.6
+        if n == len(differences) - 1: below += GAP / 2.6
+        low, high = (max(-1e9, min(1e9, factor * border)) for border in difference.region)
+        ax.fill_betweenx([above, below], low, high, color="#E9EDF5", lw=0, zorder=0)
+
+        found = difference.estimate.times(factor)
+        mark = dict(ms=3.6, elinewidth=0.9, capsize=0, mew=1, zorder=3) | MARKS[difference.place()]
+        ax.errorbar(found.value, at, xerr=found.margin, **mark)
 
 # %% ../../nbs/54_record.claims.ipynb #f41737ef
 def _draw_claims(ax, parts: list[tuple[Finding, list[Measured]]], label: str):
     "Bands of one unit, from top to bottom. The y axis is in inches."
     _, factor, _ = estimates.unit(parts[0][1][0].metric)
-    y, ticks = 0.0, []
-    for finding, of in parts:
-        height = max(LINE * len(of), 0.06)
-        for n, d in enumerate(of):
-            at, (low, high), e = y + height * (n + .5) / len(of), (max(-1e9, min(1e9, factor * b)) for b in d.region), d.estimate.times(factor)
-            ends = [at - height / len(of) / 2 - (not n) * GAP / 2.6, at + height / len(of) / 2 + (n == len(of) - 1) * GAP / 2.6]
-            ax.fill_betweenx(ends, low, high, color="#E9EDF5", lw=0, zorder=0)
-            ax.errorbar(e.value, at, xerr=e.margin, ms=3.6, elinewidth=0.9, capsize=0, mew=1, **MARKS[d.place()], zorder=3)
-        ax.annotate(finding.verdict, (1.01, y + height / 2), xycoords=ax.get_yaxis_transform(), va="center", fontsize=7, color=WORDS.get(finding.verdict, MARKS[0])["color"])
-        ticks.append((y + height / 2, f"{finding.id}  {finding.claim.short}"))
-        y += height + GAP
+    edge = ax.get_yaxis_transform()
+    top, middles, names = 0.0, [], []
+    for finding, differences in parts:
+        _draw_band(ax, differences, top, factor)
+        height = _height(differences)
+        middle = top + height / 2
+        colour = WORDS.get(finding.verdict, MARKS[0])["color"]
+        look = dict(va="center", fontsize=7, color=colour)
+        ax.annotate(finding.verdict, (1.01, middle), xycoords=edge, **look)
+        middles.append(middle)
+        names.append(f"{finding.id}  {finding.claim.short}")
+        top += height + GAP
     ax.axvline(0, color="black", lw=0.8, zorder=2)
-    ax.set(ylim=(y - GAP / 2, -GAP / 2), xlabel=estimates.difference(label))
-    ax.set_yticks(*zip(*ticks), fontsize=7)
-    ax.grid(axis="x"); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
+    ax.set(ylim=(top - GAP / 2, -GAP / 2), xlabel=estimates.difference(label))
+    ax.set_yticks(middles, names, fontsize=7)
+    ax.grid(axis="x")
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/54_record.claims.ipynb #887309d0
-def _axis(ax, of: list[Measured], label: str):
-    "Limits that hold all intervals; for points of accuracy, linear up to two and logarithmic beyond."
-    _, factor, _ = estimates.unit(of[0].metric)
-    reach = max(abs(factor * d.estimate.value) + factor * d.estimate.margin for d in of) * 1.15 or 1
-    if "accuracy" not in label: return ax.set_xlim(-reach, reach)
+def _axis(ax, differences: list[Measured], label: str):
+    "Limits that hold all intervals; points of accuracy are linear up to two and logarithmic beyond."
+    _, factor, _ = estimates.unit(differences[0].metric)
+    ends = [abs(factor * d.estimate.value) + factor * d.estimate.margin for d in differences]
+    reach = max(ends) * 1.15 or 1
+    if "accuracy" not in label:
+        ax.set_xlim(-reach, reach)
+        return
+    reach = max(reach, 2.5)
     ax.set_xscale("symlog", linthresh=2, linscale=1)
-    ticks = [t for t in (1, 2, 5, 15, 40) if t < max(reach, 2.5)]
-    ax.set_xlim(-max(reach, 2.5), max(reach, 2.5))
-    ax.set_xticks([-t for t in ticks[::-1]] + [0] + ticks, [f"−{t}" for t in ticks[::-1]] + ["0"] + [f"+{t}" for t in ticks])
+    ax.set_xlim(-reach, reach)
+    right = [tick for tick in (1, 2, 5, 15, 40) if tick < reach]
+    left = right[::-1]
+    texts = [f"−{tick}" for tick in left] + ["0"] + [f"+{tick}" for tick in right]
+    ax.set_xticks([-tick for tick in left] + [0] + right, texts)
     ax.minorticks_off()
 
 # %% ../../nbs/54_record.claims.ipynb #ad011865
 def _foot(found: list[Finding]) -> str:
     "What the figure shows, and which claims have nothing in it."
-    absent = [f.id for f in found if not any(d.estimate for d in f.differences)]
-    lines = [f"shaded: where the claim has it; 95 % intervals over items and {_seeds([d for f in found for d in f.differences if d.estimate])}",
-             "dot: interval wholly in the shade; cross: wholly outside of it; ring: neither, or one seed without an interval"]
-    return "\n".join(lines + wrap(f"not tested, or not measured yet: {', '.join(absent)}", 110) * bool(absent))
+    shown, absent = [], []
+    for finding in found:
+        there = [d for d in finding.differences if d.estimate]
+        shown += there
+        if not there: absent.append(finding.id)
+    lines = [f"shaded: where the claim has it; 95 % intervals over items and {_seeds(shown)}",
+             "dot: interval wholly in the shade; cross: wholly outside of it; ring: neither, "
+             "or one seed without an interval"]
+    if absent: lines += wrap(f"not tested, or not measured yet: {', '.join(absent)}", 110)
+    return "\n".join(lines)
+
+# %% ../../nbs/54_record.claims.ipynb #bac4aae5
+def _panels(found: list[Finding]) -> dict[str, list[tuple[Finding, list[Measured]]]]:
+    "The label of a unit -> the claims that have measured differences in it, with these."
+    panels = {}
+    for finding in found:
+        there = [d for d in finding.differences if d.estimate]
+        for label, differences in _by_unit(there).items():
+            panels.setdefault(label, []).append((finding, differences))
+    return panels
+
+# %% ../../nbs/54_record.claims.ipynb #ea525d28
+def _panel_height(parts: list[tuple[Finding, list[Measured]]]) -> float: # inches
+    return 0.5 + sum(_height(differences) + GAP for _, differences in parts)
 
 # %% ../../nbs/54_record.claims.ipynb #a57707b1
-def forest(found: list[Finding]): # a matplotlib Figure, 6.5 inches wide; None where nothing is measured
-    "Every measured difference of some claims, a panel for each unit."
+def forest(found: list[Finding]):
+    """Every measured difference of some claims, a panel for each unit.
+
+    Gives a matplotlib Figure, 6.5 inches wide; None where nothing is measured."""
     from matplotlib.figure import Figure
-    panels = {}
-    for f in found:
-        for d in (d for d in f.differences if d.estimate): panels.setdefault(estimates.unit(d.metric)[0], {}).setdefault(f.id, (f, []))[1].append(d)
+    panels = _panels(found)
     if not panels: return None
-    heights = [0.5 + sum(max(LINE * len(of), 0.06) + GAP for _, of in parts.values()) for parts in panels.values()]
+    heights = [_panel_height(parts) for parts in panels.values()]
     with estimates.style():
         figure = Figure(figsize=(6.5, 0.5 + sum(heights)))
-        for ax, (label, parts) in zip(figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels.items()):
-            _draw_claims(ax, list(parts.values()), label)
-            _axis(ax, [d for _, of in parts.values() for d in of], label)
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, (label, parts) in zip(axes, panels.items()):
+            _draw_claims(ax, parts, label)
+            _axis(ax, [d for _, differences in parts for d in differences], label)
         figure.supxlabel(_foot(found), fontsize=7, color="#555555")
     return figure
 
@@ -308,23 +505,44 @@ CLAIMS = "claims"  # their name among the figures
 def draw_claims(out: str | Path, found: dict[str, Finding]) -> list[Path]:
     "Write claims.md, claims.csv and a figure a paper."
     parts = by_paper(found)
-    text = "\n\n".join(["# Claims of both papers", *(f"## {title}\n\n{told(of)}" for title, of in parts.items())]) + "\n"
+    sections = ["# Claims of both papers"]
+    sections += [f"## {title}\n\n{told(part)}" for title, part in parts.items()]
+    text = "\n\n".join(sections) + "\n"
     content = {f"{CLAIMS}.md": text.encode(), f"{CLAIMS}.csv": as_csv(found.values()).encode()}
-    for title, of in parts.items():
-        if figure := forest(of): content |= {f"{CLAIMS}_{of[0].paper['paper']}.{kind}": plots.drawn(figure, kind) for kind in ("png", "svg")}
+    for part in parts.values():
+        figure = forest(part)
+        if figure is None: continue
+        stem = f"{CLAIMS}_{part[0].paper['paper']}"
+        for kind in ("png", "svg"):
+            content[f"{stem}.{kind}"] = plots.drawn(figure, kind)
     return [plots.put(Path(out) / name, data) for name, data in content.items()]
+
+# %% ../../nbs/54_record.claims.ipynb #a9e1fc0a
+def _lacking(found: dict[str, Finding]) -> list[str]:
+    "A line for each claim that lacks a row."
+    lines = []
+    for finding in found.values():
+        if not finding.missing: continue
+        first, *others = finding.missing
+        more = f" (and {len(others)} more)" if others else ""
+        lines.append(f"{CLAIMS}, {finding.id}: no row for {first}{more}")
+    return lines
 
 # %% ../../nbs/54_record.claims.ipynb #bc7c542b
 def all_figures(out: str | Path = "figures/mini",     # folder to be
                 ledgers: str | Path = "data/results", # folder of the ledgers
-                only: list[str] | None = None,        # names of the catalogue, or `claims`; None: all
+                only: list[str] | None = None,        # of the catalogue, or `claims`; None: all
                 papers: str | Path = "data/paper",    # folder of the papers' numbers
-                ) -> tuple[list[Path], list[str]]:    # files that were written; a line for each figure or claim that lacks a row
-    "Every figure and table from ledger rows, and the claims. The same rows and versions give the same bytes."
+                ) -> tuple[list[Path], list[str]]:
+    """Every figure and table from ledger rows, and the claims.
+
+    Gives the files that were written, and a line for each figure or claim that lacks a row.
+    The same rows and versions give the same bytes."""
     names = only and [name for name in only if name != CLAIMS]
-    paths, lacking = figures(out, ledgers, names, papers) if names or not only else ([], [])
+    paths, lacking = [], []
+    if names or not only: paths, lacking = figures(out, ledgers, names, papers)
     if not only or CLAIMS in only:
         found = findings(ledgers, papers)
         paths += draw_claims(out, found)
-        lacking += [f"{CLAIMS}, {f.id}: no row for {f.missing[0]}" + (f" (and {len(f.missing) - 1} more)" if f.missing[1:] else "") for f in found.values() if f.missing]
+        lacking += _lacking(found)
     return paths, lacking

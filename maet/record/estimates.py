@@ -14,6 +14,7 @@ from .ledger import field
 
 # %% ../../nbs/51_record.estimates.ipynb #c1dfd96e
 class Look(NamedTuple):
+    "How a method is drawn."
     label: str  # in print, as the papers have it
     colour: str # "#RRGGBB"
     marker: str # matplotlib's sign for it: the family
@@ -23,16 +24,23 @@ class Look(NamedTuple):
 LOOKS = {
     "base": Look("base", "#DADADA", "s"),
     "ability-cpt": Look("English-ability CPT", "#F0A202", "o"),
-    "f-cpt-la": Look("F-CPT L&A", "#1E8F6E", "o"), "l-cpt-la": Look("L-CPT L&A", "#1E8F6E", "o", True),
-    "f-cpt-l": Look("F-CPT L", "#98F7B3", "o"), "l-cpt-l": Look("L-CPT L", "#98F7B3", "o", True),
-    "f-cpt-l-da": Look("F-CPT L & DA", "#38C864", "o"), "l-cpt-l-da": Look("L-CPT L & DA", "#38C864", "o", True),
-    "f-tv": Look("F-TV", "#3A57DC", "^"), "l-tv": Look("L-TV", "#3A57DC", "^", True),
+    "f-cpt-la": Look("F-CPT L&A", "#1E8F6E", "o"),
+    "l-cpt-la": Look("L-CPT L&A", "#1E8F6E", "o", True),
+    "f-cpt-l": Look("F-CPT L", "#98F7B3", "o"),
+    "l-cpt-l": Look("L-CPT L", "#98F7B3", "o", True),
+    "f-cpt-l-da": Look("F-CPT L & DA", "#38C864", "o"),
+    "l-cpt-l-da": Look("L-CPT L & DA", "#38C864", "o", True),
+    "f-tv": Look("F-TV", "#3A57DC", "^"),
+    "l-tv": Look("L-TV", "#3A57DC", "^", True),
     "joint-sft": Look("joint SFT", "#A83B1D", "o"),
-    "soup": Look("model soup", "#94BBEA", "^"), "slerp": Look("SLERP", "#94BBEA", "^", True),
-    "ties": Look("TIES", "#703997", "^"), "dare": Look("DARE", "#703997", "^", True),
+    "soup": Look("model soup", "#94BBEA", "^"),
+    "slerp": Look("SLERP", "#94BBEA", "^", True),
+    "ties": Look("TIES", "#703997", "^"),
+    "dare": Look("DARE", "#703997", "^", True),
     "layer-swap": Look("layer swapping", "#702B37", "D"),
     "maet": Look("MAET", "#12284C", "*")}
-METHODS, PALETTE = ({name: getattr(look, of) for name, look in LOOKS.items()} for of in ("label", "colour"))
+METHODS = {name: look.label for name, look in LOOKS.items()}
+PALETTE = {name: look.colour for name, look in LOOKS.items()}
 
 # %% ../../nbs/51_record.estimates.ipynb #1e6de3d2
 OTHERS = ("v", "P", "X", "<", ">", "h", "d", "p")  # markers of names that are not listed
@@ -40,99 +48,151 @@ GREYS = ("#5A5A5A", "#8C8C8C", "#B0B0B0")           # and their colours
 
 # %% ../../nbs/51_record.estimates.ipynb #685193a6
 def look(name: str, names: list[str]) -> Look:
-    "How a name is drawn, in the ledger's or in print. One that is not listed is grey, and has its marker from its place in the alphabet."
+    """How a name is drawn, in the ledger's or in print.
+
+    One that is not listed is grey; its place in the alphabet among such `names` gives its marker."""
     if name in LOOKS: return LOOKS[name]
     for listed in LOOKS.values():
         if name == listed.label: return listed
-    place = sorted(n for n in set(names) if n not in LOOKS).index(name)
-    return Look(name, GREYS[place % len(GREYS)], OTHERS[place % len(OTHERS)], bool(place % 2))
+    place = sorted(set(names) - LOOKS.keys()).index(name)
+    colour, marker = GREYS[place % len(GREYS)], OTHERS[place % len(OTHERS)]
+    return Look(name, colour, marker, second=place % 2 == 1)
 
 # %% ../../nbs/51_record.estimates.ipynb #7b52009b
 def style():
-    "A context in which figures are drawn and saved: `with style(): ...`. It does not touch the settings of others."
+    """A context in which figures are drawn and saved: `with style(): ...`.
+
+    It does not touch the settings of others."""
     import matplotlib
     return matplotlib.rc_context({
-        "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 8,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-        "grid.color": "#E3E3E3", "grid.linewidth": 0.6, "axes.linewidth": 0.6, "hatch.linewidth": 0.5,
-        "figure.dpi": 100, "savefig.dpi": 200, "svg.hashsalt": "maet", "svg.fonttype": "path", "figure.constrained_layout.use": True})
+        "font.family": "DejaVu Sans", "font.size": 8,
+        "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 8,
+        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+        "grid.color": "#E3E3E3", "grid.linewidth": 0.6,
+        "axes.linewidth": 0.6, "hatch.linewidth": 0.5,
+        "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True,
+        "svg.hashsalt": "maet", "svg.fonttype": "path"})
 
 # %% ../../nbs/51_record.estimates.ipynb #fa35e192
-T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 10: 2.228, 20: 2.086, 60: 2.000, math.inf: 1.960}  # Student's t by degrees of freedom
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 10: 2.228, 20: 2.086, 60: 2.000,
+        math.inf: 1.960}  # Student's t by degrees of freedom
 
 def t975(freedom: float) -> float: # degrees of freedom, 1 or more
-    "Quantile of Student's t for a two-sided 95 % interval: from a table, linear in 1/freedom between its entries, which errs upwards."
-    below = max(f for f in T975 if f <= freedom)
-    above = min(f for f in T975 if f >= freedom)
+    """Quantile of Student's t for a two-sided 95 % interval.
+
+    From a table, linear in 1/freedom between its entries, which errs upwards."""
+    below = max(known for known in T975 if known <= freedom)
+    above = min(known for known in T975 if known >= freedom)
     if below == above: return T975[below]
     share = (1 / below - 1 / freedom) / (1 / below - 1 / above)
     return T975[below] + share * (T975[above] - T975[below])
 
 # %% ../../nbs/51_record.estimates.ipynb #cb54cd14
 class Estimate(NamedTuple):
+    "A mean over seeds, and how sure it is."
     value: float       # mean over seeds
     error: float       # its standard error, over items and seeds
     seeds: list[float] # the value of each seed
     margin: float      # half the width of the 95 % interval; 0 where nothing is known of it
 
-    def times(self, factor: float): return Estimate(factor * self.value, factor * self.error, [factor * s for s in self.seeds], factor * self.margin)
+    def times(self, factor: float) -> "Estimate":
+        "The same in another unit."
+        seeds = [factor * value for value in self.seeds]
+        return Estimate(factor * self.value, factor * self.error, seeds, factor * self.margin)
 
 # %% ../../nbs/51_record.estimates.ipynb #1574bddb
 def estimate(rows: list[dict], # ledger rows that differ in their seed only
              ) -> Estimate:
     "Mean, standard error and 95 % interval over items and seeds."
-    values, S = [r["value"] for r in rows], len(rows)
+    S, n = len(rows), min(row["n"] for row in rows)
+    values = [row["value"] for row in rows]
     mean = sum(values) / S
-    items = sum((r["stderr"] or 0) ** 2 for r in rows) / S
-    seeds = sum((v - mean) ** 2 for v in values) / (S - 1) / S if S > 1 else 0
-    freedom = items ** 2 / max(min(r["n"] for r in rows) - 1, 1) + (seeds ** 2 / (S - 1) if S > 1 else 0)
+
+    items = sum((row["stderr"] or 0) ** 2 for row in rows) / S  # A, the first term of SE²
+    seeds = 0                                                   # B, the second
+    denominator = items ** 2 / max(n - 1, 1)                    # of the degrees of freedom
+    if S > 1:
+        seeds = sum((value - mean) ** 2 for value in values) / (S - 1) / S
+        denominator += seeds ** 2 / (S - 1)
+
     error = math.sqrt(items + seeds)
-    return Estimate(mean, error, values, error * t975(max(1, (items + seeds) ** 2 / freedom)) if freedom else 0.0)
+    if not denominator: return Estimate(mean, error, values, 0.0)
+    freedom = max(1, (items + seeds) ** 2 / denominator)
+    return Estimate(mean, error, values, error * t975(freedom))
 
 # %% ../../nbs/51_record.estimates.ipynb #fb16055c
 def estimates(rows: list[dict], # ledger rows
               *by: str,         # fields, or "setting.<key>"
               ) -> dict[tuple, Estimate]: # the fields' values -> seeds together
-    "An estimate for each combination. Raises MaetError if two rows are about the same seed of the same thing, or metrics are mixed."
-    metrics, found = sorted({r["metric"] for r in rows}), {}
+    """An estimate for each combination.
+
+    Raises MaetError if two rows are about the same seed of the same thing, or metrics are mixed."""
+    metrics = sorted({row["metric"] for row in rows})
     if len(metrics) != 1 and "metric" not in by:
-        raise MaetError(f"one panel shows one metric, not {', '.join(metrics) or 'none'}: choose among the rows")
-    for r in rows:
-        key = tuple(field(r, name) for name in by)
-        if r["seed"] in found.setdefault(key, {}):
-            raise MaetError(f"two rows for {' '.join(map(str, key))}, seed {r['seed']}: choose a setting")
-        found[key][r["seed"]] = r
+        shown = ", ".join(metrics) or "none"
+        raise MaetError(f"one panel shows one metric, not {shown}: choose among the rows")
+    found = {}  # the fields' values -> {seed: row}
+    for row in rows:
+        key, seed = tuple(field(row, name) for name in by), row["seed"]
+        of_key = found.setdefault(key, {})
+        if seed in of_key:
+            thing = " ".join(map(str, key))
+            raise MaetError(f"two rows for {thing}, seed {seed}: choose a setting")
+        of_key[seed] = row
     return {key: estimate(list(seeds.values())) for key, seeds in found.items()}
 
 # %% ../../nbs/51_record.estimates.ipynb #472b07b9
-METRICS = {"exact_match": ("accuracy (%)", 100, 1), "acc": ("accuracy (%)", 100, 1), "acc_norm": ("accuracy (%)", 100, 1), # label, factor, digits
-           "bits_per_byte": ("bits per byte (bit/B)", 1, 3), "share": ("share (%)", 100, 0), "cosine": ("cosine (no unit)", 1, 2),
-           "loss": ("loss (nat/token)", 1, 3), "training loss": ("loss (nat/token)", 1, 3), "last training loss": ("loss (nat/token)", 1, 3),
-           "held-out loss": ("loss (nat/token)", 1, 3), "l1": ("L1 (millionths of a weight)", 1e6, 1), "step_s": ("step (s)", 1, 2), "peak_bytes": ("peak memory (MB)", 1e-6, 0),
-           "state_bytes": ("state (MB)", 1e-6, 0)}
-LANGUAGES = dict(en="English", es="Spanish", zh="Chinese", bn="Bengali", te="Telugu", sw="Swahili", ja="Japanese", average="average")
+METRICS = {"exact_match": ("accuracy (%)", 100, 1),
+           "acc": ("accuracy (%)", 100, 1),
+           "acc_norm": ("accuracy (%)", 100, 1),
+           "bits_per_byte": ("bits per byte (bit/B)", 1, 3),
+           "share": ("share (%)", 100, 0),
+           "cosine": ("cosine (no unit)", 1, 2),
+           "loss": ("loss (nat/token)", 1, 3),
+           "training loss": ("loss (nat/token)", 1, 3),
+           "last training loss": ("loss (nat/token)", 1, 3),
+           "held-out loss": ("loss (nat/token)", 1, 3),
+           "l1": ("L1 (millionths of a weight)", 1e6, 1),
+           "step_s": ("step (s)", 1, 2),
+           "peak_bytes": ("peak memory (MB)", 1e-6, 0),
+           "state_bytes": ("state (MB)", 1e-6, 0)}  # label, factor, digits
+LANGUAGES = {"en": "English", "es": "Spanish", "zh": "Chinese", "bn": "Bengali", "te": "Telugu",
+             "sw": "Swahili", "ja": "Japanese", "average": "average"}
 
-def unit(metric: str) -> tuple[str, float, int]: # label of the axis, factor from the ledger's unit, digits after the point
-    "How a metric is printed."
+# %% ../../nbs/51_record.estimates.ipynb #98f2c95b
+def unit(metric: str) -> tuple[str, float, int]:
+    "How a metric is printed: label of the axis, factor from the ledger's unit, digits."
     return METRICS.get(metric, (metric, 1, 3))
 
-def difference(label: str) -> str: return f"difference in {label.replace('(%)', '(points)')}"
+def difference(label: str) -> str:
+    "The label of an axis of differences; those of percentages are points."
+    return f"difference in {label.replace('(%)', '(points)')}"
 
 # %% ../../nbs/51_record.estimates.ipynb #5b0e981e
 def ordered(values, # of one field, as they come
             ) -> list: # each once
     "Methods, languages and kinds in the order of their table; numbers by size; the rest as they come."
     found = list(dict.fromkeys(values))
-    for table in map(list, (METHODS, LANGUAGES, KINDS)):
-        if any(v in table for v in found):
-            return sorted(found, key=lambda v: (v == "average", table.index(v) if v in table else len(table)))
-    return sorted(found) if all(isinstance(v, (int, float)) for v in found) else found
+    for table in (METHODS, LANGUAGES, KINDS):
+        names = list(table)
+        if not any(value in names for value in found): continue
+        def place(value):
+            listed = names.index(value) if value in names else len(names)
+            return value == "average", listed
+        return sorted(found, key=place)
+    numbers = all(isinstance(value, (int, float)) for value in found)
+    return sorted(found) if numbers else found
 
 # %% ../../nbs/51_record.estimates.ipynb #da7c75c1
 def named(value) -> str:
     "A value of a field in print."
-    if isinstance(value, str): return METHODS.get(value) or LANGUAGES.get(value) or value.replace("_", " ")
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+    if isinstance(value, str):
+        known = METHODS | LANGUAGES
+        return known.get(value, value.replace("_", " "))
+    if isinstance(value, float): return f"{value:g}"
+    if isinstance(value, int) and value >= 10_000: return f"{value:,}"
+    return str(value)
 
 # %% ../../nbs/51_record.estimates.ipynb #4d134bc0
 def split(rows: list[dict], # ledger rows
@@ -142,20 +202,43 @@ def split(rows: list[dict], # ledger rows
     "The rows of each panel. Raises MaetError where there is none."
     if not rows: raise MaetError("no row to draw")
     if by is None: return {None: rows}
-    panels = {v: [r for r in rows if field(r, by) == v] for v in values or ordered(field(r, by) for r in rows)}
-    empty = [str(v) for v, of in panels.items() if not of]
+    values = values or ordered(field(row, by) for row in rows)
+    panels = {value: [] for value in values}
+    for row in rows:
+        value = field(row, by)
+        if value in panels: panels[value].append(row)
+    empty = [str(value) for value, of in panels.items() if not of]
     if empty: raise MaetError(f"no row to draw for {', '.join(empty)}")
     return panels
 
 # %% ../../nbs/51_record.estimates.ipynb #902d9528
 def filled(rows: list[dict], by: str) -> list[dict]:
-    "Rows that lack a setting stand under their method's name: so the base is a line of a table of MAET's settings."
-    return [r if field(r, by) is not None else r | {"setting": r["setting"] | {by.removeprefix("setting."): r["method"]}} for r in rows]
+    """Rows that lack a setting stand under their method's name.
 
+    So the base is a line of a table of MAET's settings."""
+    found = []
+    for row in rows:
+        if field(row, by) is None:
+            name = {by.removeprefix("setting."): row["method"]}
+            row = row | {"setting": row["setting"] | name}
+        found.append(row)
+    return found
+
+# %% ../../nbs/51_record.estimates.ipynb #5165d523
+def _intervals(rows: list[dict]) -> str:
+    "What the intervals of a figure are over; empty where there are none."
+    seeds = len({row["seed"] for row in rows})
+    known = any(row["stderr"] is not None for row in rows)
+    if seeds > 1: return f"95 % intervals over {'items and ' if known else ''}{seeds} seeds"
+    return "95 % intervals over items; one seed" if known else ""
+
+# %% ../../nbs/51_record.estimates.ipynb #3732cbd5
 def foot(figure, rows: list[dict], *more: str):
     "The line under a figure that says what its intervals are."
-    seeds, known = len({r["seed"] for r in rows}), any(r["stderr"] is not None for r in rows)
-    text = f"95 % intervals over {'items and ' if known else ''}{seeds} seeds" if seeds > 1 else "95 % intervals over items; one seed" if known else ""
-    figure.supxlabel("; ".join(filter(None, (text, *more))), fontsize=7, color="#555555")
+    text = "; ".join(filter(None, (_intervals(rows), *more)))
+    figure.supxlabel(text, fontsize=7, color="#555555")
 
-def seeds_shown(rows: list[dict]) -> str: return "small dots: single seeds" if len({r["seed"] for r in rows}) > 1 else ""
+def seeds_shown(rows: list[dict]) -> str:
+    "What the small dots of a figure are; empty where there is one seed."
+    seeds = {row["seed"] for row in rows}
+    return "small dots: single seeds" if len(seeds) > 1 else ""

@@ -25,40 +25,46 @@ from ..training.settings import read_yaml, strict
 @dataclass
 class Paper:
     "Numbers of a paper that stand beside ours."
-    file: str                                   # in data/paper
-    title: str                                  # of the column, e.g. "MAET paper"
-    model: str                                  # what it measured
-    metric: str                                 # ours, in whose unit the numbers are then
-    where: dict[str, str | list[str]] = field(default_factory=dict)    # column of the file -> value, or list of values
-    names: dict[str, dict[str, str]] = field(default_factory=dict)     # column -> {the paper's word: ours}
-    fields: dict[str, str] = field(default_factory=dict)               # setting.<key> -> column
+    file: str    # in data/paper
+    title: str   # of the column, e.g. "MAET paper"
+    model: str   # what it measured
+    metric: str  # ours, in whose unit the numbers are then
+    where: dict[str, str | list[str]] = field(default_factory=dict) # column -> value, or values
+    names: dict[str, dict[str, str]] = field(default_factory=dict)  # column -> {their word: ours}
+    fields: dict[str, str] = field(default_factory=dict)            # setting.<key> -> column
 
 # %% ../../nbs/53_record.figures.ipynb #9e3e1f73
 @dataclass
 class Entry:
-    "One figure, table, or both."
+    """One figure, table, or both.
+
+    A block of `rows` maps a field or setting.<key> to a list of values; `study: [other]` in it looks
+    into another ledger. `only` maps a field to the values that are drawn."""
     title: str
-    study: str                                  # <ledger>/<study>.jsonl
-    rows: list[dict[str, list]]                 # field or setting.<key> -> list of values; `study: [other]` looks into another ledger
-    caption: str = ""                           # what is to be seen, and what not
-    form: str | None = None                     # None: a table alone
-    draw: dict = field(default_factory=dict)    # what the form takes
-    only: dict[str, list] = field(default_factory=dict) # field -> list of values: the rows that are drawn
+    study: str               # <ledgers>/<study>.jsonl
+    rows: list[dict[str, list]]
+    caption: str = ""        # what is to be seen, and what not
+    form: str | None = None  # None: a table alone
+    draw: dict = field(default_factory=dict) # what the form takes
+    only: dict[str, list] = field(default_factory=dict)
     paper: Paper | None = None
-    table: dict | None = None                   # what `grids` takes
+    table: dict | None = None # what `grids` takes
 
 # %% ../../nbs/53_record.figures.ipynb #d110d79f
-FORMS = {form.__name__: form for form in (plots.scores, plots.dots, plots.lines, plots.heat, plots.forest)}
+FORMS = {"scores": plots.scores, "dots": plots.dots, "lines": plots.lines,
+         "heat": plots.heat, "forest": plots.forest}
 
+# %% ../../nbs/53_record.figures.ipynb #a8d3f82c
 def catalogue(source: str | Path | None = None, # YAML; None: the one that ships with the package
               ) -> dict[str, Entry]:            # name -> entry
     "The figures. Raises MaetError: not YAML, an unknown key, an unknown form."
     content = read_yaml(source or files("maet") / "catalogue" / "figures.yml")
-    found = {name: strict(Entry, of, name) for name, of in content.items()}
-    for name, entry in found.items():
+    entries = {name: strict(Entry, entry, name) for name, entry in content.items()}
+    for name, entry in entries.items():
         plain_name(name, "figures")
-        if entry.form not in (None, *FORMS): raise MaetError(f"{name}: form: {entry.form!r} is none of {', '.join(FORMS)}")
-    return found
+        if entry.form not in (None, *FORMS):
+            raise MaetError(f"{name}: form: {entry.form!r} is none of {', '.join(FORMS)}")
+    return entries
 
 # %% ../../nbs/53_record.figures.ipynb #fe5dbbce
 MOST_ROWS = 100_000  # of a product
@@ -66,36 +72,55 @@ MOST_ROWS = 100_000  # of a product
 def wanted(block: dict) -> list[dict]: # field -> list of values; gives: field -> value, one for each row
     "Every row of a product. Raises MaetError for one that is out of all proportion."
     many = math.prod(map(len, block.values()))
-    if many > MOST_ROWS: raise MaetError(f"rows: {', '.join(block)} make {many} combinations; give fewer values")
+    if many > MOST_ROWS:
+        raise MaetError(f"rows: {', '.join(block)} make {many} combinations; give fewer values")
     return [dict(zip(block, values)) for values in product(*block.values())]
 
+# %% ../../nbs/53_record.figures.ipynb #13553e44
 def said(row: dict) -> str:
     "Field values as words; a setting that is not there goes without saying."
-    return ", ".join(f"{name.removeprefix('setting.')} {value}" for name, value in row.items() if value is not None)
+    known = {name: value for name, value in row.items() if value is not None}
+    return ", ".join(f"{name.removeprefix('setting.')} {value}" for name, value in known.items())
+
+# %% ../../nbs/53_record.figures.ipynb #9984485b
+def _key(values: dict) -> str:
+    "Fields, or a row, as text that a set takes."
+    return json.dumps(values, sort_keys=True)
 
 # %% ../../nbs/53_record.figures.ipynb #ee7fe24f
 def chosen(entry: Entry,
            folder: str | Path, # of the ledgers
            ) -> tuple[list[dict], list[str]]: # rows that are there, rows that are not
     "The rows of an entry, and what is missing, in words. Raises MaetError for a broken ledger."
-    found, lacking, key = {}, [], lambda of: json.dumps(of, sort_keys=True)
-    for block in ({"setting.minus": [None]} | block for block in entry.rows):  # a difference is shown only where it is asked for
-        path, there = Path(folder) / f"{(block.get('study') or [entry.study])[0]}.jsonl", set()
-        for row in ledger.read(path, **block) if path.is_file() else ():
-            found[key(row)] = row
-            there.add(key({name: ledger.field(row, name) for name in block}))
-        lacking += [f"{said(row)} in {path}" for row in wanted(block) if key(row) not in there]
+    found, lacking = {}, []
+    for block in entry.rows:
+        block = {"setting.minus": [None]} | block  # a difference is shown only where it is asked for
+        study, *_ = block.get("study") or [entry.study]
+        path = Path(folder) / f"{study}.jsonl"
+        rows = ledger.read(path, **block) if path.is_file() else []
+        there = set()
+        for row in rows:
+            found[_key(row)] = row
+            there.add(_key({name: ledger.field(row, name) for name in block}))
+        lacking += [f"{said(row)} in {path}" for row in wanted(block) if _key(row) not in there]
     return list(found.values()), lacking
 
-# %% ../../nbs/53_record.figures.ipynb #17ba0791
-UNITS = {"percent": 100, "fraction": 1, "points": 100}  # a unit of data/paper -> how many make the ledger's
+# %% ../../nbs/53_record.figures.ipynb #9acb237f
+UNITS = {"percent": 100, "fraction": 1, "points": 100}  # unit of data/paper -> how many make ours
 
+# %% ../../nbs/53_record.figures.ipynb #17ba0791
 def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    "The lines of a CSV file of data/paper. Raises MaetError: no such file, no CSV, a column or a cell that lacks."
-    with reading(path, "the papers' numbers are in data/paper"): lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-    for n, line in enumerate(lines, 2):
+    """The lines of a CSV file of data/paper.
+
+    Raises MaetError: no such file, no CSV, a column or a cell that lacks."""
+    with reading(path, "the papers' numbers are in data/paper"):
+        text = path.read_text(encoding="utf-8")
+        lines = list(csv.DictReader(io.StringIO(text, newline="")))
+    for number, line in enumerate(lines, 2):
+        where = f"{path}: line {number}"
         lacking = sorted(column for column in columns if line.get(column) is None)
-        if lacking or None in line: raise MaetError(f"{path}: line {n} has {'no ' + ', '.join(lacking) if lacking else 'more cells than there are columns'}; mend it")
+        if lacking: raise MaetError(f"{where} has no {', '.join(lacking)}; mend it")
+        if None in line: raise MaetError(f"{where} has more cells than there are columns; mend it")
     return lines
 
 # %% ../../nbs/53_record.figures.ipynb #803a05e9
@@ -104,37 +129,76 @@ def paper_rows(paper: Paper,
                ) -> list[dict]:    # as ledger rows
     "The cells of one of the paper's tables. Raises MaetError: no such file, a cell that is no number."
     path = Path(folder) / paper.file
-    wanted = {k: v if isinstance(v, list) else [v] for k, v in paper.where.items()}
-    lines = read_table(path, {"method", "language", "task", "value", "unit", *wanted, *paper.fields.values()})
-    word = lambda line, column: paper.names.get(column, {}).get(line[column], line[column])
-    return [dict(study=paper.title, scale=paper.model, method=word(line, "method"), setting={k.removeprefix("setting."): word(line, c) for k, c in paper.fields.items()},
-                 language=line["language"], task=word(line, "task"), metric=paper.metric, value=_printed(line, path) / UNITS[line["unit"]], stderr=None, n=1, seed=None)
-            for line in lines if line["unit"] in UNITS and line["value"] and all(line[k] in v for k, v in wanted.items())]
+    columns = {"method", "language", "task", "value", "unit", *paper.where, *paper.fields.values()}
+    lines = read_table(path, columns)
+    return [_paper_row(line, paper, path) for line in lines if _is_shown(line, paper)]
+
+# %% ../../nbs/53_record.figures.ipynb #460aa673
+def _is_shown(line: dict, paper: Paper) -> bool:
+    "Whether a line has a number that the figure asks for."
+    if line["unit"] not in UNITS or not line["value"]: return False
+    for column, values in paper.where.items():
+        if not isinstance(values, list): values = [values]
+        if line[column] not in values: return False
+    return True
+
+# %% ../../nbs/53_record.figures.ipynb #10f63dd1
+def _paper_row(line: dict, paper: Paper, path: Path) -> dict:
+    "A line of the paper as a ledger row."
+    def our(column): # our word for the paper's
+        word = line[column]
+        return paper.names.get(column, {}).get(word, word)
+    setting = {name.removeprefix("setting."): our(column) for name, column in paper.fields.items()}
+    value = _printed(line, path) / UNITS[line["unit"]]
+    return dict(study=paper.title, scale=paper.model, method=our("method"), setting=setting,
+                language=line["language"], task=our("task"), metric=paper.metric,
+                value=value, stderr=None, n=1, seed=None)
 
 # %% ../../nbs/53_record.figures.ipynb #5c938dde
 def _printed(line: dict, path: Path) -> float:
-    with reading(f"{path}: value {line['value']!r}", "it must be a number"): value = float(line["value"])
-    if math.isfinite(value): return value
-    raise MaetError(f"{path}: value {line['value']!r} is no number that can be drawn; mend it")
+    "The number of a line, in the paper's unit. Raises MaetError where it is none."
+    where = f"{path}: value {line['value']!r}"
+    with reading(where, "it must be a number"): value = float(line["value"])
+    if not math.isfinite(value): raise MaetError(f"{where} is no number that can be drawn; mend it")
+    return value
 
 # %% ../../nbs/53_record.figures.ipynb #fa35e192
 LESS = ("bits_per_byte", "loss")  # metrics of which less is better
 
-def _cell(e: estimates.Estimate | None, digits: int, best: bool) -> str:
+def _cell(e: estimates.Estimate | None, digits: int, best: float) -> str: # best: of its column
     "An estimate as text."
     if e is None: return "–"
     text = f"{e.value:.{digits}f}"
-    return (f"**{text}**" if best else text) + (f" ± {e.margin:.{digits}f}" if e.margin else "")
+    if e.value == best: text = f"**{text}**"
+    if e.margin: text += f" ± {e.margin:.{digits}f}"
+    return text
+
+# %% ../../nbs/53_record.figures.ipynb #87292f0d
+def _digits_as_printed(values: list[float]) -> int:
+    "The fewest digits after the point that hold all values; 8 at most."
+    for digits in range(8):
+        if all(abs(value - round(value, digits)) < 1e-9 for value in values): return digits
+    return 8
 
 # %% ../../nbs/53_record.figures.ipynb #70910723
 def _columns(rows: list[dict], down: str, across: str, names: list, keys: list) -> list[list[str]]:
     "A column for each of `keys`, a cell for each of `names`."
     if not rows: return []
-    _, factor, digits = estimates.unit(rows[0]["metric"])
-    found = {k: e.times(factor) for k, e in estimates.estimates(rows, down, across).items()}
-    if rows[0]["seed"] is None: digits = next(d for d in range(9) if d == 8 or all(abs(e.value - round(e.value, d)) < 1e-9 for e in found.values()))  # as printed
-    best = {k: (min if rows[0]["metric"] in LESS else max)(e.value for (_, c), e in found.items() if c == k) for k in keys}
-    return [[_cell(e := found.get((name, k)), digits, e is not None and e.value == best[k]) for name in names] for k in keys]
+    metric = rows[0]["metric"]
+    _, factor, digits = estimates.unit(metric)
+    found = {key: {} for key in keys}  # a column -> {name: estimate}
+    for (name, key), e in estimates.estimates(rows, down, across).items():
+        found[key][name] = e.times(factor)
+    if rows[0]["seed"] is None:  # the paper's
+        values = [e.value for column in found.values() for e in column.values()]
+        digits = _digits_as_printed(values)
+
+    columns = []
+    for column in found.values():
+        values = [e.value for e in column.values()]
+        best = min(values) if metric in LESS else max(values)
+        columns.append([_cell(column.get(name), digits, best) for name in names])
+    return columns
 
 # %% ../../nbs/53_record.figures.ipynb #0eca5769
 def grids(rows: list[dict],        # ledger rows
@@ -144,25 +208,36 @@ def grids(rows: list[dict],        # ledger rows
           panels: str = "task",    # field with a table for each of its values
           ) -> list[list[list[str]]]: # grids: lines of cells, the header first
     "Tables in the paper's layout, the paper's numbers beside ours."
-    found, theirs = [], estimates.split(estimates.filled(paper, down), panels) if paper else {}
-    for value, of in estimates.split(estimates.filled(rows, down), panels).items():
-        of_paper = theirs.get(value, [])
-        names = estimates.ordered(ledger.field(r, down) for r in [*of, *of_paper])
-        parts = [(part, estimates.ordered(ledger.field(r, across) for r in part)) for part in (of, of_paper)]
-        columns = [c for part, keys in parts for c in _columns(part, down, across, names, keys)]
-        header = [f"{estimates.named(value)}, {estimates.unit(of[0]['metric'])[0]}"] + [estimates.named(k) for k in parts[0][1]]
-        header += [f"{of_paper[0]['study']}: {estimates.named(k)}" for k in parts[1][1]]
-        found.append([header, *([estimates.named(name), *cells] for name, *cells in zip(names, *columns))])
-    return found
+    theirs = estimates.split(estimates.filled(paper, down), panels) if paper else {}
+    ours = estimates.split(estimates.filled(rows, down), panels)
+    return [_grid(value, of, theirs.get(value, []), down, across) for value, of in ours.items()]
+
+# %% ../../nbs/53_record.figures.ipynb #f3c7e15d
+def _grid(title, rows: list[dict], paper: list[dict], down: str, across: str) -> list[list[str]]:
+    "One table, the header first."
+    names = estimates.ordered(ledger.field(row, down) for row in [*rows, *paper])
+    ours = estimates.ordered(ledger.field(row, across) for row in rows)
+    theirs = estimates.ordered(ledger.field(row, across) for row in paper)
+    columns = _columns(rows, down, across, names, ours)
+    columns += _columns(paper, down, across, names, theirs)
+
+    label, _, _ = estimates.unit(rows[0]["metric"])
+    header = [f"{estimates.named(title)}, {label}"]
+    header += [estimates.named(key) for key in ours]
+    header += [f"{paper[0]['study']}: {estimates.named(key)}" for key in theirs]
+    lines = [[estimates.named(name), *cells] for name, *cells in zip(names, *columns)]
+    return [header, *lines]
 
 # %% ../../nbs/53_record.figures.ipynb #c2bbf4de
 def markdown(grid: list[list[str]]) -> str:
     "A grid as a Markdown table."
-    rule = ["---", *["---:"] * (len(grid[0]) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (grid[0], rule, *grid[1:]))
+    header, *lines = grid
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 # %% ../../nbs/53_record.figures.ipynb #0716d970
 class Drawn(NamedTuple):
+    "A figure of the catalogue, and what it was made of."
     figure: object | None  # a matplotlib Figure
     grids: list            # its tables
     rows: list[dict]       # the rows that it shows, the paper's last
@@ -174,28 +249,45 @@ def draw(entry: Entry,
          ledgers: str | Path = "data/results",
          papers: str | Path = "data/paper",
          partial: bool = False, # draw what is there
-         ) -> Drawn:            # figure None and no grids where rows are missing and `partial` is not set
-    "A figure of the catalogue. Raises MaetError for an option that its form does not take."
+         ) -> Drawn:
+    """A figure of the catalogue; None and no grids where rows are missing and `partial` is not set.
+
+    Raises MaetError for an option that its form does not take."""
     rows, missing = chosen(entry, ledgers)
     if not rows or (missing and not partial): return Drawn(None, [], [], missing, entry.caption)
     paper = paper_rows(entry.paper, papers) if entry.paper else []
-    of = lambda part: [r for r in part if all(ledger.field(r, k) in v for k, v in entry.only.items())]
-    options = entry.draw | ({"paper": of(paper)} if paper and entry.form == "dots" else {})
+    options = dict(entry.draw)
+    if paper and entry.form == "dots": options["paper"] = _only(paper, entry.only)
     try:
-        figure = FORMS[entry.form](of(rows), **options) if entry.form else None
-        tables = grids(rows, paper, **entry.table) if entry.table is not None else []
+        figure = FORMS[entry.form](_only(rows, entry.only), **options) if entry.form else None
+        tables = [] if entry.table is None else grids(rows, paper, **entry.table)
     except (TypeError, MaetError) as e: raise MaetError(f"{entry.title}: {e}") from None
-    caption = entry.caption + (f" Incomplete: {len(missing)} of {sum(len(wanted(block)) for block in entry.rows)} rows are missing." if missing else "")
+    caption = entry.caption
+    if missing:
+        many = sum(len(wanted(block)) for block in entry.rows)
+        caption += f" Incomplete: {len(missing)} of {many} rows are missing."
     return Drawn(figure, tables, rows + paper, missing, caption)
+
+# %% ../../nbs/53_record.figures.ipynb #909fe39c
+def _only(rows: list[dict], only: dict[str, list]) -> list[dict]:
+    "Rows whose fields have one of these values."
+    for name, values in only.items():
+        rows = [row for row in rows if ledger.field(row, name) in values]
+    return rows
 
 # %% ../../nbs/53_record.figures.ipynb #88e0379b
 def standing(done: Drawn) -> str:
     "What a figure has and lacks, in words. The paper's rows are not counted."
-    ours = [r for r in done.rows if r["seed"] is not None]
-    each = {m: sorted({r["seed"] for r in ours if r["method"] == m}) for m in estimates.ordered(r["method"] for r in ours)}
-    made = ", ".join(sorted({str(r["commit"]) for r in ours})) or "-"
-    return f"{len(ours)} rows are there, {len(done.missing)} of those that it needs are missing; made by commits {made}; seeds: " + \
-           ("; ".join(f"{estimates.named(m)} {', '.join(map(str, seeds))}" for m, seeds in each.items()) or "none yet")
+    ours = [row for row in done.rows if row["seed"] is not None]
+    commits = sorted({str(row["commit"]) for row in ours})
+    seeds = {}  # method -> its seeds
+    for row in ours: seeds.setdefault(row["method"], set()).add(row["seed"])
+    each = []
+    for method in estimates.ordered(seeds):
+        numbers = ", ".join(map(str, sorted(seeds[method])))
+        each.append(f"{estimates.named(method)} {numbers}")
+    return (f"{len(ours)} rows are there, {len(done.missing)} of those that it needs are missing; "
+            f"made by commits {', '.join(commits) or '-'}; seeds: {'; '.join(each) or 'none yet'}")
 
 # %% ../../nbs/53_record.figures.ipynb #91032ad7
 def figures(out: str | Path = "figures/mini",      # folder to be
@@ -203,17 +295,31 @@ def figures(out: str | Path = "figures/mini",      # folder to be
             only: list[str] | None = None,         # names; None: all of the catalogue
             papers: str | Path = "data/paper",     # folder of the papers' numbers
             source: str | Path | None = None,      # another catalogue
-            ) -> tuple[list[Path], list[str]]:     # files that were written; a line for each figure that lacks a row
-    "Every figure and table from ledger rows. The same rows and versions give the same bytes."
-    entries, paths, lacking = catalogue(source), [], []
+            ) -> tuple[list[Path], list[str]]:
+    """Every figure and table from ledger rows.
+
+    Gives the files that were written, and a line for each figure that lacks a row.
+    The same rows and versions give the same bytes."""
+    entries = catalogue(source)
     unknown = sorted(set(only or ()) - entries.keys())
     if unknown: raise MaetError(f"no figure {', '.join(unknown)}; there are {', '.join(entries)}")
+    paths, lacking = [], []
     for name in tqdm(list(only or entries), unit="figure", leave=False):
         done = draw(entries[name], ledgers, papers)
         if done.missing:
-            lacking.append(f"{name}: no row for {done.missing[0]}" + (f" (and {len(done.missing) - 1} more)" if done.missing[1:] else ""))
-            continue
-        text = "\n\n".join([f"# {entries[name].title}", done.caption, *map(markdown, done.grids)]) + "\n"
-        if done.figure: paths += plots.save(done.figure, Path(out) / name, done.rows)
-        if done.grids: paths.append(plots.put(Path(out) / f"{name}.md", text.encode()))
+            first, *others = done.missing
+            more = f" (and {len(others)} more)" if others else ""
+            lacking.append(f"{name}: no row for {first}{more}")
+        else: paths += _saved(done, Path(out) / name, entries[name].title)
     return paths, lacking
+
+# %% ../../nbs/53_record.figures.ipynb #553794cc
+def _saved(done: Drawn, stem: Path, title: str) -> list[Path]: # the files
+    "Write a figure, its numbers and its tables."
+    paths = []
+    if done.figure: paths += plots.save(done.figure, stem, done.rows)
+    if done.grids:
+        parts = [f"# {title}", done.caption, *map(markdown, done.grids)]
+        text = "\n\n".join(parts) + "\n"
+        paths.append(plots.put(Path(f"{stem}.md"), text.encode()))
+    return paths

@@ -21,49 +21,81 @@ except ImportError: fcntl = None  # Windows: there two runs should not write to 
 # %% ../../nbs/50_record.ledger.ipynb #c1dfd96e
 NUMBER = int | float
 LARGEST = 1e60  # a fourth power of it is finite
-ROW = dict(study=str, scale=str, method=str, setting=str | dict, language=str, task=str, metric=str, value=NUMBER, stderr=NUMBER | None,
-           n=int, seed=int | None, versions=dict, commit=str | None, seconds=NUMBER | None)  # field -> type
+ROW = {"study": str, "scale": str, "method": str, "setting": str | dict,
+       "language": str, "task": str, "metric": str,
+       "value": NUMBER, "stderr": NUMBER | None, "n": int, "seed": int | None,
+       "versions": dict, "commit": str | None, "seconds": NUMBER | None}  # field -> type
 
 # %% ../../nbs/50_record.ledger.ipynb #2e701415
 def checked(row: dict,  # one measurement
             where: str, # named in errors
-            fields: dict = ROW,
+            fields: dict = ROW, # field -> type
             ) -> dict:  # the same, in the order of the fields
-    "A row that has every field, no other, and each of its type."
-    wrong = {"missing": sorted(fields.keys() - row.keys()), "unknown": sorted(row.keys() - fields.keys())}
-    if any(wrong.values()): raise MaetError(f"{where}: " + "; ".join(f"{word} {', '.join(names)}" for word, names in wrong.items() if names))
+    "A row that has every field, no other, and each of its type. Raises MaetError."
+    missing, unknown = sorted(fields.keys() - row.keys()), sorted(row.keys() - fields.keys())
+    faults = []
+    if missing: faults.append(f"missing {', '.join(missing)}")
+    if unknown: faults.append(f"unknown {', '.join(unknown)}")
+    if faults: raise MaetError(f"{where}: {'; '.join(faults)}")
+
     for field, wanted in fields.items():
-        value = row[field]
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise MaetError(f"{where}: {field} is {value!r}, wanted {getattr(wanted, '__name__', wanted)}")
-        if isinstance(value, NUMBER) and not abs(value) <= LARGEST:
-            raise MaetError(f"{where}: {field} is {one_line(value, 60)}, which is no measurement")
-    try: json.dumps(row, allow_nan=False, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (TypeError, ValueError, RecursionError) as e: raise MaetError(f"{where}: cannot be written as JSON ({e})") from None
+        _check_value(row[field], wanted, f"{where}: {field}")
+    try:  # half a surrogate pair is no text
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as e:
+        raise MaetError(f"{where}: cannot be written as JSON ({e})") from None
     return {field: row[field] for field in fields}
+
+# %% ../../nbs/50_record.ledger.ipynb #9b6445ca
+def _check_value(value, wanted: type, where: str):
+    "Raises MaetError for a value of another type, and for a number that is no measurement."
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        name = getattr(wanted, "__name__", wanted)
+        raise MaetError(f"{where} is {value!r}, wanted {name}")
+    measurable = not isinstance(value, NUMBER) or abs(value) <= LARGEST  # nan is not
+    if not measurable: raise MaetError(f"{where} is {one_line(value, 60)}, which is no measurement")
 
 # %% ../../nbs/50_record.ledger.ipynb #0ade7c2c
 def _row(line: str, where: str) -> dict:
+    "A row from a line of a ledger. Raises MaetError."
     row = parse_json(line, where, "mend or remove that line")
     if not isinstance(row, dict): raise MaetError(f"{where} is not a row: mend or remove that line")
     return checked(row, where)
 
+# %% ../../nbs/50_record.ledger.ipynb #afe64026
+def _last_row(tail: bytes, path: Path) -> list[dict]:
+    "A last line without its newline: the row that it is, or none where a kill cut it short."
+    try: return [_row(tail.decode("utf-8"), f"{path}: last line")] if tail else []
+    except (MaetError, UnicodeDecodeError): return []
+
 # %% ../../nbs/50_record.ledger.ipynb #160b2afc
 def _rows(path: Path) -> tuple[list[dict], int, bool]:
-    "All rows, the length in bytes of the part that is whole, and whether a newline is still missing there."
+    """All rows, the length in bytes of the part that is whole, and whether a newline lacks there.
+
+    Raises MaetError."""
     try: content = path.read_bytes()
     except FileNotFoundError: return [], 0, False
     except OSError as e: raise MaetError(f"{path}: cannot be read ({e.strerror})") from None
+
     body, _, tail = content.rpartition(b"\n")
-    try: lines = body.decode("utf-8").split("\n") if body else []
-    except UnicodeDecodeError as e: raise MaetError(f"{path}: byte {e.start} is not UTF-8") from None
-    rows = [_row(line, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    try: return rows + ([_row(tail.decode("utf-8"), f"{path}: last line")] if tail else []), len(content), bool(tail)
-    except (MaetError, UnicodeDecodeError): return rows, len(content) - len(tail), False  # the line that a kill cut short
+    try: lines = body.decode("utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise MaetError(f"{path}: byte {e.start} is not UTF-8") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip(): rows.append(_row(line, f"{path}: line {number}"))
+
+    last = _last_row(tail, path)
+    whole = len(content) if last else len(content) - len(tail)
+    return rows + last, whole, bool(last)
 
 # %% ../../nbs/50_record.ledger.ipynb #17ba0791
-def _same(row: dict) -> str: return json.dumps({k: v for k, v in row.items() if k != "seconds"}, sort_keys=True)
+def _same(row: dict) -> str:
+    "All of a row but its seconds, as text: equal for rows that say the same."
+    lasting = {name: value for name, value in row.items() if name != "seconds"}
+    return json.dumps(lasting, sort_keys=True)
 
+# %% ../../nbs/50_record.ledger.ipynb #ad7348d7
 def _mended(path: Path, file) -> tuple[set[str], int]: # rows that are there already; bytes
     "Cut off or complete what a kill left at the end."
     old, size, cut = _rows(path)
@@ -71,58 +103,87 @@ def _mended(path: Path, file) -> tuple[set[str], int]: # rows that are there alr
     if cut: file.write(b"\n")
     return {_same(row) for row in old}, size + cut
 
-def _write(file, data: bytes) -> None: # a full disk may take a part, and says so only when it is asked again
-    while data: data = data[file.write(data):]
+# %% ../../nbs/50_record.ledger.ipynb #9b22f2a5
+def _write(file, data: bytes) -> None:
+    "All of the data. A full disk may take a part, and says so only when it is asked again."
+    while data:
+        taken = file.write(data)
+        data = data[taken:]
     os.fsync(file.fileno())
 
 # %% ../../nbs/50_record.ledger.ipynb #37185a37
 def append(path: str | Path,      # <study>.jsonl; made with its folder if it is not there
            rows: Iterable[dict],  # rows of this study
            ) -> int:              # how many were new
-    "Add rows to a ledger, one line each; rows that are there already are skipped. All of them or none. Raises MaetError."
-    path, new = Path(path), [checked(dict(row), f"{path}: row {n} to be added") for n, row in enumerate(rows, 1)]
+    """Add rows to a ledger, one line each; rows that are there already are skipped.
+
+    All of them or none. Raises MaetError."""
+    path = Path(path)
+    rows = [checked(dict(row), f"{path}: row {n} to be added") for n, row in enumerate(rows, 1)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
-            if fcntl: fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, or the process killed
+            if fcntl: fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process killed
             known, size = _mended(path, file)
-            added = list({_same(row): row for row in new if _same(row) not in known}.values())
-            try: _write(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in added).encode())
-            except BaseException: os.truncate(path, size); raise
+            new = {_same(row): row for row in rows if _same(row) not in known}
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in new.values()]
+            try: _write(file, "".join(lines).encode())
+            except BaseException:
+                os.truncate(path, size)
+                raise
     except OSError as e: raise MaetError(f"{path}: cannot be written ({e.strerror})") from e
-    return len(added)
+    return len(new)
 
 # %% ../../nbs/50_record.ledger.ipynb #fa35e192
-IDENTITY = ("study", "scale", "method", "setting", "language", "task", "metric", "seed")  # what is measured, whatever came out
+def field(row: dict, name: str):
+    """One value of a row: of a field of ROW, or of `setting.<key>`, None without such a key.
 
-def field(row: dict, name: str):  # a field of ROW, or `setting.<key>`; None where the setting has no such key
-    "One value of a row. Raises MaetError for a field that no row has."
+    Raises MaetError for a field that no row has."""
     of, _, key = name.partition(".")
-    if of not in ROW or (key and of != "setting"): raise MaetError(f"rows have no field {name}; they have {', '.join(ROW)} and setting.<key>")
+    if of not in ROW or (key and of != "setting"):
+        raise MaetError(f"rows have no field {name}; they have {', '.join(ROW)} and setting.<key>")
     if not key: return row[of]
     return row["setting"].get(key) if isinstance(row["setting"], dict) else None
+
+# %% ../../nbs/50_record.ledger.ipynb #4bc40719
+IDENTITY = ("study", "scale", "method", "setting", "language", "task", "metric", "seed")
+
+def _newest(rows: list[dict]) -> list[dict]:
+    "The last row of each thing that was measured, whatever came out."
+    newest = {}
+    for row in rows:
+        identity = [row[name] for name in IDENTITY]
+        newest[json.dumps(identity, sort_keys=True)] = row
+    return list(newest.values())
 
 # %% ../../nbs/50_record.ledger.ipynb #1e6bd227
 def read(path: str | Path,    # <study>.jsonl
          every: bool = False, # older measurements of the same thing too
-         **where,             # field, or "setting.<key>" -> a value, or a list of values; None: the setting has no such key
+         **where,             # field, or "setting.<key>" -> a value, or a list of values
          ) -> list[dict]:     # in the order of the file
-    "The rows of a ledger that match. Raises MaetError: no such file, a broken line, an unknown field."
+    """The rows of a ledger that match; the value None asks for a setting without such a key.
+
+    Raises MaetError: no such file, a broken line, an unknown field."""
     if not os.path.isfile(path): raise MaetError(f"{path}: no ledger there; a run writes one")
-    rows = _rows(Path(path))[0]
-    if not every: rows = list({json.dumps([row[k] for k in IDENTITY], sort_keys=True): row for row in rows}.values())
-    wanted = {k: v if isinstance(v, (list, tuple, set)) else [v] for k, v in where.items()}
-    return [row for row in rows if all(field(row, k) in v for k, v in wanted.items())]
+    rows, _, _ = _rows(Path(path))
+    if not every: rows = _newest(rows)
+    for name, values in where.items():
+        if not isinstance(values, (list, tuple, set)): values = [values]
+        rows = [row for row in rows if field(row, name) in values]
+    return rows
 
 # %% ../../nbs/50_record.ledger.ipynb #99ef14bd
-SCORE = {name: ROW[name] for name in ("task", "language", "metric", "value", "stderr", "n", "seconds")}
+SCORE_FIELDS = ("task", "language", "metric", "value", "stderr", "n", "seconds")
+SCORE = {name: ROW[name] for name in SCORE_FIELDS}
 
 # %% ../../nbs/50_record.ledger.ipynb #577cd1a4
 def read_scores(exam: str | Path) -> list[dict]: # its folder
     "What an exam of a run folder scored. Raises MaetError."
     path = Path(exam) / "scores.json"
-    with reading(path, "remove this exam's folder, and the run makes it again"): rows = parse_json(path.read_bytes(), path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows): raise MaetError(f"{path}: is no list of scores; remove this exam's folder")
+    with reading(path, "remove this exam's folder, and the run makes it again"):
+        rows = parse_json(path.read_bytes(), path)
+    is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not is_list: raise MaetError(f"{path}: is no list of scores; remove this exam's folder")
     return [checked(row, f"{path}: score {n}", SCORE) for n, row in enumerate(rows, 1)]
 
 # %% ../../nbs/50_record.ledger.ipynb #0716d970
@@ -140,15 +201,18 @@ def versions() -> dict[str, str]: # package -> version; a package that is not in
 # %% ../../nbs/50_record.ledger.ipynb #b3f0c7f6
 def _git(folder: Path, *words: str) -> str | None:
     "What git prints, or None where it fails or is not there."
-    try: done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+    command = ["git", "-C", str(folder), *words]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired): return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 # %% ../../nbs/50_record.ledger.ipynb #cc58a854
 def commit(folder: str | Path | None = None, # default: the folder of this package
-           ) -> str | None:                  # e.g. 1a2b3c4 or 1a2b3c4+; None: its files are not in a git repository
+           ) -> str | None:                  # e.g. 1a2b3c4+; None: not in a git repository
     "Short hash of the last commit that changed a folder."
     folder = Path(folder or Path(find_spec("maet").origin).parent)
-    if not _git(folder, "ls-files", "."): return None  # installed, or in a repository that is somebody else's
+    if not _git(folder, "ls-files", "."): return None  # installed, or in somebody else's repository
     last = _git(folder, "log", "-1", "--format=%h", "--", ".")
-    return last and last + ("+" if _git(folder, "status", "--porcelain", "--", ".") else "")
+    if not last: return last
+    changed = _git(folder, "status", "--porcelain", "--", ".")
+    return f"{last}+" if changed else last

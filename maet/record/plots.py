@@ -18,35 +18,50 @@ from maet.record.estimates import (
 )
 
 # %% ../../nbs/52_record.plots.ipynb #bc33ea4e
-def _patch(l: Look) -> dict: return dict(facecolor=l.colour, hatch="////" if l.second else "", edgecolor="#333333", linewidth=0.5)
+def _patch(look: Look) -> dict:
+    "How a bar, and its key in the legend, is filled."
+    hatch = "////" if look.second else ""
+    return dict(facecolor=look.colour, hatch=hatch, edgecolor="#333333", linewidth=0.5)
 
-def _draw_bar(ax, x: float, width: float, e: Estimate, l: Look, text: str | None):
+# %% ../../nbs/52_record.plots.ipynb #3ea72272
+def _draw_bar(ax, x: float, width: float, e: Estimate, look: Look, text: str | None):
     "One bar with its interval, its seeds, and its value where `text` is given."
     from matplotlib.patheffects import withStroke
-    ax.bar(x, e.value, width, **_patch(l))
-    for colour, line in (("white", 2.2), ("black", 0.8)) if e.margin else ():  # the white one is the edge of the black one
-        ax.errorbar(x, e.value, e.margin, fmt="none", ecolor=colour, elinewidth=line, capsize=line / 2 + 1.2, capthick=line, zorder=3)
-    if len(e.seeds) > 1: ax.plot([x - width / 3] * len(e.seeds), e.seeds, "o", ms=2.2, mfc="white", mec="black", mew=0.5, zorder=4)
+    ax.bar(x, e.value, width, **_patch(look))
+    if e.margin:
+        for colour, line in (("white", 2.2), ("black", 0.8)):  # white is the edge of black
+            look = dict(ecolor=colour, elinewidth=line, capsize=line / 2 + 1.2, capthick=line)
+            ax.errorbar(x, e.value, e.margin, fmt="none", zorder=3, **look)
+    if len(e.seeds) > 1:
+        beside = [x - width / 3] * len(e.seeds)
+        ax.plot(beside, e.seeds, "o", ms=2.2, mfc="white", mec="black", mew=0.5, zorder=4)
     if text:
-        ax.annotate(text, (x, max(e.value + e.margin, *e.seeds)), (0, 2), textcoords="offset points", ha="center", fontsize=6, rotation=90, zorder=5,
-                    path_effects=[withStroke(linewidth=2, foreground="white")])
+        top = max(e.value + e.margin, *e.seeds)
+        edge = [withStroke(linewidth=2, foreground="white")]
+        ax.annotate(text, (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=6,
+                    rotation=90, zorder=5, path_effects=edge)
 
 # %% ../../nbs/52_record.plots.ipynb #22d200f8
 def _places(languages: list[str]) -> dict[str, float]:
     "Language -> the middle of its group on the x axis."
-    return {language: i + (0.35 if language == "average" and i else 0) for i, language in enumerate(languages)}
+    places = {language: place for place, language in enumerate(languages)}
+    if places.get("average"): places["average"] += 0.35
+    return places
 
 # %% ../../nbs/52_record.plots.ipynb #431ecc67
 def _draw_groups(ax, rows: list[dict], methods: list[str], languages: list[str]):
     "A group of bars for each language; a method without a row leaves its place empty."
     label, factor, digits = unit(rows[0]["metric"])
-    found, at, width = estimates(rows, "method", "language"), _places(languages), 0.8 / len(methods)
+    found = estimates(rows, "method", "language")
+    places, width = _places(languages), 0.8 / len(methods)
     for k, method in enumerate(methods):
-        for language in (l for l in languages if (method, l) in found):
+        offset = (k - (len(methods) - 1) / 2) * width  # from the middle of the group
+        for language in languages:
+            if (method, language) not in found: continue
             e = found[method, language].times(factor)
             text = f"{e.value:.{digits}f}" if language == "average" else None
-            _draw_bar(ax, at[language] + (k - (len(methods) - 1) / 2) * width, width * 0.92, e, look(method, methods), text)
-    ax.set_xticks(list(at.values()), [named(l) for l in languages])
+            _draw_bar(ax, places[language] + offset, width * 0.92, e, look(method, methods), text)
+    ax.set_xticks(list(places.values()), [named(language) for language in languages])
     ax.set(ylabel=label, ylim=(0, None))
     ax.tick_params(axis="x", length=0)
 
@@ -55,65 +70,110 @@ def _chance(ax, metric: str, chance: float | None, across: str = "y"):
     "A line at what guessing scores. `chance` is in the unit of the rows' values."
     if chance is None: return
     draw = ax.axhline if across == "y" else ax.axvline
-    draw(unit(metric)[1] * chance, color="#555555", lw=0.8, ls=(0, (4, 3)), zorder=2, label="chance")
+    _, factor, _ = unit(metric)
+    draw(factor * chance, color="#555555", lw=0.8, ls=(0, (4, 3)), zorder=2, label="chance")
 
 # %% ../../nbs/52_record.plots.ipynb #b6692ea5
-def scores(rows: list[dict],             # ledger rows
-           methods: list[str] | None = None, # which, and in which order; default: all, in the order of METHODS
+def scores(rows: list[dict],                # ledger rows
+           methods: list[str] | None = None, # in this order; default: all, in the order of METHODS
            languages: list[str] | None = None, # default: all, `average` last
-           tasks: list[str] | None = None, # one panel each, from top to bottom; default: all
+           tasks: list[str] | None = None,  # a panel each, from top to bottom; default: all
            chance: dict[str, float] | None = None, # task -> what guessing scores, drawn as a line
-           ):                            # a matplotlib Figure, 6.5 inches wide
-    "Grouped bars with 95 % intervals: methods by languages. Raises MaetError where there is nothing to draw or too much."
+           ):                               # a matplotlib Figure, 6.5 inches wide
+    """Grouped bars with 95 % intervals: methods by languages.
+
+    Raises MaetError where there is nothing to draw or too much."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    methods = methods or ordered(r["method"] for r in rows)
-    languages = languages or ordered(r["language"] for r in rows)
-    if len(methods) > 6: raise MaetError(f"bars have room for 6 methods, and {len(methods)} were given; `dots` takes more")
-    panels = split([r for r in rows if r["method"] in methods and r["language"] in languages], "task", tasks)
+    methods = methods or ordered(row["method"] for row in rows)
+    languages = languages or ordered(row["language"] for row in rows)
+    if len(methods) > 6:
+        given = f"{len(methods)} were given"
+        raise MaetError(f"bars have room for 6 methods, and {given}; `dots` takes more")
+    chosen = [row for row in rows if row["method"] in methods and row["language"] in languages]
+    panels = split(chosen, "task", tasks)
     with style():
         figure = Figure(figsize=(6.5, 0.6 + 2.1 * len(panels)))
-        for ax, (task, of) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
+        axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+        for ax, (task, of) in zip(axes, panels.items()):
             _draw_groups(ax, of, methods, languages)
             _chance(ax, of[0]["metric"], (chance or {}).get(task))
             ax.set_title(named(task))
         foot(figure, rows, seeds_shown(rows))
-        keys = [Patch(label=l.label, **_patch(l)) for l in (look(m, methods) for m in methods)]
-        keys += [h for ax in figure.axes for h in ax.get_legend_handles_labels()[0]][:1]
-        figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, handlelength=1.6, columnspacing=1.4)
+        _legend(figure, methods)
     return figure
 
-# %% ../../nbs/52_record.plots.ipynb #fc074d50
-MARKER_SIZES = {"*": 9, "D": 4.5, "s": 5}  # points; 6 for the others, so that all look equally large
+# %% ../../nbs/52_record.plots.ipynb #45f69a7b
+def _legend(figure, methods: list[str]):
+    "A key for each method, and one for the line at chance if there is one."
+    from matplotlib.patches import Patch
+    looks = [look(method, methods) for method in methods]
+    keys = [Patch(label=each.label, **_patch(each)) for each in looks]
+    at_chance = []
+    for ax in figure.axes:
+        handles, _ = ax.get_legend_handles_labels()
+        at_chance += handles
+    keys += at_chance[:1]
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False,
+                  handlelength=1.6, columnspacing=1.4)
 
-def _draw_dot(ax, y: float, e: Estimate, l: Look, digits: int):
+# %% ../../nbs/52_record.plots.ipynb #5b0ea364
+def _with_margin(text: str, margin: float, digits: int) -> str:
+    "A number in print, with its margin if that is known."
+    return f"{text} ± {margin:.{digits}f}" if margin else text
+
+# %% ../../nbs/52_record.plots.ipynb #fc074d50
+MARKER_SIZES = {"*": 9, "D": 4.5, "s": 5}  # points; others 6, so that all look equally large
+
+def _draw_dot(ax, y: float, e: Estimate, look: Look, digits: int):
     "One estimate on its line, its seeds below it, its numbers at the right edge."
-    if e.margin: ax.errorbar(e.value, y, xerr=e.margin, fmt="none", ecolor="#333333", elinewidth=1, capsize=2, zorder=3)
-    if len(e.seeds) > 1: ax.plot(e.seeds, [y + 0.3] * len(e.seeds), "o", ms=1.6, mfc="#333333", mec="none", zorder=3)
-    fill = dict(mfc="white", mec=l.colour, mew=1.4) if l.second else dict(mfc=l.colour, mec="#333333", mew=0.5)
-    ax.plot(e.value, y, l.marker, ms=MARKER_SIZES.get(l.marker, 6), zorder=4, **fill)
-    text = f"{e.value:.{digits}f}" + (f" ± {e.margin:.{digits}f}" if e.margin else "")
-    ax.annotate(text, (1.01, y), xycoords=ax.get_yaxis_transform(), va="center", fontsize=6.5, annotation_clip=False)
+    if e.margin:
+        line = dict(ecolor="#333333", elinewidth=1, capsize=2)
+        ax.errorbar(e.value, y, xerr=e.margin, fmt="none", zorder=3, **line)
+    if len(e.seeds) > 1:
+        below = [y + 0.3] * len(e.seeds)
+        ax.plot(e.seeds, below, "o", ms=1.6, mfc="#333333", mec="none", zorder=3)
+    fill = dict(mfc=look.colour, mec="#333333", mew=0.5)
+    if look.second: fill = dict(mfc="white", mec=look.colour, mew=1.4)
+    ax.plot(e.value, y, look.marker, ms=MARKER_SIZES.get(look.marker, 6), zorder=4, **fill)
+
+    text = _with_margin(f"{e.value:.{digits}f}", e.margin, digits)
+    edge = dict(xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False)
+    ax.annotate(text, (1.01, y), fontsize=6.5, **edge)
+
+# %% ../../nbs/52_record.plots.ipynb #60eaab61
+def _named_lines(ax, names: list):
+    "A name for each line from the top, and a grid along x alone."
+    ax.grid(axis="x")
+    ax.grid(axis="y", visible=False)
+    ax.set_yticks(range(len(names)), map(named, names))
+    ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/52_record.plots.ipynb #fbae1959
 def _draw_dots(ax, rows: list[dict], by: str, names: list[str], chance: float | None):
     "One line for each name; one that has no row here keeps an empty line."
     label, factor, digits = unit(rows[0]["metric"])
-    found = {key[0]: e.times(factor) for key, e in estimates(rows, by).items()}
+    found = {name: e.times(factor) for (name,), e in estimates(rows, by).items()}
     for y, name in enumerate(names):
         if name in found: _draw_dot(ax, y, found[name], look(name, names), digits)
     if "base" in found: ax.axvline(found["base"].value, color="#8C8C8C", lw=0.8, ls=":", zorder=1)
     _chance(ax, rows[0]["metric"], chance, "x")
     ax.set(xlabel=label, ylim=(len(names) - 0.4, -0.6))
-    ax.grid(axis="x"); ax.grid(axis="y", visible=False)
-    ax.set_yticks(range(len(names)), map(named, names))
-    for tick in ax.get_yticklabels(): tick.set_fontweight("bold" if tick.get_text() == "MAET" else "normal")
-    ax.tick_params(axis="y", length=0)
+    _named_lines(ax, names)
+    for tick in ax.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == "MAET" else "normal")
+
+# %% ../../nbs/52_record.plots.ipynb #e78ace2d
+def _sorted(rows: list[dict], paper: list[dict], by: str, lowest_first: bool) -> list:
+    "The values of a field by our estimates, those that only the paper has at the end."
+    found = {name: e.value for (name,), e in estimates(rows, by).items()}
+    theirs = ordered(field(row, by) for row in paper)
+    ours = sorted(found, key=found.get, reverse=not lowest_first)
+    return ours + [name for name in theirs if name not in found]
 
 # %% ../../nbs/52_record.plots.ipynb #5b384ce3
 def dots(rows: list[dict],             # ledger rows, one for each name and seed of a panel
          paper: list[dict] = (),       # rows of the paper's numbers, for a second column
-         by: str = "method",           # field with a line for each of its values; rows that lack it stand under their method
+         by: str = "method",           # field with a line a value; who lacks it is named by its method
          panels: str = "task",         # field with a panel for each of its values
          chance: dict[str, float] | None = None, # value of `panels` -> what guessing scores
          lowest_first: bool = False,   # for metrics where less is better
@@ -121,72 +181,108 @@ def dots(rows: list[dict],             # ledger rows, one for each name and seed
     "A dot with its 95 % interval for each method, sorted; the paper's beside it."
     from matplotlib.figure import Figure
     rows, paper = filled(rows, by), filled(paper, by)
-    ours, theirs, sources = split(rows, panels), split(paper, panels) if paper else {}, [rows[0], *paper[:1]]
-    order = {}
-    for value, of in ours.items():
-        found = {key[0]: e.value for key, e in estimates(of, by).items()}
-        order[value] = sorted(found, key=found.get, reverse=not lowest_first) + [n for n in ordered(field(r, by) for r in theirs.get(value, ())) if n not in found]
+    ours = split(rows, panels)
+    theirs = split(paper, panels) if paper else {}
+    order = {value: _sorted(of, theirs.get(value, ()), by, lowest_first)
+             for value, of in ours.items()}
+    heights = [0.55 + 0.155 * len(names) for names in order.values()]
     with style():
-        heights = [0.55 + 0.155 * len(names) for names in order.values()]
         figure = Figure(figsize=(6.5, 0.2 + sum(heights)))
-        grid = figure.subplots(len(ours), len(sources), squeeze=False, height_ratios=heights)
-        for axes, (value, names) in zip(grid, order.items()):
-            for ax, source, of in zip(axes, sources, (ours[value], theirs.get(value))):
-                if not of: ax.set_axis_off(); continue
-                _draw_dots(ax, of, by, names, (chance or {}).get(value) if of is ours[value] else None)
-                where = "here, " if of is ours[value] else f"{source['study']}, "
-                ax.set_title(f"{named(value)}: {where}{source['scale']}", loc="left")
-            for ax in axes[1:]: ax.set_yticklabels([])
-        foot(figure, rows, seeds_shown(rows), "dotted: the base" if "base" in {r["method"] for r in rows} else "")
+        grid = figure.subplots(len(ours), 2 if paper else 1, squeeze=False, height_ratios=heights)
+        for (left, *right), (value, names) in zip(grid, order.items()):
+            _draw_dots(left, ours[value], by, names, (chance or {}).get(value))
+            left.set_title(f"{named(value)}: here, {rows[0]['scale']}", loc="left")
+            for ax in right: _draw_beside(ax, theirs.get(value), paper[0], value, by, names)
+        dotted = any(row["method"] == "base" for row in rows)
+        foot(figure, rows, seeds_shown(rows), "dotted: the base" if dotted else "")
     return figure
+
+# %% ../../nbs/52_record.plots.ipynb #6d4e2100
+def _draw_beside(ax, rows: list[dict] | None, source: dict, value, by: str, names: list[str]):
+    "The paper's dots on the lines of ours; nothing where it has none of this panel."
+    if rows:
+        _draw_dots(ax, rows, by, names, None)
+        ax.set_title(f"{named(value)}: {source['study']}, {source['scale']}", loc="left")
+    else: ax.set_axis_off()
+    ax.set_yticklabels([])
 
 # %% ../../nbs/52_record.plots.ipynb #761f22b2
 def apart(places: list[float], gap: float) -> list[float]:
-    "The same places in the same order, moved as little as needed to be `gap` apart: overlapping ones become a block around their mean."
-    blocks = []  # [indices, middle]
-    for i in sorted(range(len(places)), key=places.__getitem__):
-        blocks.append([[i], places[i]])
-        while len(blocks) > 1 and blocks[-1][1] - blocks[-2][1] < gap * (len(blocks[-1][0]) + len(blocks[-2][0])) / 2:
-            (a, x), (b, y) = blocks[-2], blocks.pop()
-            blocks[-1] = [a + b, (x * len(a) + y * len(b)) / (len(a) + len(b))]
-    moved = {i: middle + gap * (k - (len(of) - 1) / 2) for of, middle in blocks for k, i in enumerate(of)}
-    return [moved[i] for i in range(len(places))]
+    """The same places in the same order, moved as little as needed to be `gap` apart.
+
+    Overlapping ones become a block around their mean."""
+    blocks = []  # (indices, middle), from the lowest
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        indices, middle = [index], places[index]
+        while blocks:
+            below, its_middle = blocks[-1]
+            overlap = middle - its_middle < gap * (len(indices) + len(below)) / 2
+            if not overlap: break
+            blocks.pop()
+            middle = (its_middle * len(below) + middle * len(indices)) / (len(below) + len(indices))
+            indices = below + indices
+        blocks.append((indices, middle))
+
+    moved = list(places)
+    for indices, middle in blocks:
+        for k, index in enumerate(indices):
+            moved[index] = middle + gap * (k - (len(indices) - 1) / 2)
+    return moved
 
 # %% ../../nbs/52_record.plots.ipynb #07dffdd8
-def _level(ax, e: Estimate, l: Look):
+def _level(ax, e: Estimate, look: Look):
     "A method without the setting: a level line and its band."
+    low, high = e.value - e.margin, e.value + e.margin
     ax.axhline(e.value, color="#8C8C8C", lw=1, ls="--", zorder=1)
-    ax.axhspan(e.value - e.margin, e.value + e.margin, facecolor=l.colour, alpha=0.25, lw=0, zorder=0)
+    ax.axhspan(low, high, facecolor=look.colour, alpha=0.25, lw=0, zorder=0)
 
-def _curve(ax, points: dict[float, Estimate], l: Look):
+# %% ../../nbs/52_record.plots.ipynb #f5be5a81
+def _curve(ax, points: dict[float, Estimate], look: Look):
     "One line over the setting with its band."
-    xs, es = list(points), list(points.values())
-    ax.fill_between(xs, [e.value - e.margin for e in es], [e.value + e.margin for e in es], facecolor=l.colour, alpha=0.2, lw=0)
-    ax.plot(xs, [e.value for e in es], "--" if l.second else "-", color=l.colour, lw=1.4)
-    ax.plot(xs, [e.value for e in es], l.marker, ms=MARKER_SIZES.get(l.marker, 6) - 1, mfc="white" if l.second else l.colour, mec="#333333", mew=0.5)
+    xs = list(points)
+    values = [e.value for e in points.values()]
+    low = [e.value - e.margin for e in points.values()]
+    high = [e.value + e.margin for e in points.values()]
+    ax.fill_between(xs, low, high, facecolor=look.colour, alpha=0.2, lw=0)
+    ax.plot(xs, values, "--" if look.second else "-", color=look.colour, lw=1.4)
+    size = MARKER_SIZES.get(look.marker, 6) - 1
+    fill = "white" if look.second else look.colour
+    ax.plot(xs, values, look.marker, ms=size, mfc=fill, mec="#333333", mew=0.5)
+
+# %% ../../nbs/52_record.plots.ipynb #73a3070a
+def _name_ends(ax, ends: dict[str, float]):
+    "A name at the right end of each line."
+    low, high = ax.get_ylim()
+    places = apart(list(ends.values()), (high - low) * 0.09)
+    edge = dict(xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False, fontsize=7.5)
+    for name, place in zip(ends, places):
+        weight = "bold" if name == "maet" else "normal"
+        ax.annotate(named(name), (1.02, place), fontweight=weight, **edge)
+    ax.set_ylim(low, high)
 
 # %% ../../nbs/52_record.plots.ipynb #0286dd55
 def _draw_lines(ax, rows: list[dict], x: str, by: str, chance: float | None):
     "Curves, levels, and a name at the right end of each."
-    label, factor, digits = unit(rows[0]["metric"])
-    found = {key: e.times(factor) for key, e in estimates(rows, by, x).items()}
-    names, ends = ordered(key[0] for key in found), {}
+    label, factor, _ = unit(rows[0]["metric"])
+    found = {}  # name -> {place on the x axis: estimate}; the place of a level is None
+    for (name, place), e in estimates(rows, by, x).items():
+        found.setdefault(name, {})[place] = e.times(factor)
+    names, ends = ordered(found), {}
     for name in names:
-        points = {key[1]: found[key] for key in sorted((k for k in found if k[0] == name and k[1] is not None), key=lambda k: k[1])}
-        if points: _curve(ax, points, look(name, names))
-        else: _level(ax, found[name, None], look(name, names))
-        ends[name] = (list(points.values()) or [found[name, None]])[-1].value
+        level = found[name].pop(None, None)
+        curve = dict(sorted(found[name].items()))
+        if curve: _curve(ax, curve, look(name, names))
+        else: _level(ax, level, look(name, names))
+        last = list(curve.values())[-1] if curve else level
+        ends[name] = last.value
     _chance(ax, rows[0]["metric"], chance)
     if chance is not None: ends["chance"] = factor * chance
-    low, high = ax.get_ylim()
-    for name, place in zip(ends, apart(list(ends.values()), (high - low) * 0.09)):
-        ax.annotate(named(name), (1.02, place), xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False, fontsize=7.5,
-                    fontweight="bold" if name == "maet" else "normal")
-    ax.set(ylabel=label, ylim=(low, high))
+    _name_ends(ax, ends)
+    ax.set_ylabel(label)
 
 # %% ../../nbs/52_record.plots.ipynb #610f3437
 def lines(rows: list[dict],           # ledger rows
-          x: str,                     # field with a number, e.g. "setting.gamma"; rows without it are levels
+          x: str,                     # field with a number; rows without it are levels
           xlabel: str,                # of that number, with its unit
           by: str = "method",         # field with a line for each of its values
           panels: str = "task",       # field with a panel for each of its values
@@ -197,111 +293,170 @@ def lines(rows: list[dict],           # ledger rows
     from matplotlib.figure import Figure
     parts = split(rows, panels)
     across = min(len(parts), 2)
+    down = math.ceil(len(parts) / across)
     with style():
-        figure = Figure(figsize=(6.5, 0.3 + 2.1 * math.ceil(len(parts) / across)))
-        axes = figure.subplots(math.ceil(len(parts) / across), across, squeeze=False).flat
+        figure = Figure(figsize=(6.5, 0.3 + 2.1 * down))
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
         for ax, (value, of) in zip(axes, parts.items()):
             _draw_lines(ax, of, x, by, (chance or {}).get(value))
             ax.set(title=named(value), xlabel=xlabel, xscale="log" if log else "linear")
-        for ax in list(axes): ax.set_axis_off()
+        for ax in axes[len(parts):]: ax.set_axis_off()
         foot(figure, rows)
     return figure
 
+# %% ../../nbs/52_record.plots.ipynb #e9b43983
+def _draw_cell(ax, place: tuple[int, int], text: str, size: float, colour: tuple):
+    "One cell and its number, white on a dark colour."
+    x, y = place
+    ax.bar(x, 1, 1, y - 0.5, color=colour, edgecolor="white", linewidth=0.5)
+    luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+    ink = "white" if luminance < 0.5 else "black"
+    ax.annotate(text, place, ha="center", va="center", fontsize=size, color=ink)
+
 # %% ../../nbs/52_record.plots.ipynb #fe2ef495
-def _draw_heat(ax, cells: dict[tuple, Estimate], limits: tuple[float, float], diverging: bool, digits: int, margins: bool):
-    "Cells of one panel; a combination without a row stays empty."
+def _draw_heat(ax, cells: dict[tuple, Estimate], colours, digits: int, margins: bool):
+    "Cells of one panel, colours[value] each; a combination without a row stays empty."
+    xs, ys = (ordered(values) for values in zip(*cells))
+    size = 7 if len(xs) < 10 else 5
+    if margins: size = 6
+    for (x, y), e in cells.items():
+        text = f"{e.value:.{digits}f}"
+        if margins and e.margin: text += f" ±{e.margin:.{digits}f}"
+        _draw_cell(ax, (xs.index(x), ys.index(y)), text, size, colours(e.value))
+    ax.set(xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
+    ax.set_xticks(range(len(xs)), map(named, xs))
+    ax.set_yticks(range(len(ys)), map(named, ys))
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+# %% ../../nbs/52_record.plots.ipynb #85b6ff0c
+def _colours(every: list[Estimate], centre: float | None):
+    "A function from a value to its colour. With a centre, colours run both ways from it."
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
-    xs, ys = (ordered(key[i] for key in cells) for i in (0, 1))
-    colours, scale = colormaps["PuOr" if diverging else "cividis"], Normalize(*limits)
-    for (x, y), e in cells.items():
-        colour, place = colours(scale(e.value)), (xs.index(x), ys.index(y))
-        ax.bar(place[0], 1, 1, place[1] - 0.5, color=colour, edgecolor="white", linewidth=0.5)
-        dark = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] < 0.5
-        text = f"{e.value:.{digits}f}" + (f" ±{e.margin:.{digits}f}" if margins and e.margin else "")
-        ax.annotate(text, place, ha="center", va="center", fontsize=6 if margins else 7 if len(xs) < 10 else 5, color="white" if dark else "black")
-    ax.set(xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
-    ax.set_xticks(range(len(xs)), map(named, xs)); ax.set_yticks(range(len(ys)), map(named, ys))
-    ax.grid(visible=False); ax.tick_params(length=0); ax.spines[:].set_visible(False)
+    values = [e.value for e in every]
+    if centre is None:
+        colours, scale = colormaps["cividis"], Normalize(min(values), max(values))
+    else:
+        widest = max(e.margin for e in every)  # what is no more than noise stays pale
+        far = max(widest, *(abs(value - centre) for value in values)) or 1
+        colours, scale = colormaps["PuOr"], Normalize(centre - far, centre + far)
+    def colour(value): return colours(scale(value))
+    return colour
+
+# %% ../../nbs/52_record.plots.ipynb #c8e5a9cf
+def _numbers(every: list[Estimate], what: str, digits: int) -> str:
+    "The line under a heat map: what its numbers are, and how sure."
+    counts = [len(e.seeds) for e in every]
+    least, most = min(counts), max(counts)
+    seeds = f"mean of {least} to {most} seeds"
+    if least == most: seeds = f"mean of {most} seeds"
+    if most < 2: seeds = "one seed"
+    widest = max(e.margin for e in every)
+    sure = f"; 95 % intervals up to ±{widest:.{digits}f}" if widest else ""
+    return f"numbers: {what}, {seeds}{sure}"
 
 # %% ../../nbs/52_record.plots.ipynb #827bfc45
 def heat(rows: list[dict],           # ledger rows
          x: str, y: str,             # fields: columns from left to right, rows from bottom to top
          xlabel: str, ylabel: str,
          panels: str | None = None,  # field with a panel for each of its values, side by side
-         centre: float | None = None, # value that is white: rows are differences, and colours run both ways from it
+         centre: float | None = None, # value that is white: rows are differences
          title: str = "{}",          # of a panel; {} is its value
          across: int = 3,            # panels side by side
          ):                          # a matplotlib Figure, 6.5 inches wide
-    "A number for each combination of two fields, as colour and as text; all panels share one scale."
+    "A number for each combination of two fields, as colour and text; all panels share one scale."
     from matplotlib.figure import Figure
-    parts = {value: estimates(of, x, y) for value, of in split(rows, panels).items()}
+    parts = split(rows, panels)
     label, factor, digits = unit(rows[0]["metric"])
-    parts = {value: {key: e.times(factor) for key, e in of.items()} for value, of in parts.items()}
-    every = [e.value for of in parts.values() for e in of.values()]
-    widest = max(e.margin for of in parts.values() for e in of.values())
-    far = max(widest, *(abs(v - factor * centre) for v in every)) or 1 if centre is not None else 0  # what is no more than noise stays pale
-    limits = (factor * centre - far, factor * centre + far) if centre is not None else (min(every), max(every))
+    parts = {value: _cells(of, x, y, factor) for value, of in parts.items()}
+    every = [e for cells in parts.values() for e in cells.values()]
+    colours = _colours(every, None if centre is None else factor * centre)
     across = min(across, len(parts))
-    wide, tall = (max(len({key[i] for key in of}) for of in parts.values()) for i in (0, 1))
     down = math.ceil(len(parts) / across)
+    wide, tall = _most(parts, 0), _most(parts, 1)
+    margins = any(e.margin > 0 for e in every) and across * wide <= 8
     with style():
         figure = Figure(figsize=(6.5, 0.4 + down * (0.75 + 0.21 * tall)))
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for ax, (value, cells) in zip(axes, parts.items()):
-            _draw_heat(ax, cells, limits, centre is not None, digits, widest > 0 and across * wide <= 8)
-            ax.set(title="" if value is None else title.format(named(value)), xlabel=xlabel, ylabel=ylabel)
+            _draw_heat(ax, cells, colours, digits, margins)
+            name = "" if value is None else title.format(named(value))
+            ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
         for ax in axes[len(parts):]: ax.set_axis_off()
-        least, most = (by(len(e.seeds) for of in parts.values() for e in of.values()) for by in (min, max))
-        seeds = "one seed" if most < 2 else f"mean of {most} seeds" if least == most else f"mean of {least} to {most} seeds"
         what = label if centre is None else difference(label)
-        sure = f"; 95 % intervals up to ±{widest:.{digits}f}" if widest else ""
-        figure.supxlabel(f"numbers: {what}, {seeds}{sure}", fontsize=7, color="#555555")
+        figure.supxlabel(_numbers(every, what, digits), fontsize=7, color="#555555")
     return figure
 
+# %% ../../nbs/52_record.plots.ipynb #480a73e8
+def _cells(rows: list[dict], x: str, y: str, factor: float) -> dict[tuple, Estimate]:
+    "The values of two fields -> an estimate in the unit of print."
+    return {key: e.times(factor) for key, e in estimates(rows, x, y).items()}
+
+def _most(parts: dict[str, dict[tuple, Estimate]], axis: int) -> int:
+    "How many places along an axis the largest panel has."
+    most = 0
+    for cells in parts.values():
+        most = max(most, len({key[axis] for key in cells}))
+    return most
+
 # %% ../../nbs/52_record.plots.ipynb #e1822db4
-VERDICTS = {1: ("above", "#12284C", ">"), 0: ("undecided", "#8C8C8C", "o"), -1: ("below", "#A83B1D", "<")} # side of zero -> word, colour, marker
+VERDICTS = {1: ("above", "#12284C", ">"),
+            0: ("undecided", "#8C8C8C", "o"),
+            -1: ("below", "#A83B1D", "<")} # side of zero -> word, colour, marker
 
 # %% ../../nbs/52_record.plots.ipynb #b3f5413a
 def side(e: Estimate) -> int: # 1, 0, -1
     "On which side of zero a 95 % interval lies; 0: it holds zero, or nothing is known of it."
-    return 0 if abs(e.value) <= e.margin or not e.margin else 1 if e.value > 0 else -1
+    if not e.margin or abs(e.value) <= e.margin: return 0
+    return 1 if e.value > 0 else -1
 
 # %% ../../nbs/52_record.plots.ipynb #a0c6f462
 def _draw_forest(ax, rows: list[dict], label: str):
     "One line for each difference, in the order of the rows."
-    unit_, factor, digits = unit(rows[0]["metric"])
-    found = {key[0]: e.times(factor) for key, e in estimates(rows, label).items()}
+    name, factor, digits = unit(rows[0]["metric"])
+    found = {value: e.times(factor) for (value,), e in estimates(rows, label).items()}
+    edge = dict(xycoords=ax.get_yaxis_transform(), va="center", fontsize=6.5)
     for y, e in enumerate(found.values()):
         word, colour, marker = VERDICTS[side(e)]
-        ax.errorbar(e.value, y, xerr=e.margin, fmt=marker, ms=5, color=colour, elinewidth=1.2, capsize=2, zorder=3)
-        if len(e.seeds) > 1: ax.plot(e.seeds, [y + 0.3] * len(e.seeds), "o", ms=1.6, mfc="#333333", mec="none")
-        ax.annotate(f"{e.value:+.{digits}f}" + (f" ± {e.margin:.{digits}f}" if e.margin else "") + f"  {word}", (1.01, y), xycoords=ax.get_yaxis_transform(), va="center", fontsize=6.5)
+        look = dict(fmt=marker, ms=5, color=colour, elinewidth=1.2, capsize=2, zorder=3)
+        ax.errorbar(e.value, y, xerr=e.margin, **look)
+        if len(e.seeds) > 1:
+            ax.plot(e.seeds, [y + 0.3] * len(e.seeds), "o", ms=1.6, mfc="#333333", mec="none")
+        amount = _with_margin(f"{e.value:+.{digits}f}", e.margin, digits)
+        ax.annotate(f"{amount}  {word}", (1.01, y), **edge)
     ax.axvline(0, color="black", lw=0.8, zorder=2)
-    ax.set_yticks(range(len(found)), map(named, found))
-    ax.set(xlabel=difference(unit_), ylim=(len(found) - 0.4, -0.6))
-    ax.grid(axis="x"); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
+    ax.set(xlabel=difference(name), ylim=(len(found) - 0.4, -0.6))
+    _named_lines(ax, list(found))
+
+# %% ../../nbs/52_record.plots.ipynb #bf6c8413
+def _count(rows: list[dict], name: str) -> int:
+    "How many values a field takes."
+    return len({field(row, name) for row in rows})
 
 # %% ../../nbs/52_record.plots.ipynb #f95b8a1c
 def forest(rows: list[dict],             # ledger rows whose value is a difference
            label: str = "setting.minus", # field that names a line
-           panels: str | None = "task",  # field with a panel for each of its values, below each other
+           panels: str | None = "task",  # field with a panel for each of its values
            title: str = "{}",            # of a panel; {} is its value
            ):                            # a matplotlib Figure, 6.5 inches wide
     "Differences with 95 % intervals against zero."
     from matplotlib.figure import Figure
     parts = split(rows, panels)
+    heights = [0.6 + 0.17 * _count(of, label) for of in parts.values()]
     with style():
-        heights = [0.6 + 0.17 * len({field(r, label) for r in of}) for of in parts.values()]
         figure = Figure(figsize=(6.5, 0.2 + sum(heights)))
-        for ax, (value, of) in zip(figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0], parts.items()):
+        axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, (value, of) in zip(axes, parts.items()):
             _draw_forest(ax, of, label)
             ax.set_title("" if value is None else title.format(named(value)), loc="left")
         foot(figure, rows, seeds_shown(rows))
     return figure
 
 # %% ../../nbs/52_record.plots.ipynb #c5b76da3
-COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric", "value", "stderr", "n", "seed")
+COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric",
+           "value", "stderr", "n", "seed")
 
 def as_csv(rows: list[dict], # ledger rows
            ) -> str:         # COLUMNS, then a line a row; numbers in full
@@ -309,17 +464,28 @@ def as_csv(rows: list[dict], # ledger rows
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    for r in rows: table.writerow([json.dumps(r[c], sort_keys=True) if isinstance(r[c], dict) else r[c] for c in COLUMNS])
+    for row in rows:
+        cells = {column: row[column] for column in COLUMNS}
+        if isinstance(row["setting"], dict): cells["setting"] = json.dumps(row["setting"], sort_keys=True)
+        table.writerow(cells.values())
     return text.getvalue()
 
 # %% ../../nbs/52_record.plots.ipynb #54ceb912
 def drawn(figure, kind: str) -> bytes: # png or svg
-    "A picture as the content of its file; a PNG with 256 colours, which are fewer bytes and enough for all of ours."
+    "A picture as the content of its file; a PNG has 256 colours, enough for all of ours."
+    nameless = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    picture = io.BytesIO()
     with style():
-        figure.savefig(picture := io.BytesIO(), format=kind, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None})
-    if kind != "png": return picture.getvalue()
+        figure.savefig(picture, format=kind, metadata=nameless)
+    return _fewer_colours(picture) if kind == "png" else picture.getvalue()
+
+# %% ../../nbs/52_record.plots.ipynb #579f0790
+def _fewer_colours(picture: io.BytesIO) -> bytes:
+    "A PNG with 256 colours, which are fewer bytes."
     from PIL import Image
-    with Image.open(picture) as image: image.convert("RGB").quantize(256).save(small := io.BytesIO(), "PNG", optimize=True, dpi=image.info["dpi"])
+    small = io.BytesIO()
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(256).save(small, "PNG", optimize=True, dpi=image.info["dpi"])
     return small.getvalue()
 
 # %% ../../nbs/52_record.plots.ipynb #667be543
@@ -333,6 +499,9 @@ def save(figure,             # a matplotlib Figure
          stem: str | Path,   # path without its ending, e.g. figures/main
          rows: list[dict],   # the ledger rows that it shows
          ) -> list[Path]:    # <stem>.png, <stem>.svg and <stem>.csv
-    "Write a figure and its numbers. The same versions of matplotlib give the same bytes. Raises MaetError if a file cannot be written."
-    content = {Path(f"{stem}.{kind}"): drawn(figure, kind) for kind in ("png", "svg")} | {Path(f"{stem}.csv"): as_csv(rows).encode()}
-    return [put(path, data) for path, data in content.items()]
+    """Write a figure and its numbers. The same versions of matplotlib give the same bytes.
+
+    Raises MaetError if a file cannot be written."""
+    content = {kind: drawn(figure, kind) for kind in ("png", "svg")}
+    content["csv"] = as_csv(rows).encode()
+    return [put(Path(f"{stem}.{kind}"), data) for kind, data in content.items()]

@@ -7,6 +7,7 @@ __all__ = ['report']
 
 # %% ../../nbs/55_record.report.ipynb #52800ab2
 import base64, html, json, re
+from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -19,28 +20,47 @@ from ..training.settings import recipes
 # %% ../../nbs/55_record.report.ipynb #ac3478d6
 def words(text: str) -> str:
     "Inline Markdown as HTML, escaped."
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = html.escape(text, quote=False)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
 
+# %% ../../nbs/55_record.report.ipynb #49876427
+def _table_row(cells: list[str], tag: str) -> str: # tag: th or td
+    "A line of a table."
+    return "<tr>" + "".join(f"<{tag}>{words(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+# %% ../../nbs/55_record.report.ipynb #f3a8bd29
 def table(lines: list[list[str]], # the header first
           kind: str = "",         # "text": cells of sentences, which break
           ) -> str:
     "An HTML table in a box that scrolls."
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{words(c)}</{tag}>" for c in cells) + "</tr>"
-    body = "\n".join(row(cells, "td") for cells in lines[1:])
-    return f'<div class="{f"box {kind}".strip()}"><table>\n<thead>{row(lines[0], "th")}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    header, *others = lines
+    head = _table_row(header, "th")
+    body = "\n".join(_table_row(cells, "td") for cells in others)
+    look = f"box {kind}".strip()
+    return (f'<div class="{look}"><table>\n<thead>{head}</thead>\n'
+            f"<tbody>\n{body}\n</tbody></table></div>")
 
 # %% ../../nbs/55_record.report.ipynb #d9a531cf
 def block(text: str) -> str:
     "One block of Markdown."
     lines = text.strip().splitlines()
     if lines[0].startswith("|"):
-        cells = [[c.strip() for c in line.strip().strip("|").split("|")] for line in lines]
-        return table([cells[0], *cells[2:]])
-    if heading := re.match(r"(#+) (.*)", lines[0]): return f"<h3>{words(heading[2])}</h3>"
+        header, *others = map(_cells, lines)
+        return table([header, *others[1:]])  # the rule below the header says nothing here
+    heading = re.match(r"#+ (.*)", lines[0])
+    if heading: return f"<h3>{words(heading[1])}</h3>"
     return f"<p>{words(' '.join(lines))}</p>"
 
-def as_html(text: str) -> str: return "\n".join(block(part) for part in re.split(r"\n\s*\n", text.strip()) if part.strip())
+def _cells(line: str) -> list[str]:
+    "The cells of a line of a Markdown table."
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+# %% ../../nbs/55_record.report.ipynb #66402c9d
+def as_html(text: str) -> str:
+    "Markdown as HTML, block by block."
+    blocks = re.split(r"\n\s*\n", text.strip())
+    return "\n".join(block(part) for part in blocks if part.strip())
 
 # %% ../../nbs/55_record.report.ipynb #fe5dbbce
 class Section(NamedTuple):
@@ -49,37 +69,58 @@ class Section(NamedTuple):
     body: str  # HTML
 
 # %% ../../nbs/55_record.report.ipynb #af6cf4ec
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:54rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
-h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.25rem;margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}h3{font-size:1rem}
-.box{overflow-x:auto;margin:1rem 0;overflow-wrap:normal}.box img{display:block;width:100%;min-width:34rem;height:auto}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}th,td{padding:.25rem .6rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}
-td{white-space:nowrap}th:first-child,td:first-child{text-align:left}.text td,.text th{text-align:left;white-space:normal;min-width:7rem}.text td:nth-child(4){min-width:10rem}.text td:nth-child(5){min-width:14rem}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;\
+max-width:54rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
+h1{font-size:1.6rem;line-height:1.2}\
+h2{font-size:1.25rem;margin-top:2.5rem;border-top:1px solid #ddd;padding-top:1rem}\
+h3{font-size:1rem}
+.box{overflow-x:auto;margin:1rem 0;overflow-wrap:normal}\
+.box img{display:block;width:100%;min-width:34rem;height:auto}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}\
+th,td{padding:.25rem .6rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}
+td{white-space:nowrap}\
+th:first-child,td:first-child{text-align:left}\
+.text td,.text th{text-align:left;white-space:normal;min-width:7rem}\
+.text td:nth-child(4){min-width:10rem}\
+.text td:nth-child(5){min-width:14rem}
 th:first-child,td:first-child{position:sticky;left:0;background:#fff}
-nav a{display:inline-block;margin:0 .8rem .3rem 0;padding:.2rem 0}pre{overflow-x:auto;font-size:.8rem;background:#f6f6f6;padding:.8rem;overflow-wrap:normal}
-.note{color:#555;font-size:.9rem}a{color:#12284c}"""
+nav a{display:inline-block;margin:0 .8rem .3rem 0;padding:.2rem 0}\
+pre{overflow-x:auto;font-size:.8rem;background:#f6f6f6;padding:.8rem;overflow-wrap:normal}
+.note{color:#555;font-size:.9rem}\
+a{color:#12284c}"""
 
 # %% ../../nbs/55_record.report.ipynb #cc8690d1
 def page(title: str, lead: str, sections: Iterable[Section]) -> str:
-    "The whole page."
-    sections = [s for s in sections if s.body]
-    links = " ".join(f'<a href="#{s.name}">{html.escape(s.title)}</a>' for s in sections)
-    body = "\n".join(f'<section id="{s.name}">\n<h2>{html.escape(s.title)}</h2>\n{s.body}\n</section>' for s in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head>
-<body><h1>{html.escape(title)}</h1>
-{as_html(lead)}
-<nav>{links}</nav>
-{body}
-</body></html>
-"""
+    "The whole page; a section without a body is left out."
+    title = html.escape(title)
+    links, bodies = [], []
+    for section in sections:
+        if not section.body: continue
+        heading = html.escape(section.title)
+        links.append(f'<a href="#{section.name}">{heading}</a>')
+        bodies.append(f'<section id="{section.name}">\n<h2>{heading}</h2>\n{section.body}\n</section>')
+    return "\n".join([
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{STYLE}</style></head>",
+        f"<body><h1>{title}</h1>",
+        as_html(lead),
+        f"<nav>{' '.join(links)}</nav>",
+        "\n".join(bodies),
+        "</body></html>\n"])
 
 # %% ../../nbs/55_record.report.ipynb #1be5403e
 def picture(png: bytes, says: str) -> str: # what it says to who cannot see it
     "A PNG inside the page."
-    return f'<div class="box"><img alt="{html.escape(says)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>'
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<div class="box"><img alt="{html.escape(says)}" src="{source}"></div>'
 
-def folded(title: str, text: str) -> str: return f"<details><summary>{words(title)}</summary><pre>{html.escape(text.strip())}</pre></details>"
+# %% ../../nbs/55_record.report.ipynb #ac4e8c98
+def folded(title: str, text: str) -> str:
+    "A text of which one sees the title until one asks for more."
+    text = html.escape(text.strip())
+    return f"<details><summary>{words(title)}</summary><pre>{text}</pre></details>"
 
 # %% ../../nbs/55_record.report.ipynb #7b52009b
 def of_figures(ledgers: Path, papers: Path) -> tuple[list[Section], list[str]]:
@@ -87,90 +128,141 @@ def of_figures(ledgers: Path, papers: Path) -> tuple[list[Section], list[str]]:
     found, lacking = [], []
     for name, entry in figures.catalogue().items():
         done = figures.draw(entry, ledgers, papers)
-        if done.missing: lacking.append(f"{entry.title}: no row for {done.missing[0]}" + (f" (and {len(done.missing) - 1} more)" if done.missing[1:] else ""))
-        else:
-            drawing = picture(plots.drawn(done.figure, "png"), f"{entry.title}. {done.caption}") if done.figure else ""
-            found.append(Section(name, entry.title, drawing + as_html("\n\n".join([done.caption, *map(figures.markdown, done.grids)]))))
+        if done.missing:
+            first, *others = done.missing
+            more = f" (and {len(others)} more)" if others else ""
+            lacking.append(f"{entry.title}: no row for {first}{more}")
+        else: found.append(Section(name, entry.title, _of_figure(done, entry.title)))
     return found, lacking
+
+# %% ../../nbs/55_record.report.ipynb #0f5c415f
+def _of_figure(done: figures.Drawn, title: str) -> str:
+    "A figure, its caption and its tables."
+    drawing = ""
+    if done.figure: drawing = picture(plots.drawn(done.figure, "png"), f"{title}. {done.caption}")
+    text = "\n\n".join([done.caption, *map(figures.markdown, done.grids)])
+    return drawing + as_html(text)
 
 # %% ../../nbs/55_record.report.ipynb #b8b5dd0d
 def of_claims(ledgers: Path, papers: Path) -> str:
     "The papers' claims, their evidence and ours, and what became of them."
     found = claims.findings(ledgers, papers)
-    counts = {word: sum(f.verdict == word for f in found.values()) for word in dict.fromkeys(f.verdict for f in found.values())}
-    parts = [as_html(f"{len(found)} claims: {', '.join(f'{n} {word}' for word, n in counts.items())}. The verdicts are those of this scale.")]
+    counts = Counter(finding.verdict for finding in found.values())
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    parts = [as_html(f"{len(found)} claims: {verdicts}. The verdicts are those of this scale.")]
     for title, of in claims.by_paper(found).items():
-        figure = claims.forest(of)
-        parts += [f"<h3>{title}</h3>", picture(plots.drawn(figure, "png"), f"{title}: differences of each claim") if figure else "", table(claims.grid(of), "text")]
+        drawing, figure = "", claims.forest(of)
+        if figure:
+            drawing = picture(plots.drawn(figure, "png"), f"{title}: differences of each claim")
+        parts += [f"<h3>{title}</h3>", drawing, table(claims.grid(of), "text")]
     return "\n".join(parts)
 
 # %% ../../nbs/55_record.report.ipynb #bd307a3e
 def of_recipes(rows: list[dict]) -> str:
     "The recipes of the scales that the rows name."
-    scales = dict.fromkeys(r["scale"] for r in rows)
-    return "\n".join(folded(f"{scale}.yml", (files("maet") / "recipes" / f"{scale}.yml").read_text(encoding="utf-8")) for scale in scales if f"{scale}.yml" in recipes())
+    shipped, parts = recipes(), []
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        name = f"{scale}.yml"
+        if name not in shipped: continue
+        text = (files("maet") / "recipes" / name).read_text(encoding="utf-8")
+        parts.append(folded(name, text))
+    return "\n".join(parts)
 
+# %% ../../nbs/55_record.report.ipynb #3c4ca52d
 def of_versions(rows: list[dict]) -> str:
     "With which code and packages the studies were measured."
-    known = {}
-    for r in rows: known.setdefault((r["commit"] or "no commit", json.dumps(r["versions"], sort_keys=True)), {})[r["study"]] = None
-    return as_html("\n\n".join(f"**{', '.join(studies)}** at `{commit}`: {', '.join(f'{k} {v}' for k, v in json.loads(packages).items())}"
-                               for (commit, packages), studies in known.items()))
+    studies = {}  # (commit, packages) -> names, each once
+    for row in rows:
+        versions = sorted(row["versions"].items())
+        packages = ", ".join(f"{name} {version}" for name, version in versions)
+        code = row["commit"] or "no commit", packages
+        studies.setdefault(code, {})[row["study"]] = None
+    lines = [f"**{', '.join(names)}** at `{commit}`: {packages}"
+             for (commit, packages), names in studies.items()]
+    return as_html("\n\n".join(lines))
 
 # %% ../../nbs/55_record.report.ipynb #85322ce1
 def of_cost(rows: list[dict]) -> str:
     "Rows, seeds and seconds of exams by study. All languages of an exam share one measurement of its time."
     lines = [["study", "rows", "seeds", "seconds of exams"]]
     for study, of in estimates.split(rows, "study").items():
-        exams = {(r["method"], r["task"], r["seed"], json.dumps(r["setting"], sort_keys=True)): r["seconds"] or 0 for r in of}
-        lines.append([study, str(len(of)), str(len({r["seed"] for r in of})), f"{sum(exams.values()):.0f}" if any(exams.values()) else "–"])
+        seeds = {row["seed"] for row in of}
+        exams = {}  # what tells exams apart -> seconds
+        for row in of:
+            setting = json.dumps(row["setting"], sort_keys=True)
+            exams[row["method"], row["task"], row["seed"], setting] = row["seconds"] or 0
+        seconds = f"{sum(exams.values()):.0f}" if any(exams.values()) else "–"
+        lines.append([study, str(len(of)), str(len(seeds)), seconds])
     return table(lines)
 
 # %% ../../nbs/55_record.report.ipynb #910780e3
 def study_page(ledgers: Path, papers: Path) -> str:
     "The page of the study."
-    rows = [row for path in sorted(ledgers.glob("*.jsonl")) for row in ledger.read(path)]
+    rows = []
+    for path in sorted(ledgers.glob("*.jsonl")): rows += ledger.read(path)
+    studies = {row["study"] for row in rows}
     drawn, lacking = of_figures(ledgers, papers)
-    lead = f"{len(rows)} measurements of {len({r['study'] for r in rows})} studies. Every number on this page is a row of a ledger, or of a paper's table, " \
-           f"which is then said. A value is followed by half of its 95 % interval over items and seeds."
-    missing = "<ul>" + "".join(f"<li>{words(line)}</li>" for line in lacking) + "</ul>" if lacking else ""
-    return page("maet: the study", lead, [Section("claims", "Claims", of_claims(ledgers, papers)), *drawn, Section("missing", "Not drawn", missing),
-                Section("recipe", "Recipe", of_recipes(rows)), Section("versions", "Versions", of_versions(rows)), Section("cost", "Cost", of_cost(rows))])
+    missing = "".join(f"<li>{words(line)}</li>" for line in lacking)
+    lead = (f"{len(rows)} measurements of {len(studies)} studies. Every number on this page "
+            "is a row of a ledger, or of a paper's table, which is then said. "
+            "A value is followed by half of its 95 % interval over items and seeds.")
+    return page("maet: the study", lead, [
+        Section("claims", "Claims", of_claims(ledgers, papers)),
+        *drawn,
+        Section("missing", "Not drawn", f"<ul>{missing}</ul>" if lacking else ""),
+        Section("recipe", "Recipe", of_recipes(rows)),
+        Section("versions", "Versions", of_versions(rows)),
+        Section("cost", "Cost", of_cost(rows))])
 
 # %% ../../nbs/55_record.report.ipynb #1574bddb
-def _stages(folder: Path) -> dict[str, tuple[str, dict]]: # folder -> (name, inputs)
-    "What each stage says of itself."
-    return {path.parent.name: _stage(path) for path in sorted(folder.glob("*/stage.json"))}
+AGAIN = "remove this stage, and the run makes it again"
 
-def _stage(path: Path) -> tuple[str, dict]:
+def _stage(path: Path) -> tuple[str, dict]: # name, inputs
+    "What a stage says of itself. Raises MaetError."
     with reading(path, AGAIN): content = parse_json(path.read_bytes(), path, AGAIN)
-    if isinstance(content, list) and len(content) == 3 and isinstance(content[1], str) and isinstance(content[2], dict): return content[1], content[2]
+    if isinstance(content, list) and len(content) == 3:
+        _, name, inputs = content
+        if isinstance(name, str) and isinstance(inputs, dict): return name, inputs
     raise MaetError(f"{path}: is not what a stage says of itself; {AGAIN}")
 
-AGAIN = "remove this stage, and the run makes it again"
+# %% ../../nbs/55_record.report.ipynb #d9deaa5d
+def _by_kind(folder: Path) -> dict[str, dict[str, dict]]: # kind -> {sub-folder: inputs}
+    "The stages of a run; the kind is the first word of a stage's name."
+    kinds = {}
+    for path in sorted(folder.glob("*/stage.json")):
+        name, inputs = _stage(path)
+        kind, *_ = name.split(".")
+        kinds.setdefault(kind, {})[path.parent.name] = inputs
+    return kinds
 
 # %% ../../nbs/55_record.report.ipynb #7a31c03b
 def of_seed(folder: Path) -> str:
     "The tables of one seed, each with the figure beside it."
     parts = []
     for path in sorted(folder.glob("*.md")):
-        figure = path.with_suffix(".png")
         with reading(path, "the run writes it again"): text = path.read_text(encoding="utf-8")
-        parts.append(as_html(text) + (picture(figure.read_bytes(), f"{path.stem}, {folder.name}") if figure.is_file() else ""))
+        part = as_html(text)
+        figure = path.with_suffix(".png")
+        if figure.is_file(): part += picture(figure.read_bytes(), f"{path.stem}, {folder.name}")
+        parts.append(part)
     return "\n".join(parts)
 
 # %% ../../nbs/55_record.report.ipynb #88341cc3
 def of_stages(folder: Path) -> tuple[str, str]: # what was made and at which price; what determined it
-    "The stages by kind."
-    lines, told = [["stages", "count", "tokens trained", "seconds of exams"]], []
-    stages = _stages(folder)
-    for kind in dict.fromkeys(name.split(".")[0] for name, _ in stages.values()):
-        of = {where: inputs for where, (name, inputs) in stages.items() if name.split(".")[0] == kind}
-        tokens = sum(map(_tokens, of.values()))
-        seconds = sum(_exam_seconds(folder / where) for where in of)
-        lines.append([kind, str(len(of)), f"{tokens:,}" if tokens else "–", f"{seconds:.0f}" if seconds else "–"])
-        told.append(folded(f"{kind}: {len(of)}", "\n\n".join(f"{where}\n{json.dumps(inputs, indent=1, ensure_ascii=False)}" for where, inputs in of.items())))
-    return (table(lines), "\n".join(told)) if stages else ("", "")
+    "The stages by kind; empty where there are none."
+    kinds = _by_kind(folder)
+    if not kinds: return "", ""
+    lines, causes = [["stages", "count", "tokens trained", "seconds of exams"]], []
+    for kind, stages in kinds.items():
+        tokens = sum(map(_tokens, stages.values()))
+        seconds = sum(_exam_seconds(folder / where) for where in stages)
+        trained = f"{tokens:,}" if tokens else "–"
+        examined = f"{seconds:.0f}" if seconds else "–"
+        lines.append([kind, str(len(stages)), trained, examined])
+        texts = [f"{where}\n{json.dumps(inputs, indent=1, ensure_ascii=False)}"
+                 for where, inputs in stages.items()]
+        causes.append(folded(f"{kind}: {len(stages)}", "\n\n".join(texts)))
+    return table(lines), "\n".join(causes)
 
 # %% ../../nbs/55_record.report.ipynb #e85710da
 def _tokens(inputs: dict) -> int:
@@ -182,17 +274,31 @@ def _tokens(inputs: dict) -> int:
 def _exam_seconds(stage: Path) -> float:
     "Seconds that an exam took: one measurement for each task, which all its languages repeat."
     if not (stage / "scores.json").is_file(): return 0.0
-    return sum({s["task"]: s["seconds"] or 0.0 for s in ledger.read_scores(stage)}.values())
+    seconds = {score["task"]: score["seconds"] or 0.0 for score in ledger.read_scores(stage)}
+    return sum(seconds.values())
 
 # %% ../../nbs/55_record.report.ipynb #1c5b3b44
+def _seed_folders(folder: Path) -> list[Path]:
+    "seed-<n> of a run by number, names that have none first."
+    def number(path):
+        text = path.name.removeprefix("seed-")
+        return int(text) if text.isdecimal() else -1
+    return sorted(filter(Path.is_dir, folder.glob("seed-*")), key=number)
+
+# %% ../../nbs/55_record.report.ipynb #caaae399
 def run_page(folder: Path) -> str:
     "The page of a run."
-    seeds = sorted((p for p in folder.glob("seed-*") if p.is_dir()), key=lambda p: int(p.name.split("-")[1]) if p.name[5:].isdecimal() else -1)
-    cost, made = of_stages(folder)
-    versions = table([["package", "version"], *([k, v] for k, v in ledger.versions().items())]) + '<p class="note">Of the environment that wrote this page.</p>'
-    return page(f"maet: the run {folder.resolve().name}", f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}. A value is followed by its standard error.",
-                [*(Section(p.name, p.name.replace("-", " "), of_seed(p)) for p in seeds), Section("cost", "Cost", cost), Section("recipe", "What determined each stage", made),
-                 Section("versions", "Versions", versions)])
+    seeds = _seed_folders(folder)
+    cost, causes = of_stages(folder)
+    versions = table([["package", "version"], *ledger.versions().items()])
+    versions += '<p class="note">Of the environment that wrote this page.</p>'
+    count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    lead = f"{count}. A value is followed by its standard error."
+    return page(f"maet: the run {folder.resolve().name}", lead, [
+        *(Section(seed.name, seed.name.replace("-", " "), of_seed(seed)) for seed in seeds),
+        Section("cost", "Cost", cost),
+        Section("recipe", "What determined each stage", causes),
+        Section("versions", "Versions", versions)])
 
 # %% ../../nbs/55_record.report.ipynb #b3f0c7f6
 def report(source: str | Path = "data/results",  # folder of ledgers: the study; or a run folder
@@ -203,5 +309,7 @@ def report(source: str | Path = "data/results",  # folder of ledgers: the study;
     source = Path(source)
     if any(source.glob("seed-*")) or any(source.glob("*/stage.json")): text = run_page(source)
     elif any(source.glob("*.jsonl")): text = study_page(source, Path(papers))
-    else: raise MaetError(f"{source}: neither a run folder (seed-<n>, stages) nor a folder of ledgers (*.jsonl)")
+    else:
+        known = "neither a run folder (seed-<n>, stages) nor a folder of ledgers (*.jsonl)"
+        raise MaetError(f"{source}: {known}")
     return plots.put(Path(out), text.encode("utf-8", "backslashreplace"))
