@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/"nbs").glob("[!_.]*.ipynb"))
 MODULES = sorted(path for path in (ROOT/"maet").rglob("*.py") if not path.stem.startswith("_"))
 dotted = lambda module: ".".join(module.relative_to(ROOT/"maet").with_suffix("").parts)  # weights.tensors
-LONGEST_CELL = 40  # lines
+LETTERS = "_abcdefghijklmnopqrstuvwxyz"  # after the number of a floor
+LONGEST_CELL = 30  # lines
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -30,7 +31,7 @@ def exported_module(notebook: Path) -> str | None:
 def floor(notebook: Path) -> float:
     "The number of a room. The front page has none and may look into every room."
     number = re.match(r"(\d+)([a-z]?)_", notebook.stem)
-    return int(number[1]) + "_abc".index(number[2] or "_") / 4 if number else float("inf")  # 02b lies between 02 and 03
+    return int(number[1]) + LETTERS.index(number[2] or "_") / len(LETTERS) if number else float("inf")  # 02b lies between 02 and 03
 
 
 def imported(source: str) -> set[str]:

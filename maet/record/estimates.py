@@ -75,18 +75,10 @@ def style():
         "svg.hashsalt": "maet", "svg.fonttype": "path"})
 
 # %% ../../nbs/51_record.estimates.ipynb #fa35e192
-T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 10: 2.228, 20: 2.086, 60: 2.000,
-        math.inf: 1.960}  # Student's t by degrees of freedom
-
 def t975(freedom: float) -> float: # degrees of freedom, 1 or more
-    """Quantile of Student's t for a two-sided 95 % interval.
-
-    From a table, linear in 1/freedom between its entries, which errs upwards."""
-    below = max(known for known in T975 if known <= freedom)
-    above = min(known for known in T975 if known >= freedom)
-    if below == above: return T975[below]
-    share = (1 / below - 1 / freedom) / (1 / below - 1 / above)
-    return T975[below] + share * (T975[above] - T975[below])
+    "Quantile of Student's t for a two-sided 95 % interval."
+    from scipy.stats import t
+    return float(t.ppf(0.975, freedom))
 
 # %% ../../nbs/51_record.estimates.ipynb #cb54cd14
 class Estimate(NamedTuple):

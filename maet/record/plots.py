@@ -9,6 +9,8 @@ __all__ = ['scores', 'dots', 'side', 'forest', 'drawn', 'save']
 import csv, io, json, math
 from pathlib import Path
 
+import numpy as np
+
 from ..weights.tensors import MaetError
 from ..weights.files import whole
 from .ledger import field
@@ -304,46 +306,39 @@ def lines(rows: list[dict],           # ledger rows
         foot(figure, rows)
     return figure
 
-# %% ../../nbs/52_record.plots.ipynb #e9b43983
-def _draw_cell(ax, place: tuple[int, int], text: str, size: float, colour: tuple):
-    "One cell and its number, white on a dark colour."
-    x, y = place
-    ax.bar(x, 1, 1, y - 0.5, color=colour, edgecolor="white", linewidth=0.5)
-    luminance = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-    ink = "white" if luminance < 0.5 else "black"
-    ax.annotate(text, place, ha="center", va="center", fontsize=size, color=ink)
-
 # %% ../../nbs/52_record.plots.ipynb #fe2ef495
-def _draw_heat(ax, cells: dict[tuple, Estimate], colours, digits: int, margins: bool):
-    "Cells of one panel, colours[value] each; a combination without a row stays empty."
+def _written(e: Estimate, digits: int, margins: bool) -> str:
+    "A cell's number."
+    text = f"{e.value:.{digits}f}"
+    return f"{text} ±{e.margin:.{digits}f}" if margins and e.margin else text
+
+def _draw_heat(ax, cells: dict[tuple, Estimate], shades: dict, digits: int, margins: bool):
+    "Cells of one panel; a combination without a row stays empty. `shades`: colour map and its ends."
+    import seaborn as sns
     xs, ys = (ordered(values) for values in zip(*cells))
+    values = np.full((len(ys), len(xs)), np.nan)
+    texts = np.full(values.shape, "", dtype=object)
+    for (x, y), e in cells.items():
+        place = ys.index(y), xs.index(x)
+        values[place], texts[place] = e.value, _written(e, digits, margins)
     size = 7 if len(xs) < 10 else 5
     if margins: size = 6
-    for (x, y), e in cells.items():
-        text = f"{e.value:.{digits}f}"
-        if margins and e.margin: text += f" ±{e.margin:.{digits}f}"
-        _draw_cell(ax, (xs.index(x), ys.index(y)), text, size, colours(e.value))
-    ax.set(xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5))
-    ax.set_xticks(range(len(xs)), map(named, xs))
-    ax.set_yticks(range(len(ys)), map(named, ys))
+    sns.heatmap(values, annot=texts, fmt="", annot_kws={"size": size}, cbar=False, ax=ax, linewidths=0.5,
+                xticklabels=[named(x) for x in xs], yticklabels=[named(y) for y in ys], **shades)
+    ax.invert_yaxis()
     ax.grid(visible=False)
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+    ax.tick_params("y", rotation=0)
+    ax.tick_params("x", rotation=0)
 
 # %% ../../nbs/52_record.plots.ipynb #85b6ff0c
-def _colours(every: list[Estimate], centre: float | None):
-    "A function from a value to its colour. With a centre, colours run both ways from it."
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
+def _shades(every: list[Estimate], centre: float | None) -> dict:
+    "A colour map and its ends. With a centre, colours run both ways from it."
     values = [e.value for e in every]
-    if centre is None:
-        colours, scale = colormaps["cividis"], Normalize(min(values), max(values))
-    else:
-        widest = max(e.margin for e in every)  # what is no more than noise stays pale
-        far = max(widest, *(abs(value - centre) for value in values)) or 1
-        colours, scale = colormaps["PuOr"], Normalize(centre - far, centre + far)
-    def colour(value): return colours(scale(value))
-    return colour
+    if centre is None: return dict(cmap="cividis", vmin=min(values), vmax=max(values))
+    widest = max(e.margin for e in every)  # what is no more than noise stays pale
+    far = max(widest, *(abs(value - centre) for value in values)) or 1
+    return dict(cmap="PuOr", vmin=centre - far, vmax=centre + far)
 
 # %% ../../nbs/52_record.plots.ipynb #c8e5a9cf
 def _numbers(every: list[Estimate], what: str, digits: int) -> str:
@@ -372,7 +367,7 @@ def heat(rows: list[dict],           # ledger rows
     label, factor, digits = unit(rows[0]["metric"])
     parts = {value: _cells(of, x, y, factor) for value, of in parts.items()}
     every = [e for cells in parts.values() for e in cells.values()]
-    colours = _colours(every, None if centre is None else factor * centre)
+    shades = _shades(every, None if centre is None else factor * centre)
     across = min(across, len(parts))
     down = math.ceil(len(parts) / across)
     wide, tall = _most(parts, 0), _most(parts, 1)
@@ -381,7 +376,7 @@ def heat(rows: list[dict],           # ledger rows
         figure = Figure(figsize=(6.5, 0.4 + down * (0.75 + 0.21 * tall)))
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for ax, (value, cells) in zip(axes, parts.items()):
-            _draw_heat(ax, cells, colours, digits, margins)
+            _draw_heat(ax, cells, shades, digits, margins)
             name = "" if value is None else title.format(named(value))
             ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
         for ax in axes[len(parts):]: ax.set_axis_off()

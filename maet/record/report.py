@@ -13,54 +13,43 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+from markdown_it import MarkdownIt
+
 from . import claims, estimates, figures, ledger, plots
 from ..weights.tensors import MaetError, parse_json, reading
 from ..training.settings import recipes
 
 # %% ../../nbs/55_record.report.ipynb #ac3478d6
+MARKDOWN = MarkdownIt("zero").enable(["backticks", "emphasis", "heading", "table"])
+
 def words(text: str) -> str:
     "Inline Markdown as HTML, escaped."
-    text = html.escape(text, quote=False)
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
+    return MARKDOWN.renderInline(text)
 
 # %% ../../nbs/55_record.report.ipynb #49876427
-def _table_row(cells: list[str], tag: str) -> str: # tag: th or td
-    "A line of a table."
-    return "<tr>" + "".join(f"<{tag}>{words(cell)}</{tag}>" for cell in cells) + "</tr>"
+def boxed(tables: str, kind: str = "") -> str:
+    "Each table of some HTML in a box that scrolls."
+    look = f"box {kind}".strip()
+    return tables.replace("<table>", f'<div class="{look}"><table>').replace("</table>", "</table></div>")
+
+def as_html(text: str) -> str:
+    "Markdown as HTML; every heading is one of a section."
+    tokens = MARKDOWN.parse(text)
+    for token in tokens:
+        if token.type.startswith("heading"): token.tag = "h3"
+        if token.type in ("th_open", "td_open"): token.attrs = {}  # the page aligns its tables by itself
+    return boxed(MARKDOWN.renderer.render(tokens, MARKDOWN.options, {})).strip()
 
 # %% ../../nbs/55_record.report.ipynb #f3a8bd29
 def table(lines: list[list[str]], # the header first
           kind: str = "",         # "text": cells of sentences, which break
           ) -> str:
     "An HTML table in a box that scrolls."
-    header, *others = lines
-    head = _table_row(header, "th")
-    body = "\n".join(_table_row(cells, "td") for cells in others)
-    look = f"box {kind}".strip()
-    return (f'<div class="{look}"><table>\n<thead>{head}</thead>\n'
-            f"<tbody>\n{body}\n</tbody></table></div>")
-
-# %% ../../nbs/55_record.report.ipynb #d9a531cf
-def block(text: str) -> str:
-    "One block of Markdown."
-    lines = text.strip().splitlines()
-    if lines[0].startswith("|"):
-        header, *others = map(_cells, lines)
-        return table([header, *others[1:]])  # the rule below the header says nothing here
-    heading = re.match(r"#+ (.*)", lines[0])
-    if heading: return f"<h3>{words(heading[1])}</h3>"
-    return f"<p>{words(' '.join(lines))}</p>"
-
-def _cells(line: str) -> list[str]:
-    "The cells of a line of a Markdown table."
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-# %% ../../nbs/55_record.report.ipynb #66402c9d
-def as_html(text: str) -> str:
-    "Markdown as HTML, block by block."
-    blocks = re.split(r"\n\s*\n", text.strip())
-    return "\n".join(block(part) for part in blocks if part.strip())
+    frame = pd.DataFrame([[words(cell) for cell in cells] for cells in lines[1:]],
+                         columns=[words(cell) for cell in lines[0]])
+    plain = frame.to_html(index=False, escape=False, border=0).replace(' class="dataframe"', "")
+    return boxed(plain, kind)
 
 # %% ../../nbs/55_record.report.ipynb #fe5dbbce
 class Section(NamedTuple):

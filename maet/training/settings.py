@@ -9,6 +9,7 @@ __all__ = ['strict', 'recipes', 'read_yaml', 'load', 'at_least', 'plain_names']
 import math, os, re, types
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -52,6 +53,11 @@ def _convert(kind, value, where: str):
     raise MaetError(f"{where}: {value!r} is not what is wanted here ({wanted})")
 
 # %% ../../nbs/20_training.settings.ipynb #56b333aa
+def _meant(unknown: list[str], known: list[str]) -> str:
+    "The keys that look like those that are not known."
+    close = [name for key in unknown for name in get_close_matches(key, known, n=1)]
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
 def strict(cls, values, where: str = "recipe"):
     """Fill a dataclass from a mapping, and nested ones too.
     MaetError: an unknown key, one that lacks, a wrong type."""
@@ -61,7 +67,8 @@ def strict(cls, values, where: str = "recipe"):
     unknown = [str(key) for key in values if key not in kinds]
     if unknown:
         known = ", ".join(kinds)
-        raise MaetError(f"{where}: unknown key {', '.join(unknown)}; known are {known}")
+        meant = _meant(unknown, list(kinds))
+        raise MaetError(f"{where}: unknown key {', '.join(unknown)}; known are {known}{meant}")
     try:
         parts = {}
         for key, value in values.items(): parts[key] = _convert(kinds[key], value, f"{where}.{key}")
