@@ -11,7 +11,7 @@ from maet.text.tokens import Tokens
 from maet.training.schedule import Training
 from maet.training.resuming import rank
 from maet.training.train import train
-from ranks import two_ranks
+from ranks import leave, two_ranks
 
 STEPS = dict(tokens=6*8*32, batch_tokens=8*32, sequence_length=32, device_batch=2, learning_rate=.01, eval_every=3, schedule="constant")
 BEST = dict(keep=2, save_samples=16)
@@ -91,3 +91,4 @@ def test_state_is_shared(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in RUNS: run(Path(sys.argv[1]), name, 2)
+    leave()

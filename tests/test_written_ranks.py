@@ -14,7 +14,7 @@ from maet.weights.packs import open_pack
 from maet.training.schedule import MODES, Training
 from maet.training.resuming import rank
 from maet.training.train import train
-from ranks import two_ranks
+from ranks import leave, two_ranks
 
 SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64, initializer_range=.1, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -88,3 +88,4 @@ if __name__ == "__main__":
     for name in NAMES:
         for mode in MODES:
             for where in ("ZeRO 2", "ZeRO 3"): run(Path(sys.argv[1]), name, mode, where)
+    leave()
