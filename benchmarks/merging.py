@@ -239,7 +239,7 @@ def ledger_rows(results: list[dict]) -> list[dict]:
 def draw(results: list[dict], stem: Path) -> None:
     "Seconds and peak memory of each contestant at each size."
     from matplotlib.figure import Figure
-    from maet.record.plots import save
+    from maet.record.pictures import save
     from maet.record.estimates import style
     rows = ledger_rows(results)
     scales, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("scale", "method"))

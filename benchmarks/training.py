@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maet.record.ledger import append, commit, versions
-from maet.record.plots import save
+from maet.record.pictures import save
 from maet.record.estimates import style
 from maet.study.plan import Cluster, modes
 from maet.training.schedule import Training

@@ -262,7 +262,7 @@ def figures(only: list[str] | None = None,         # names of the catalogue, or 
 
     >>> maet.figures(["table2", "ablation"])  # doctest: +SKIP
     """
-    from maet.record.claims import all_figures
+    from maet.record.claim_figures import all_figures
 
     return all_figures(out, ledgers, only, papers)
 

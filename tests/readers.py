@@ -15,7 +15,7 @@ import yaml
 
 from maet.exams import evaluation, exams
 from maet.method import merge
-from maet.record import claims, figures, ledger, report
+from maet.record import claim_figures, claims, figures, ledger, report
 from maet.study import plan, scores, search, study
 from maet.training import jobs, launch
 from maet.weights.adapted import open_checkpoint
@@ -472,7 +472,7 @@ def drawn(folder: Path):
 def read_drawn():
     try: figures.figures("out", ".", papers=".", source="figures.yml")
     finally: shutil.rmtree("out", ignore_errors=True)
-    claims.forest(list(claims.findings(".", ".", "claims.yml").values()))
+    claim_figures.forest(list(claims.findings(".", ".", "claims.yml").values()))
 
 
 add("figures", drawn, read_drawn, "main.jsonl", "figures.yml", imports=("seaborn",))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maet.record.claims import all_figures
+from maet.record.claim_figures import all_figures
 from maet.record.figures import catalogue, figures
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from . import estimates, ledger, plots
+from . import estimates, ledger, pictures, plots
 from ..weights.tensors import MaetError, reading
 from ..weights.files import plain_name
 from ..training.settings import read_yaml, strict
@@ -317,9 +317,9 @@ def figures(out: str | Path = "figures/mini",      # folder to be
 def _saved(done: Drawn, stem: Path, title: str) -> list[Path]: # the files
     "Write a figure, its numbers and its tables."
     paths = []
-    if done.figure: paths += plots.save(done.figure, stem, done.rows)
+    if done.figure: paths += pictures.save(done.figure, stem, done.rows)
     if done.grids:
         parts = [f"# {title}", done.caption, *map(markdown, done.grids)]
         text = "\n\n".join(parts) + "\n"
-        paths.append(plots.put(Path(f"{stem}.md"), text.encode()))
+        paths.append(pictures.put(Path(f"{stem}.md"), text.encode()))
     return paths

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from . import claims, estimates, figures, ledger, plots
+from . import claim_figures, claims, estimates, figures, ledger, pictures
 from ..weights.tensors import MaetError, parse_json, reading
 from ..training.settings import recipes
 
@@ -128,7 +128,7 @@ def of_figures(ledgers: Path, papers: Path) -> tuple[list[Section], list[str]]:
 def _of_figure(done: figures.Drawn, title: str) -> str:
     "A figure, its caption and its tables."
     drawing = ""
-    if done.figure: drawing = picture(plots.drawn(done.figure, "png"), f"{title}. {done.caption}")
+    if done.figure: drawing = picture(pictures.drawn(done.figure, "png"), f"{title}. {done.caption}")
     text = "\n\n".join([done.caption, *map(figures.markdown, done.grids)])
     return drawing + as_html(text)
 
@@ -140,9 +140,9 @@ def of_claims(ledgers: Path, papers: Path) -> str:
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     parts = [as_html(f"{len(found)} claims: {verdicts}. The verdicts are those of this scale.")]
     for title, of in claims.by_paper(found).items():
-        drawing, figure = "", claims.forest(of)
+        drawing, figure = "", claim_figures.forest(of)
         if figure:
-            drawing = picture(plots.drawn(figure, "png"), f"{title}: differences of each claim")
+            drawing = picture(pictures.drawn(figure, "png"), f"{title}: differences of each claim")
         parts += [f"<h3>{title}</h3>", drawing, table(claims.grid(of), "text")]
     return "\n".join(parts)
 
@@ -301,4 +301,4 @@ def report(source: str | Path = "data/results",  # folder of ledgers: the study;
     else:
         known = "neither a run folder (seed-<n>, stages) nor a folder of ledgers (*.jsonl)"
         raise MaetError(f"{source}: {known}")
-    return plots.put(Path(out), text.encode("utf-8", "backslashreplace"))
+    return pictures.put(Path(out), text.encode("utf-8", "backslashreplace"))

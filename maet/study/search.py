@@ -34,7 +34,7 @@ from ..exams.examinee import examinee
 from ..exams.asking import ask, quiet
 from ..record.ledger import append, commit, read_scores, versions
 from ..record.estimates import METHODS
-from ..record.plots import put
+from ..record.pictures import put
 from .recipes import Recipe
 from .stages import Progress, Store, side_by_side
 from .algorithm import Pipeline, expert, language_expert, transferred

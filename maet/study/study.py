@@ -18,7 +18,8 @@ from ..weights.tensors import MaetError
 from ..exams.questions import read_exam, template
 from ..record.ledger import append
 from ..record.estimates import METHODS
-from ..record.plots import dots, put, save, scores
+from ..record.plots import dots, scores
+from ..record.pictures import put, save
 from .stages import Progress, Store, on_disk, side_by_side
 from .algorithm import Pipeline
 from .rivals import ROWS, models
