@@ -27,7 +27,7 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     """
     from maet.study.plan import must_fit
     from maet.study.rivals import models
-    from maet.study.scores import Study, load_study, methods_of, settings
+    from maet.study.studies import Study, load_study, methods_of, settings
     from maet.study.study import study_job
 
     asked = load_study(study) if study else Study(str(recipe))
@@ -47,7 +47,7 @@ def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | 
     from maet.study.measured import measure_named
     from maet.study.measures import measure_job
     from maet.study.plan import must_fit
-    from maet.study.scores import settings
+    from maet.study.studies import settings
 
     measure, (_, recipe) = measure_named(asked.measure), settings(asked)[0]
     must_fit(recipe, lambda run, ability: measure.wanted([run]))

@@ -15,7 +15,8 @@ from maet.text.tables import save_tokens
 from maet.weights.differences import apply_delta
 from maet.weights.packs import open_pack, save_keys
 from maet.training.jobs import Job, Launch, curve
-from maet.training.launch import RankError, follow, run_job, running
+from maet.training.launch import RankError, follow, run_job
+from maet.training.commands import running
 from maet.weights.tensors import MaetError
 from maet.training.schedule import Training
 from ranks import free_port

@@ -21,8 +21,10 @@ NARROW = "\u00a0\u202f\u2009\u2007'’_"  # 1 234, 1'234, 1_234
 
 # %% ../../nbs/41_exams.answers.ipynb #5313e01a
 def ascii_numbers(text: str) -> str:
-    "The text with every decimal digit of Unicode as 0 to 9 and without currency signs. Superscripts stay: m² is no number."
-    text = re.sub(r"(?<=[０-９])，(?=[０-９])", ",", text)  # a full-width comma is a separator between full-width digits only
+    """The text with every decimal digit of Unicode as 0 to 9 and without currency signs.
+    Superscripts stay: m² is no number."""
+    # a full-width comma is a separator between full-width digits only
+    text = re.sub(r"(?<=[０-９])，(?=[０-９])", ",", text)
     text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else SIGNS.get(c, c) for c in text)
     grouped = rf"(?<![\d.,])\d{{1,3}}([{NARROW}])\d{{3}}(?:\1\d{{3}})*(?!\d)"
     text = re.sub(grouped, lambda found: found[0].replace(found[1], ""), text)
@@ -133,7 +135,8 @@ def _numbers(text: str, decimal_comma: bool) -> list[Number]:
     for found in _number(decimal_comma).finditer(text):
         between = text[end:found.start()]
         joint = _joint(between) if numbers else ""
-        if joint is None and found["minus"]: joint = _joint(between + "-")  # the minus of 16 -3 joins, of = -3 it does not
+        # the minus of 16 -3 joins, of = -3 it does not
+        if joint is None and found["minus"]: joint = _joint(between + "-")
         numbers.append(Number(found.start(), found.end(), _amount(found, decimal_comma), joint or ""))
         end = found.end()
     return numbers
@@ -178,7 +181,8 @@ def _closing(text: str, end: int, found: list[list[Number]]) -> list[Number] | N
     at_once = re.fullmatch(OPENING, text[end:first.start])
     stop = SENTENCE_END.search(text, first.end if at_once else end)
     said = [equation for equation in after if stop is None or equation[0].start < stop.start()]
-    if at_once: return _stated(text, said[0] if worth(said[0]) is not None else said[-1])  # 4 * 5, which is 20
+    # 4 * 5, which is 20
+    if at_once: return _stated(text, said[0] if worth(said[0]) is not None else said[-1])
     return said[0] if len(said) == 1 and first.start - end <= 24 else None
 
 # %% ../../nbs/41_exams.answers.ipynb #e3282e97

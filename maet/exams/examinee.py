@@ -6,17 +6,18 @@
 __all__ = ['BACKENDS', 'DTYPES', 'examinee']
 
 # %% ../../nbs/43_exams.examinee.ipynb #a232ddc8
-import importlib.util, inspect, json, re
+import importlib.util, inspect, re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from ..weights.tensors import MaetError
+from .stops import _ended, _first_line, _fit, stop_tokens
+from ..weights.adapted import Adapted, NO_ADAPTER, open_checkpoint
 from ..weights.checkpoints import Checkpoint
 from ..weights.names import complete
-from ..weights.adapted import NO_ADAPTER, Adapted, open_checkpoint
+from ..weights.tensors import MaetError
 
 # %% ../../nbs/43_exams.examinee.ipynb #902ba3cd
 def _pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,83 +77,6 @@ def continue_with(model,                      # a causal LM of transformers
     greedy = ((log_p.argmax(-1) == ids) | (scored == 0)).all(1).tolist()
     scores = iter(zip(total, greedy))
     return [list(islice(scores, len(own))) for own in choices]
-
-# %% ../../nbs/43_exams.examinee.ipynb #5d6e7f80
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-def _behind(tokenizer, many: int, # turns
-            listed: bool,         # a turn's text is given in pieces
-            ) -> str | None:
-    "What the chat template puts behind the second turn of so many; None where it cannot show such turns."
-    first, second, third = texts = ("Aardvark", "Bumblebee", "Chinchilla")
-    turns = []
-    for role, text in zip(("user", "assistant", "user"), texts):
-        turns.append({"role": role, "content": [{"type": "text", "text": text}] if listed else text})
-    try: shown = tokenizer.apply_chat_template(turns[:many], tokenize=False)
-    except Exception: return None  # no template, or one that refuses: a template may raise anything
-    if second not in shown: return None
-    return shown.rpartition(second)[2].partition(third)[0]
-
-# %% ../../nbs/43_exams.examinee.ipynb #b0d4185e
-def turn_end(tokenizer) -> int | None:
-    "The token that the chat template puts behind an assistant's turn; None: no template, or none there."
-    added = {i for text, i in tokenizer.get_added_vocab().items() if text.strip()}
-    marks = {*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id}
-    for many in (2, 3):
-        for listed in (False, True):  # some templates want a turn in pieces
-            behind = _behind(tokenizer, many, listed) or ""
-            ids = tokenizer(behind, add_special_tokens=False).input_ids
-            found = [i for i in ids if i in marks]
-            if found: return found[0]
-    return None
-
-# %% ../../nbs/43_exams.examinee.ipynb #6e7f8092
-def _content(path: Path) -> dict:
-    "A JSON file of a model; {} where there is none."
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: return {}
-    except (OSError, ValueError) as e:
-        raise MaetError(f"{path}: cannot be read as JSON ({_first_line(e)})") from None
-    if not isinstance(found, dict): raise MaetError(f"{path}: is no JSON object")
-    return found
-
-# %% ../../nbs/43_exams.examinee.ipynb #7b6e691b
-def stop_tokens(path: Path, tokenizer) -> dict[int, str]: # id -> text
-    "Every token that ends an answer of the model in a folder."
-    config = _content(path / "config.json")
-    generation = _content(path / "generation_config.json")
-    ids = [tokenizer.eos_token_id]
-    for content in (config, config.get("text_config") or {}, generation):
-        named = content.get("eos_token_id")
-        ids += named if isinstance(named, list) else [named]
-    ids.append(turn_end(tokenizer))
-    texts = {i: text for text, i in tokenizer.get_vocab().items()}
-    return {i: texts[i] for i in ids if type(i) is int and i in texts}
-
-# %% ../../nbs/43_exams.examinee.ipynb #8091a2b3
-def _ended(lm, ids: list[int], stops: dict[int, str], until: list[str]) -> tuple[str, str]:
-    "What a model says with these tokens, and what ends it: a stop token, a stop text, or `length`."
-    end = next((n for n, i in enumerate(ids) if i in stops), len(ids))
-    said, thought = ids[:end], getattr(lm, "think_end_token", None)
-    if thought in said:
-        behind = said[::-1].index(thought)
-        said = said[len(said) - behind:]
-    text = lm.tokenizer.decode(said, skip_special_tokens=True)
-    if isinstance(thought, str): text = text.split(thought)[-1]
-    if thought is not None: text = text.lstrip()
-    found = [(text.index(stop), stop) for stop in until if stop in text]
-    if found:
-        place, stop = min(found)
-        return text[:place], stop
-    return text, stops[ids[end]] if end < len(ids) else "length"
-
-# %% ../../nbs/43_exams.examinee.ipynb #3fee6891
-def _fit(lm, question: tuple[int, ...], room: int) -> list[int]:
-    "The end of a question that leaves `room` tokens of the context free. A cut is counted."
-    kept = list(question[-max(1, lm.max_length - room):])
-    lm.cut += len(kept) < len(question)
-    return kept
 
 # %% ../../nbs/43_exams.examinee.ipynb #b3c4d5e6
 class _Answers:

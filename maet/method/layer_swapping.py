@@ -24,7 +24,8 @@ from .merging import linear, random_mask, rows_of, total_weight
 from maet.method.tasks import (
     Method, Model, Task, Whole, one_of, open_model, open_pattern,
 )
-from .mergekit import Mixture, name_unsupported, out_dtype, stored_bytes
+from .mergekit import Mixture, out_dtype, stored_bytes
+from .mergefile import name_unsupported
 
 # %% ../../nbs/39_method.layer_swapping.ipynb #902ba3cd
 def in_ends(layer: int | None, layers: int, bottom: int, top: int) -> bool:

@@ -7,153 +7,27 @@ __all__ = []
 
 # %% ../../nbs/38_method.mergekit.ipynb #a753c163
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..weights.tensors import MaetError, place
-from ..weights.streams import FLOATS, PIECE, cores
-from ..weights.checkpoints import Checkpoint, identity, local
-from ..weights.saving import write_checkpoint
-from ..weights.differences import open_delta, origin
-from ..training.settings import strict
-from .onfiles import Merge
-from .onfiles import merge as merge_transfer
+from .mergefile import Ingredient, Mergekit, Slice, depth_of, read_file, read_parameters
+from .mergefile import resolve, spans
 from .merging import random_mask
-from maet.method.tasks import (
-    Choice, Method, Model, Parameter, Task, Whole, adjusted, as_count,
-    as_flag, as_number, as_share, dropping, elected, one_of, open_model, open_pattern,
-    read_setting, soup_of, summed, trimming, turned, turning, value_at,
-)
-
-# %% ../../nbs/38_method.mergekit.ipynb #54ceb912
-@dataclass
-class Ingredient:
-    "A model and its parameters."
-    model: str
-    parameters: dict | None = None
-    layer_range: list | None = None  # of a slice: first layer, and the one after the last
-
-@dataclass
-class Slice:
-    "Some layers, in order."
-    sources: list[Ingredient]
-    parameters: dict | None = None
-
-# %% ../../nbs/38_method.mergekit.ipynb #7ba3658f
-@dataclass
-class Mergekit:
-    "A file in mergekit's language."
-    merge_method: str
-    base_model: str | None = None
-    models: list[Ingredient] = field(default_factory=list)
-    slices: list[Slice] = field(default_factory=list)
-    parameters: dict | None = None
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: str | None = None
-    tokenizer: dict | None = None
-
-# %% ../../nbs/38_method.mergekit.ipynb #9e64b1d8
-UNSUPPORTED = {
-    "modules": "models of several modules are not supported; "
-               "merge a causal language model by `models`",
-    "chat_template": "not supported; the result has its base's template, "
-                     "which can be edited in the folder",
-    "residual_weight": "not supported; take it out",
-    "lora": "write the adapter's folder, or BASE+ADAPTER, as model",
-    "override_architecture": "not supported and not needed; tensors are merged by their names",
-}
-
-# %% ../../nbs/38_method.mergekit.ipynb #67029e65
-def name_unsupported(content, where: str) -> None:
-    "Raise a MaetError for the first word of mergekit's that is not supported."
-    if isinstance(content, list):
-        for value in content: name_unsupported(value, where)
-    if not isinstance(content, Mapping): return
-    for key, value in content.items():
-        if key in UNSUPPORTED: raise MaetError(f"{where}: {key}: {UNSUPPORTED[key]}")
-        if key != "parameters": name_unsupported(value, where)
-
-# %% ../../nbs/38_method.mergekit.ipynb #9109c85a
-def read_file(content: Mapping, where: str) -> Mergekit:
-    "The file, checked as far as that is possible without opening a model."
-    name_unsupported(content, where)
-    file = strict(Mergekit, content, where)
-    if bool(file.models) == bool(file.slices):
-        raise MaetError(f"{where}: give either models or slices")
-
-    if file.tokenizer is not None:
-        if set(file.tokenizer) != {"source"} or file.tokenizer_source:
-            raise MaetError(f"{where}: tokenizer: only {{source: base}} is supported; "
-                            "a new vocabulary needs new embeddings")
-        file = replace(file, tokenizer_source=file.tokenizer["source"], tokenizer=None)
-    if file.tokenizer_source not in (None, "base", "union", file.base_model):
-        raise MaetError(f"{where}: tokenizer_source: {file.tokenizer_source!r} is not supported; "
-                        "give base, or union of equal vocabularies")
-    return file
-
-# %% ../../nbs/38_method.mergekit.ipynb #7ce7c514
-def range_of(part: Slice, layers: int) -> range | None:
-    "The layers of a slice; None unless all its sources have the same ones, and the model has them."
-    bounds = part.sources[0].layer_range if part.sources else None
-    if not bounds or [type(bound) for bound in bounds] != [int, int]: return None
-    if any(source.layer_range != bounds for source in part.sources): return None
-    if min(bounds) < 0 or max(bounds) > layers: return None  # a huge range would be written out
-    return range(*bounds)
-
-# %% ../../nbs/38_method.mergekit.ipynb #b0d2c44c
-def spans(file: Mergekit, layers: int, where: str) -> list[tuple[range, Slice]]:
-    "Which layers each slice has. Raises MaetError unless they are the whole model in order."
-    if not file.slices: return [(range(layers), Slice(file.models))]
-    ranges = [range_of(part, layers) for part in file.slices]
-    if None not in ranges:
-        in_order = [layer for run in ranges for layer in run]
-        if in_order == list(range(layers)): return list(zip(ranges, file.slices))
-    raise MaetError(f"{where}: slices: only slices that make up the model's layers 0 to {layers} "
-                    "in order are supported, each with one range for all sources")
-
-# %% ../../nbs/38_method.mergekit.ipynb #e6c3dd63
-def read_parameters(given: Mapping | None, known: Mapping[str, Parameter],
-                    where: str) -> dict[str, list[Choice]]:
-    "The parameters of one place of a file. Raises MaetError for one that the method does not read."
-    given = given or {}
-    words = ", ".join(known) or "none"
-    for key in given:
-        if key not in known: raise MaetError(f"{where}: {key} is not read here; known are {words}")
-    return {key: read_setting(given[key], known[key].check, f"{where}.{key}") for key in given}
-
-# %% ../../nbs/38_method.mergekit.ipynb #cb776961
-def resolve(key: str,
-            parameter: Parameter,
-            places: list[dict],  # of `read_parameters`; the first that says something counts
-            name: str,           # of the tensor
-            depth: float,        # where it lies, 0..1
-            model: str,          # for the message
-            ):
-    "The value of a parameter for one tensor."
-    for given in places:
-        value = value_at(given[key], name, depth) if key in given else None
-        if value is not None: return value
-    if parameter.default is not ...: return parameter.default
-    raise MaetError(f"{model}: {key} is missing for {name}; "
-                    "give it at the model or under parameters")
-
-# %% ../../nbs/38_method.mergekit.ipynb #52a2cfb8
-def depth_of(name: str, parts: list[tuple[range, Any]]) -> tuple[float, Any]:
-    "How deep a tensor lies in its slice, from 0 to 1, and the slice."
-    layer, kind = place(name)
-    for layers, part in parts:
-        if layer not in layers: continue
-        if len(layers) == 1: return 1., part
-        return (layer - layers[0]) / (len(layers) - 1), part
-    _, part = parts[0 if kind == "embed" else -1]
-    return 0., part
+from .onfiles import Merge, merge as merge_transfer
+from .tasks import Method, Model, Parameter, Task, Whole, adjusted, as_count, as_flag
+from .tasks import as_number, as_share, dropping, elected, one_of, open_model
+from .tasks import open_pattern, soup_of, summed, trimming, turned, turning
+from ..training.settings import strict
+from ..weights.checkpoints import Checkpoint, identity, local
+from ..weights.differences import open_delta, origin
+from ..weights.saving import write_checkpoint
+from ..weights.streams import FLOATS, PIECE, cores
+from ..weights.tensors import MaetError, place
 
 # %% ../../nbs/38_method.mergekit.ipynb #2a459380
 DTYPE_WORDS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}

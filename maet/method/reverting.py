@@ -22,7 +22,8 @@ from ..weights.differences import Difference
 from ..training.settings import strict
 from .merging import random_mask, rows_of
 from .tasks import Method, Model, Task, as_number
-from .mergekit import Mixture, name_unsupported, out_dtype
+from .mergekit import Mixture, out_dtype
+from .mergefile import name_unsupported
 from maet.method.layer_swapping import (
     fitted, in_ends, layers_of, one_word, open_experts, row_changes,
 )

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/69g_study.calibration.ipynb #7340569c
 import json, math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from .algorithm import Pipeline, expert, trained
 from .measures import Measure
 from .recipes import Rivals
 from ..text.documents import Source
-from ..text.miniworld import LANGUAGES
+from ..text.prose import LANGUAGES
 from ..text.tokens import corpus
 from ..weights.checkpoints import Checkpoint
 from ..weights.differences import apply_delta, open_delta

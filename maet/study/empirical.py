@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/69h_study.empirical.ipynb #d0463132
 import json, sysconfig
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple

@@ -10,9 +10,8 @@ from .calibration import LEARNING_RATES, WORLD
 from .empirical import EMPIRICAL
 from .expert_maps import EXPERT_MAPS
 from .key_neurons import OVERLAP, SELECTED
-from .measures import Measure, measure_job
+from .measures import Measure
 from .pair_scores import LAYER_SWAPPING
-from .recipes import Recipe
 from ..weights.tensors import MaetError
 
 # %% ../../nbs/69i_study.measured.ipynb #c1820826

@@ -36,7 +36,8 @@ def _storages(tensor: Tensor): # dense, or sparse
 
 # %% ../../nbs/64_study.memory.ipynb #5f0fef5c
 class Watch(TorchDispatchMode):
-    "Bytes alive by kind: `timeline` gets a row whenever something is new. `flops` counts multiplications and additions."
+    """Bytes alive by kind: `timeline` gets a row whenever something is new. `flops` counts
+    multiplications and additions."""
     def __init__(self, vocabulary: int = 0): # width of the logits
         super().__init__()
         self.vocabulary, self.flops, self.timeline = vocabulary, 0, []
@@ -60,13 +61,18 @@ class Watch(TorchDispatchMode):
     def _gone(self, entry): self.live[entry[0]] -= entry[1]
 
 # %% ../../nbs/64_study.memory.ipynb #fe5dbbce
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v: sdpa_flop_count(q, k, v),
-              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count}
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v: sdpa_flop_count(
+        q, k, v
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
+}
 
 def _flops(operation, args, kwargs, out) -> int:
     "Of one operation: two for each multiplication of a matrix product."
     packet = operation._overloadpacket
-    if packet in _ATTENTION: return _ATTENTION[packet](*(t.shape for t in args[:4 if "backward" in str(packet) else 3]))
+    if packet in _ATTENTION:
+        return _ATTENTION[packet](*(t.shape for t in args[:4 if "backward" in str(packet) else 3]))
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 # %% ../../nbs/64_study.memory.ipynb #9d8dafb1
@@ -74,7 +80,11 @@ def _dispatch(self, operation, types, args=(), kwargs=None):
     out = operation(*args, **(kwargs or {}))
     for tensor in tree_leaves((args, kwargs, out)):
         if not isinstance(tensor, Tensor): continue
-        kind = "logits" if self.vocabulary and tensor.dim() > 1 and self.vocabulary == tensor.shape[-1] else "activations"
+        kind = (
+            "logits"
+            if self.vocabulary and tensor.dim() > 1 and self.vocabulary == tensor.shape[-1]
+            else "activations"
+        )
         for storage in _storages(tensor):
             if storage not in self.known: self._meet(storage, kind)
     self.flops += _flops(operation, args, kwargs or {}, out)
@@ -89,27 +99,41 @@ def expected_block(shape: tuple,      # of a tensor
                    ) -> Block: # train's, with places that have a number and no content
     "What `find_block` finds where key neurons are spread evenly."
     rows, columns = shape[0], math.prod(shape[1:])
-    chosen = lambda lines, met: None if met > .9 else torch.empty(max(1, round(lines*met)), dtype=torch.int64)
+
+    def chosen(lines: int, met: float): # met: their share that has a key neuron
+        return None if met > .9 else torch.empty(max(1, round(lines*met)), dtype=torch.int64)
+
     if len(shape) > 1 and granularity == "row": return Block(chosen(rows, ratio), None, None)
     if len(shape) > 1 and granularity == "column": return Block(None, chosen(columns, ratio), None)
     block = Block(chosen(rows, 1 - (1 - ratio)**columns), chosen(columns, 1 - (1 - ratio)**rows), None)
     if columns == 1 or ratio == 1: return block  # a vector's block is full
     size = math.prod(len(lines) if lines is not None else n for lines, n in zip(block, (rows, columns)))
-    return block._replace(inside=torch.empty(max(1, round(ratio*rows*columns)), dtype=torch.int32 if size < 2**31 else torch.int64))
+    return block._replace(
+        inside=torch.empty(
+            max(1, round(ratio * rows * columns)),
+            dtype=torch.int32 if size < 2**31 else torch.int64,
+        )
+    )
 
 # %% ../../nbs/64_study.memory.ipynb #bd307a3e
-def trained_form(config, training: Training, ratio: float, granularity: str, spread: bool = False): # spread: by ZeRO
+# spread: by ZeRO
+def trained_form(config, training: Training, ratio: float, granularity: str, spread: bool = False):
     "The model as train trains it, on the meta device. `config`: a PretrainedConfig."
     model = meta_model(config).to(loading.weight_dtype(training, stored(config), _ZERO if spread else None))
     for module in model.modules():
-        if isinstance(module, nn.Embedding): module.padding_idx = None  # which rows are padding is a question of numbers
+        # which rows are padding is a question of numbers
+        if isinstance(module, nn.Embedding): module.padding_idx = None
     if training.attention == "eager": model.set_attn_implementation("eager")
     with torch.device("meta"):
         if training.mode != "key-neuron": return loading.prepare(model, training).train()
         model = loading.prepare(model, replace(training, mode="dense"))
-        return freeze_at(model, {id(p): expected_block(tuple(p.shape), ratio, granularity) for p in model.parameters()}).train()
+        return freeze_at(
+            model,
+            {id(p): expected_block(tuple(p.shape), ratio, granularity) for p in model.parameters()},
+        ).train()
 
-_ZERO = dict(zero_optimization=dict(stage=1))  # train asks a DeepSpeed config whether there is a stage above 0
+# train asks a DeepSpeed config whether there is a stage above 0
+_ZERO = dict(zero_optimization=dict(stage=1))
 
 # %% ../../nbs/64_study.memory.ipynb #9c0650f4
 def stored(config) -> torch.dtype: # of the base's weights
@@ -125,7 +149,12 @@ def _without_storage(model):
     def fake(tensor):
         if id(tensor) not in known:
             new = torch.empty(tensor.shape, dtype=tensor.dtype)
-            known[id(tensor)] = tensor, nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            known[id(tensor)] = (
+                tensor,
+                nn.Parameter(new, tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else new,
+            )
         return known[id(tensor)][1]
     for module in model.modules():
         for own in (module._parameters, module._buffers):
@@ -142,16 +171,23 @@ def _count(block, shape) -> int: # key neurons of a block
     if block.inside is not None: return len(block.inside)
     return math.prod(n if lines is None else len(lines) for n, lines in zip(shape, block))
 
-def _one_expert(input, weight, offs): # in place of transformers' _grouped_mm: (tokens, in) by (experts, in, out), each token by one expert
+# in place of transformers' _grouped_mm: (tokens, in) by (experts, in, out), each token by one
+# expert
+def _one_expert(input, weight, offs):
     "As much work, and gradients of the same sizes. torch's own form without storage knows bfloat16 alone."
     return input.to(weight.dtype) @ weight[0]
 
 # %% ../../nbs/64_study.memory.ipynb #4e98ce2b
 @contextmanager
 def _blind():
-    "Three functions look at numbers: the two above, and transformers' search for several documents in one sequence."
-    with patch("maet.training.sparse.take_sparse", _sorted_rows), patch("transformers.integrations.moe._grouped_mm", _one_expert), \
-         patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None): yield
+    """Three functions look at numbers: the two above, and transformers' search for several
+    documents in one sequence."""
+    with (
+        patch("maet.training.sparse.take_sparse", _sorted_rows),
+        patch("transformers.integrations.moe._grouped_mm", _one_expert),
+        patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
+    ):
+        yield
 
 # %% ../../nbs/64_study.memory.ipynb #0716d970
 class Rehearsal(NamedTuple):
@@ -194,7 +230,10 @@ def _step(model, optimizer, ids, clip: float, autocast=nullcontext, lap=lambda: 
     lap()
     loss.backward()
     lap()
-    if clip: torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], clip
+        )
     optimizer.step()
     optimizer.zero_grad()
 
@@ -205,12 +244,30 @@ def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spr
     ids, laps = torch.Size((sequences, training.sequence_length)), []
     with FakeTensorMode(), Watch(of_text(config).vocab_size) as watch, _blind():
         optimizer = _prepared(_without_storage(model), watch, accumulated)
-        _step(model, optimizer, torch.zeros(ids, dtype=torch.long), training.max_grad_norm,
-              loading._autocast(training, stored(config), _ZERO if spread else None, torch.device("cpu")), lambda: laps.append(len(watch.timeline)))
-    trained, timelines = [p for p in model.parameters() if p.requires_grad], np.split(np.array(watch.timeline), laps)
+        _step(
+            model,
+            optimizer,
+            torch.zeros(ids, dtype=torch.long),
+            training.max_grad_norm,
+            loading._autocast(
+                training, stored(config), _ZERO if spread else None, torch.device("cpu")
+            ),
+            lambda: laps.append(len(watch.timeline)),
+        )
+    trained, timelines = (
+        [p for p in model.parameters() if p.requires_grad],
+        np.split(np.array(watch.timeline), laps),
+    )
     scalars = sum(math.prod(shape) for shape in shapes(config).values())
-    return Rehearsal(tuple(timelines), watch.flops, sequences, scalars, sum(p.numel() for p in trained),
-                     sum(p.numel()*p.element_size() for p in trained), int(watch.timeline[0][KINDS.index("weights")]))
+    return Rehearsal(
+        tuple(timelines),
+        watch.flops,
+        sequences,
+        scalars,
+        sum(p.numel() for p in trained),
+        sum(p.numel() * p.element_size() for p in trained),
+        int(watch.timeline[0][KINDS.index("weights")]),
+    )
 
 # %% ../../nbs/64_study.memory.ipynb #472b07b9
 def _repeats(config) -> bool:
@@ -219,7 +276,11 @@ def _repeats(config) -> bool:
     for name, shape in shapes(config).items(): layers.setdefault(place(name).layer, []).append(shape)
     layers.pop(None, None)
     types = getattr(of_text(config), "layer_types", None) or [None]
-    return len(layers) == of_text(config).num_hidden_layers > 4 and all(of == layers[0] for of in layers.values()) and len(set(types)) == 1
+    return (
+        len(layers) == of_text(config).num_hidden_layers > 4
+        and all(of == layers[0] for of in layers.values())
+        and len(set(types)) == 1
+    )
 
 # %% ../../nbs/64_study.memory.ipynb #5158ba5a
 def _of_layers(config, layers: int):
@@ -244,7 +305,11 @@ def _deep(config, *form) -> Rehearsal:
     two, three = (_rehearsal(_of_layers(config, layers), *form) for layers in (2, 3))
     times = of_text(config).num_hidden_layers - 2
     timelines = tuple(_stretched(a, b, times) for a, b in zip(two.timelines, three.timelines))
-    numbers = {name: _stretched(getattr(two, name), getattr(three, name), times) for name in two._fields[1:] if name != "sequences"}
+    numbers = {
+        name: _stretched(getattr(two, name), getattr(three, name), times)
+        for name in two._fields[1:]
+        if name != "sequences"
+    }
     return two._replace(timelines=timelines, **numbers)
 
 # %% ../../nbs/64_study.memory.ipynb #d435a6cd
@@ -255,19 +320,28 @@ def rehearse(config,              # PretrainedConfig of the base
              granularity: str = "element",
              spread: bool = False, # by ZeRO, stage 1 to 3
              ) -> Rehearsal:
-    "One step on tensors without storage; it is remembered. Raises MaetError: GPUs that do not divide a batch, a model that looks at numbers."
+    """One step on tensors without storage; it is remembered. Raises MaetError: GPUs that do not
+    divide a batch, a model that looks at numbers."""
     check_ranks(training, gpus)
     sequences = at_once(training, gpus)
     spread = spread and training.mode == "dense"  # nothing else differs
-    form = sequences, batch_sequences(training) > sequences*gpus, *((ratio, granularity) if training.mode == "key-neuron" else (0., "")), spread
-    text = json.dumps([config.to_dict(), {k: v for k, v in asdict(training).items() if k not in SAME}, form], default=str, sort_keys=True)
+    sparse = (ratio, granularity) if training.mode == "key-neuron" else (0.0, "")
+    form = (sequences, batch_sequences(training) > sequences*gpus, *sparse, spread)
+    matters = {key: value for key, value in asdict(training).items() if key not in SAME}
+    text = json.dumps([config.to_dict(), matters, form], default=str, sort_keys=True)
     if text not in _KNOWN:
         try: _KNOWN[text] = _deep(config, training, *form)
         except (RuntimeError, NotImplementedError, TypeError) as e:
-            raise MaetError(f"plan: a step of {config.model_type} cannot be rehearsed ({str(e).splitlines()[0][:80]}); measure one") from e
+            why = str(e).splitlines()[0][:80]
+            what = f"a step of {config.model_type}"
+            raise MaetError(f"plan: {what} cannot be rehearsed ({why}); measure one") from e
     return _KNOWN[text]
 
 # %% ../../nbs/64_study.memory.ipynb #fd08bbd2
-SAME = set("""tokens batch_tokens whole_documents learning_rate schedule warmup_steps decay_steps weight_decay beta1 beta2 seed save_every
-    eval_every save_samples keep lora_alpha lora_merge""".split())  # change no shape
+# change no shape
+SAME = set("""
+    tokens batch_tokens whole_documents learning_rate schedule warmup_steps decay_steps
+    weight_decay beta1 beta2 seed save_every eval_every save_samples keep lora_alpha
+    lora_merge
+""".split())
 _KNOWN = {}

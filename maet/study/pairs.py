@@ -125,8 +125,10 @@ def pair_exams(runs: list[Pipeline], made: list[Experts]) -> Exams:
     """All pairs in their language, those of equal seeds in every language; further merges of
     those in their language."""
     first, found = runs[0], {}
-    for target, (i, math), (j, spoken) in product(first.recipe.languages, enumerate(made), enumerate(made)):
-        pair = math[ABILITY], spoken[target]
+    for target, (i, of_math), (j, spoken) in product(
+        first.recipe.languages, enumerate(made), enumerate(made)
+    ):
+        pair = of_math[ABILITY], spoken[target]
         asked = languages_of(first) if i == j else [target]
         files = {key: (file, asked) for key, file in pair_files(first, *pair).items()}
         if i == j: files |= {key: (file, [target]) for key, file in more_files(first, *pair).items()}

@@ -6,7 +6,6 @@
 __all__ = ['SEARCHED', 'Rules', 'search_job']
 
 # %% ../../nbs/69_study.search.ipynb #a0e66353
-import importlib.util, json, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,141 +16,36 @@ from typing import NamedTuple
 
 import torch
 
-# %% ../../nbs/69_study.search.ipynb #b1fa3af0
-from ..method import merge, merging
-from ..weights.tensors import MaetError, parse_json, reading
-from ..weights.streams import pieces
-from ..weights.checkpoints import Checkpoint
-from ..weights.deltas import terms_of
-from ..weights.differences import open_delta, plus
-from ..text.tables import digest
-from ..training.settings import strict
-from ..method.ability import AbilityWeights
-from ..method.transfer import MaetTransfer
-from ..method.layer_swapping import scaled
-from ..exams.exams import exam
-from ..exams.examinee import examinee
+# %% ../../nbs/69_study.search.ipynb #a0e66354
 from ..exams.asking import ask, quiet
-from ..record.ledger import append, commit, read_scores, versions
+from ..exams.examinee import examinee
+from ..exams.exams import exam
+from ..method import merge, merging
+from ..method.ability import AbilityWeights
+from ..method.layer_swapping import scaled
+from ..method.transfer import MaetTransfer
 from ..record.estimates import METHODS
-from ..record.pictures import put
-from .recipes import Recipe
-from .stages import Progress, Store, side_by_side
+from ..record.ledger import append, commit, read_scores, versions
 from .algorithm import Pipeline, expert, language_expert, transferred
 from .memory import of_text
 from .plan import config_of
+from .recipes import Recipe
 from .rivals import ROWS, SCALE, experts, merged
 from .scores import ITEM_COST, examined, paired
+from .stages import Progress, Store, side_by_side
 from .study import at_work, compared
-
-# %% ../../nbs/69_study.search.ipynb #ac3478d6
-class Range(NamedTuple):
-    "Where a constant may lie. Whole numbers if all three are."
-    low: float
-    high: float
-    start: float # the default
-
-    @property
-    def whole(self) -> bool: return all(isinstance(value, int) for value in self)
-
-    def holds(self, value: float) -> bool: return self.low <= value <= self.high
-
-# %% ../../nbs/69_study.search.ipynb #e642595d
-def distributions(space: dict[str, Range]) -> dict:
-    "The ranges as optuna has them. Raises MaetError: a default outside, no optuna."
-    for name, limits in space.items():
-        if not limits.holds(limits.start):
-            raise MaetError(f"{name}: its default {limits.start} is not "
-                            f"from {limits.low} to {limits.high}, where it is searched")
-    if importlib.util.find_spec("optuna") is None:
-        raise MaetError("optuna is not installed: pip install 'maet[search]'")
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    kinds = {}
-    for name, limits in space.items():
-        kind = IntDistribution if limits.whole else FloatDistribution
-        kinds[name] = kind(limits.low, limits.high)
-    return kinds
-
-# %% ../../nbs/69_study.search.ipynb #902ba3cd
-LOTS = 10 # trials before TPE has a model
-
-# %% ../../nbs/69_study.search.ipynb #0d6a81da
-def propose(trials: list[dict], space: dict[str, Range], seed: int = 0) -> dict: # constants
-    "What to try next: the default first, then what TPE makes of the trials."
-    kinds = distributions(space)
-    if not trials: return {name: limits.start for name, limits in space.items()}
-    import optuna
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(seed=1000 * seed + len(trials), multivariate=True,
-                                             n_startup_trials=LOTS)
-
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    for trial in trials:
-        constants, score = trial["constants"], trial["score"]
-        study.add_trial(optuna.trial.create_trial(params=constants, distributions=kinds, value=score))
-    proposed = study.ask(kinds).params
-    return {name: value if space[name].whole else round(value, 2)
-            for name, value in proposed.items()}
-
-# %% ../../nbs/69_study.search.ipynb #3c80db5a
-def best(trials: list[dict]) -> dict:
-    "The trial with the highest score; of equals the first."
-    return max(trials, key=lambda trial: trial["score"])
-
-# %% ../../nbs/69_study.search.ipynb #0ade7c2c
-@dataclass
-class Trial:
-    constants: dict[str, float]
-    score: float # the more the better
-
-# %% ../../nbs/69_study.search.ipynb #0ba9cb89
-def _in_space(constants: dict, space: dict[str, Range]) -> bool:
-    "Has a trial all constants, each in its range, whole where that is?"
-    if constants.keys() != space.keys(): return False
-    for name, limits in space.items():
-        value = constants[name]
-        if not limits.holds(value): return False
-        if limits.whole and not isinstance(value, int): return False
-    return True
-
-# %% ../../nbs/69_study.search.ipynb #ef7afecf
-def read_trials(file: Path, space: dict[str, Range]) -> list[dict]:
-    "The trials of an earlier call. Raises MaetError for what is none."
-    anew = "remove it, and the search begins anew"
-    with reading(file, anew): found = parse_json(file.read_bytes(), file)
-    if not isinstance(found, list): raise MaetError(f"{file}: is no list of trials; {anew}")
-    for n, trial in enumerate(found): strict(Trial, trial, f"{file}: trial {n}")
-    for n, trial in enumerate(found):
-        if not _in_space(trial["constants"], space):
-            names = ", ".join(space)
-            raise MaetError(f"{file}: trial {n} is not of {names} where they are searched; {anew}")
-    return found
-
-# %% ../../nbs/69_study.search.ipynb #974d33eb
-def search(trial: Callable[[dict], float], # constants -> score
-           space: dict[str, Range],
-           trials: int,                    # how many in all
-           seed: int,
-           file: Path,                    # JSON of the trials so far; goes on from there
-           progress: Callable[[int, float], None] = lambda done, best: None,
-           ) -> list[dict]:
-    "Try, keep, propose, try again."
-    seen = read_trials(file, space) if file.exists() else []
-    while len(seen) < trials:
-        constants = propose(seen, space, seed)
-        seen.append({"constants": constants, "score": trial(constants)})
-        put(file, (json.dumps(seen, indent=1) + "\n").encode())
-        progress(len(seen), best(seen)["score"])
-    return seen
+from .trials import Range, best, distributions, read_trials, search
+from ..text.tables import digest
+from ..weights.checkpoints import Checkpoint
+from ..weights.deltas import terms_of
+from ..weights.differences import open_delta, plus
+from ..weights.streams import pieces
+from ..weights.tensors import MaetError
 
 # %% ../../nbs/69_study.search.ipynb #bd307a3e
 # (tensor, start, stop) -> that run of the merged tensor, flat
 Piece = Callable[[str, int, int], torch.Tensor]
 
-# %% ../../nbs/69_study.search.ipynb #56cd56ee
 class Pupil:
     "A model whose weights are exchanged. `base`: a checkpoint folder, with a tokenizer."
     def __init__(self, base: Path, batch_size: int = 128):
@@ -197,7 +91,6 @@ def of_task_vectors(run: Pipeline, ability: str, constants: dict) -> dict[str, M
         models[path] = _weight(constants["ability" if name == ability else "languages"])
     return {"": Mix(f"f-tv.{ability}", "task_arithmetic", models, run.base)}
 
-# %% ../../nbs/69_study.search.ipynb #b179dbb1
 def of_soups(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
     made = experts(run, ability)
     share = _weight(constants["ability"])
@@ -208,7 +101,6 @@ def of_soups(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
         mixes[language] = Mix(f"soup.{ability}.{language}", "linear", models)
     return mixes
 
-# %% ../../nbs/69_study.search.ipynb #a2786ea8
 def of_swaps(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
     made = experts(run, ability)
     weights = {"task": constants["ability"], "language": round(1 - constants["ability"], 2)}
@@ -226,7 +118,6 @@ def maet_packs(run: Pipeline, ability: str) -> list[Path]:
     alone = language_expert(run, ability)
     return [both, alone, *(expert(run, language) for language in run.recipe.languages)]
 
-# %% ../../nbs/69_study.search.ipynb #e665e6d8
 def of_maet(run: Pipeline, ability: str) -> Callable[[dict], Piece]:
     "Eq. 2 to 5 in memory: constants -> weights."
     base = Checkpoint(run.base)
@@ -266,7 +157,6 @@ def maet_space(run: Pipeline, ability: str) -> dict[str, Range]:
             "eta": Range(0., 1.5, float(transfer.eta)),
             "k2": Range(0., 1., float(select_ratio))}
 
-# %% ../../nbs/69_study.search.ipynb #e6474dcc
 def task_vector_space(run: Pipeline, ability: str) -> dict[str, Range]:
     return {"ability": Range(0., 1.5, SCALE), "languages": Range(0., 1.5, SCALE)}
 
@@ -281,7 +171,6 @@ def swap_space(run: Pipeline, ability: str) -> dict[str, Range]:
             "top": Range(0, (layers - 1) // 2, scaled(2, layers)),
             "ability": Range(0., 1., .5)}
 
-# %% ../../nbs/69_study.search.ipynb #42bb2918
 @dataclass(frozen=True)
 class Searched:
     "A row of rivals whose constants can be chosen."
@@ -310,7 +199,6 @@ def rival(space: Callable, mixes: Callable) -> Searched:
 
     return Searched(space, reads, weights, made)
 
-# %% ../../nbs/69_study.search.ipynb #b3f0c7f6
 def maet_weights(run: Pipeline, ability: str) -> Callable:
     merged_by = of_maet(run, ability)
     def for_all(constants): return {"": merged_by(constants)}
@@ -410,7 +298,6 @@ def searched(run: Pipeline, method: str, ability: str, rules: Rules) -> Path:
         tasks=recipe.abilities[ability].tasks, shots=recipe.exam.shots, languages=recipe.languages,
         seed=run.seed, transfer=asdict(recipe.transfer) if method == "maet" else None)
 
-# %% ../../nbs/69_study.search.ipynb #1c56c0a6
 def trials_of(run: Pipeline, method: str, ability: str, rules: Rules) -> list[dict]:
     folder = searched(run, method, ability, rules)
     return read_trials(folder / "trials.json", SEARCHED[method].space(run, ability))
@@ -423,7 +310,6 @@ def sat_by(run: Pipeline, method: str, ability: str, rules: Rules) -> dict[str, 
               "chosen": SEARCHED[method].made(run, ability, constants)}
     return {which: examined(run, method, model, ability) for which, model in models.items()}
 
-# %% ../../nbs/69_study.search.ipynb #c9e3f1b1
 MARKS = (1, 2, 5, 10, 20, 30, 40, 60, 100)  # trials after which the best is noted; and after the last
 
 def dev_rows(run: Pipeline, method: str, ability: str, rules: Rules) -> list[dict]:
@@ -456,7 +342,6 @@ def _compared_pairs(methods: list[str]) -> list[tuple[str, str, str, str]]:
         pairs += [("maet", which, method, which) for method in rivals]
     return pairs
 
-# %% ../../nbs/69_study.search.ipynb #78ef8119
 def test_rows(run: Pipeline, ability: str, rules: Rules,
               exams: dict[str, dict[str, Path]]) -> list[dict]:
     "Scores, and differences question by question. `exams`: of `sat_by`, for each method."
@@ -488,7 +373,6 @@ def searches(recipe: Recipe, rules: Rules, seed: int, store: Store) -> None:
     for ability, method in product(recipe.abilities, rules.methods):
         searched(Pipeline(recipe, store, seed), method, ability, rules)
 
-# %% ../../nbs/69_study.search.ipynb #1c2ec748
 def tests(recipe: Recipe, rules: Rules, seed: int, store: Store) -> list[dict]:
     """Ask a store for the tests of what the searches found, and give the ledger's rows;
     none if the store is dry."""
@@ -513,7 +397,6 @@ def _average(rows: list[dict], **setting) -> dict:
         if same_sort and row["setting"].items() >= setting.items(): return row
     raise KeyError(f"no row of the average with {setting}")
 
-# %% ../../nbs/69_study.search.ipynb #adb858fc
 def _summary_line(rows: list[dict], rules: Rules) -> str:
     "`rows`: of one task and one method."
     scores = [_average(rows, part="dev", trial=1), _average(rows, part="dev", trial=rules.trials),

@@ -23,7 +23,8 @@ from ..record.pictures import put, save
 from .stages import Progress, Store, on_disk, side_by_side
 from .algorithm import Pipeline
 from .rivals import ROWS, models
-from .scores import Study, examined, methods_of, paired, rows_of, settings, wanted
+from .scores import examined, paired, rows_of, wanted
+from .studies import Study, methods_of, settings
 
 # %% ../../nbs/68_study.study.ipynb #472b07b9
 def label(row: dict) -> str:

@@ -17,7 +17,8 @@ from ..weights.checkpoints import Checkpoint
 from ..text.documents import Source
 from ..text.streams import check, documents, texts_in
 from ..text.tables import identity, write_tokens
-from ..text.miniworld import ABILITIES, LANGUAGES, write_forums, write_world
+from ..text.miniworld import write_forums, write_world
+from ..text.prose import ABILITIES, LANGUAGES
 from ..training.schedule import Training, total_tokens
 from ..training.jobs import Job, Launch
 from ..training.launch import run_job

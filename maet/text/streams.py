@@ -172,18 +172,17 @@ class Rows:
     "The documents of a dataset; each time through, its files come in another order."
     def __init__(self, source: Source):
         self.source, self.data = open_dataset(source)
-        if source.remote:
-            self.files = [f"{source.path}: file {n + 1}" for n in range(self.data.num_shards)]
-        else:
-            self.files = local_files(source)
+        shards = range(self.data.num_shards)
+        if source.remote: self.files = [f"{source.path}: file {n + 1}" for n in shards]
+        else: self.files = local_files(source)
 
     def blocks(self, seed: str, start: list | None = None):
         "A place is how many files are behind, and the library's state in the next."
         files, now = range(self.data.num_shards), []
         order = random.Random(seed).sample(files, len(files))
         place = start[1] if start else None
-        documents = (found for _, found in self.placed(order, now, *(place or (0, None))))
-        yield from in_blocks(documents, lambda: [now[0], now[1].state_dict()], start)
+        found = (document for _, document in self.placed(order, now, *(place or (0, None))))
+        yield from in_blocks(found, lambda: [now[0], now[1].state_dict()], start)
 
     def placed(self, order: list[int], # of the files
                now: list,              # is kept up to date: how many are behind, and the dataset of the next
