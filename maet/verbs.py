@@ -73,7 +73,8 @@ def search(recipe: str | Path,                   # of `run`
     from maet.study.plan import must_fit
     from maet.study.recipes import Recipe
     from maet.study.rivals import models
-    from maet.study.search import SEARCHED, Rules, search_job
+    from maet.study.search import Rules, search_job
+    from maet.study.pupils import SEARCHED
     from maet.training.settings import load
 
     what = load(Recipe, recipe)

@@ -16,7 +16,8 @@ import yaml
 from maet.exams import evaluation, exams
 from maet.method import merge
 from maet.record import claim_figures, claims, figures, ledger, report
-from maet.study import plan, scores, search, study
+from maet.study import plan, scores, study
+from maet.study import trials as trials_room
 from maet.training import jobs, launch
 from maet.weights.adapted import open_checkpoint
 from maet.weights.checkpoints import Checkpoint
@@ -504,12 +505,12 @@ def read_run_folder():
     finally: Path("page.html").unlink(missing_ok=True)
 
 
-SPACE = {"alpha": search.Range(0., 2., .8), "zone": search.Range(0, 3, 1)}
+SPACE = {"alpha": trials_room.Range(0., 2., .8), "zone": trials_room.Range(0, 3, 1)}
 
 
 def tried(trials: int):
     file, new = Path("trials.json"), not Path("trials.json").exists()
-    search.search(lambda constants: constants["alpha"] - constants["zone"], SPACE, trials, 0, file)
+    trials_room.search(lambda constants: constants["alpha"] - constants["zone"], SPACE, trials, 0, file)
     if new and trials == 13: file.unlink()  # it was lost, and the search began anew
 
 

@@ -139,18 +139,18 @@ def _keep(path: Path, rows: list[dict]):
 def _results(exams: list[Exam], report: dict, seconds: float, out: Path | None, ended: dict,
              ) -> list[dict]:
     "lm-eval's report as rows of ours; samples are written where `out` is given."
-    items = sum(len(exam.rows) for exam in exams)
+    items = sum(len(each.rows) for each in exams)
     results = []
-    for exam in exams:
-        metric, n = template(exam.task)["metric_list"][0]["metric"], len(exam.rows)
-        samples = _in_order(exam, report["samples"], ended)
-        reports = [report["results"][section.config["task"]] for section in exam.sections]
+    for each in exams:
+        metric, n = template(each.task)["metric_list"][0]["metric"], len(each.rows)
+        samples = _in_order(each, report["samples"], ended)
+        reports = [report["results"][section.config["task"]] for section in each.sections]
         value, stderr = _joined(metric, reports, samples)
-        results.append({"task": exam.task, "language": exam.language, "metric": metric, "value": value,
+        results.append({"task": each.task, "language": each.language, "metric": metric, "value": value,
                         "stderr": stderr, "n": n, "seconds": seconds * n / items})
         if out is None: continue
-        answers = [_answer(row, sample, metric) for row, sample in zip(exam.rows, samples)]
-        _keep(out / exam.task / f"{exam.language}.jsonl", answers)
+        answers = [_answer(row, sample, metric) for row, sample in zip(each.rows, samples)]
+        _keep(out / each.task / f"{each.language}.jsonl", answers)
     return results
 
 # %% ../../nbs/44_exams.asking.ipynb #57e8a68a
@@ -203,8 +203,8 @@ def _reporter(progress: Callable[[int, int], None], exams: list[Exam],
               ) -> Callable[[int], None]:
     "What the model calls with the answers that it has given so far; each choice is an answer."
     answers = 0
-    for exam in exams:
-        answers += sum(len(row["choices"]) if "choices" in row else 1 for row in exam.rows)
+    for each in exams:
+        answers += sum(len(row["choices"]) if "choices" in row else 1 for row in each.rows)
     def report(done: int): progress(min(done - before, answers), answers)
     return report
 

@@ -276,7 +276,6 @@ def _finished(out: Path) -> dict[tuple[str, str], dict]: # (task, language) -> r
     "The exams that an earlier call finished. Raises MaetError where something else stands there."
     file = out / "results.jsonl"
     if not file.is_file(): return {}
-    rows = [row for _, row in read_lines(file, "move it away")]
     finished = {}
     for _, row in read_lines(file, "move it away"):
         if not _is_result(row): raise MaetError(f"{file}: is not what an exam wrote: move it away")
