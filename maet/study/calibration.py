@@ -31,8 +31,8 @@ def dev_exam(run: Pipeline, model: Path, task: str, languages: list[str]) -> Pat
 
     def make(part, step):
         def progress(done, total): step(done, total, math.nan)
-        scores = examine(model, world/"exams"/"dev", [task], languages, batch_size=run.recipe.exam.batch_size,
-                         out=part/"samples", progress=progress)
+        scores = examine(model, world/"exams"/"dev", [task], languages, out=part/"samples",
+                         batch_size=run.recipe.exam.batch_size, progress=progress)
         (part/"scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
     return run.store.stage(f"dev.{task}", make, model=run.identity(model), data=world.name,

@@ -45,7 +45,8 @@ def world_text(recipe: Recipe, store: Store) -> Text:
     settings = {key: world[key] for key in ("seed", "documents", "items")}
     forums = store.stage("forums", lambda part, step: write_forums(part, **settings), **settings)
     general = Pipeline(recipe, store).texts.folder()
-    folders = {corpus: general if corpus.startswith("general") else forums for corpus in FORUMS + OTHERS}
+    folders = dict.fromkeys(FORUMS + OTHERS, forums)
+    folders |= {corpus: general for corpus in folders if corpus.startswith("general")}
     corpora = {corpus: Source(folder/f"{corpus}.jsonl") for corpus, folder in folders.items()}
     return Text(replace(recipe, corpora=corpora), Source(forums/"held_out"/f"{FITTED}.jsonl"))
 
@@ -60,13 +61,15 @@ def split(lines: list[str], out: Path, corpus: str) -> None:
 def write_real(part: Path) -> None:
     "Real forums, and the standard library of the Python that runs this as code."
     for corpus in FORUMS:
-        split((REAL/f"{corpus}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True), part, corpus)
+        text = (REAL/f"{corpus}.jsonl").read_text(encoding="utf-8")
+        split(text.splitlines(keepends=True), part, corpus)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    split([json.dumps({"text": file.read_text(encoding="utf-8")}) + "\n" for file in files], part, "code")
+    code = [{"text": file.read_text(encoding="utf-8")} for file in files]
+    split([json.dumps(document) + "\n" for document in code], part, "code")
 
 # %% ../../nbs/69h_study.empirical.ipynb #1454f6e5
 def real_text(recipe: Recipe, store: Store) -> Text:
-    "Half of the tokens of the recipe, in batches of half. Raises MaetError where the forums are not there."
+    "Half of the recipe's tokens, in batches of half. Raises MaetError without the forums."
     if not REAL.is_dir(): raise MaetError(f"{REAL}: not there, nothing is measured on real text")
     files = [f"{corpus} {(REAL/f'{corpus}.jsonl').stat().st_size}" for corpus in FORUMS]
     files.append(sysconfig.get_python_version())
@@ -190,7 +193,8 @@ def loss_rows(run: Pipeline, curves: Fits) -> list[dict]:
     rows, (task, language) = [], FITTED.split("/")
     for (method, rate), stage in curves.items():
         report = json.loads((stage/"report.json").read_text())
-        about = dict(method=method, language=language, task=task, seed=run.seed, seconds=report["seconds"])
+        about = dict(method=method, language=language, task=task, seed=run.seed)
+        about |= dict(seconds=report["seconds"])
         rows += [about | row for row in report_rows(report, rate)]
     return rows
 

@@ -27,5 +27,6 @@ MEASURES = {
 
 def measure_named(name: str) -> Measure:
     "Raises MaetError for a measure that is not known."
-    if name not in MEASURES: raise MaetError(f"measure: {name} is not known; known are {', '.join(MEASURES)}")
+    if name not in MEASURES:
+        raise MaetError(f"measure: {name} is not known; known are {', '.join(MEASURES)}")
     return MEASURES[name]

@@ -57,7 +57,8 @@ class Answers:
         if (exam, language) not in self.known:
             found = marks(exam, self.task, language)
             self.ids = self.ids or sorted(found)
-            self.known[exam, language] = torch.tensor([found[item] for item in self.ids], dtype=torch.float64)
+            items = [found[item] for item in self.ids]
+            self.known[exam, language] = torch.tensor(items, dtype=torch.float64)
         return self.known[exam, language]
 
     # where: own, all, or a language
@@ -78,7 +79,8 @@ class Answers:
 def score(items: Tensor) -> dict: # (items,)
     "A mean and its standard error over questions."
     n = len(items)
-    return dict(value=items.mean().item(), stderr=(items.std() / n ** .5).item() if n > 1 else None, n=n)
+    error = (items.std() / n ** .5).item() if n > 1 else None
+    return dict(value=items.mean().item(), stderr=error, n=n)
 
 # %% ../../nbs/69f_study.pair_scores.ipynb #158e9acd
 def mean_rows(
@@ -93,7 +95,8 @@ def mean_rows(
         setting = line.setting(statistic="mean", target=None if own else target, minus=word)
         about = dict(language=target if own else where, method=line.method, setting=setting)
         for seed, items in enumerate(found):
-            rows.append(about | score(items) | dict(seed=None if len(found) == 1 and without_seed else seed))
+            if len(found) == 1 and without_seed: seed = None
+            rows.append(about | score(items) | dict(seed=seed))
     return rows
 
 # %% ../../nbs/69f_study.pair_scores.ipynb #153d895d
@@ -144,7 +147,8 @@ def apart_rows(answers: Answers, line: Line, other: Line) -> list[dict]:
             free = other.method == "language expert" # any of them may be the best
             against = torch.stack([*theirs.values()]) if free else of_expert(theirs, seed)
             found = best_apart(of_expert(ours, seed), against, pick)
-            rows.append(dict(language=language, method=line.method, setting=setting, seed=seed) | found)
+            about = dict(language=language, method=line.method, setting=setting)
+            rows.append(about | found | dict(seed=seed))
     return rows
 
 # %% ../../nbs/69f_study.pair_scores.ipynb #7b6436c9
@@ -165,13 +169,15 @@ def chosen(every: Tensor,     # (configurations, seeds, items)
 
 # %% ../../nbs/69f_study.pair_scores.ipynb #ec682cd9
 PAIRED = [Line(method, same=False) for method in ("layer-swap", "soup", "ties")]
-SINGLE = [Line(method) for method in ("base", "joint-sft", "f-cpt-la", "math expert", "language expert")]
+ALONE = ("base", "joint-sft", "f-cpt-la", "math expert", "language expert")
+SINGLE = [Line(method) for method in ALONE]
 EQUAL_SWAPS = [Line("layer-swap", config, True) for config in SWAPS]
 EQUAL_SOUPS = [Line("soup", config, True) for config in ("default", "by magnitude")]
 EQUAL = [*EQUAL_SWAPS, *EQUAL_SOUPS, Line("ties", same=True)]
 TAKEN = [Line("math expert", config) for config in BACK | KEPT]
 STIRRED = [Line("layer-swap", config) for config in (LANGUAGE_SOUP, MULTILINGUAL_SOUP)]
-ELSEWHERE = SINGLE[:-1] + [line for line in EQUAL if line.config == "default"] # examined in every language
+# examined in every language
+ELSEWHERE = SINGLE[:-1] + [line for line in EQUAL if line.config == "default"]
 
 RANGES = {"layer-swap": [Line("layer-swap", config, True) for config in RANGE], "soup": EQUAL_SOUPS}
 
@@ -208,7 +214,8 @@ def difference_rows(answers: Answers) -> list[dict]:
     "What the paper compares."
     rows, swapped = [], PAIRED[0]
     for other in (*SINGLE, *PAIRED[1:]):
-        rows += mean_rows(answers, swapped, "own", other, other.method) + apart_rows(answers, swapped, other)
+        rows += mean_rows(answers, swapped, "own", other, other.method)
+        rows += apart_rows(answers, swapped, other)
 
     equal = Line("layer-swap", same=True)
     for where, other in product((answers.reference, "all"), ELSEWHERE):

@@ -43,7 +43,8 @@ def mixed(
 ) -> MergeFile:
     "Any other method on these models. `each`: what the file says of every one."
     def file(called):
-        entries = [{"model": called(model)} | ({"parameters": each} if each else {}) for model in models]
+        more = {"parameters": each} if each else {}
+        entries = [{"model": called(model)} | more for model in models]
         content = {"merge_method": method, "models": entries, "parameters": parameters or {}}
         if method != "linear": content["base_model"] = called(run.base)
         return content
@@ -79,13 +80,14 @@ def sat_once(run: Pipeline, name: str, file: MergeFile, languages: list[str]) ->
     recipe = run.recipe
     tasks = recipe.abilities[ABILITY].tasks
     data, identity = exam_data(run, tasks)
-    asked = dict(tasks=tasks, languages=languages, limit=recipe.exam.limit, batch_size=recipe.exam.batch_size)
+    asked = dict(tasks=tasks, languages=languages)
+    asked |= dict(limit=recipe.exam.limit, batch_size=recipe.exam.batch_size)
 
     def make(part, step):
         def progress(done, total): step(done, total, math.nan)
         shutil.rmtree(part/"checkpoint", ignore_errors=True)  # a kill left it
         merge(file(str), part/"checkpoint")
-        examine(part/"checkpoint", data, *asked.values(), part/"samples", progress, shots=recipe.exam.shots)
+        examine(part/"checkpoint", data, out=part/"samples", progress=progress, shots=recipe.exam.shots, **asked)
         shutil.rmtree(part/"checkpoint")
 
     items = recipe.exam.limit or (recipe.world.items if recipe.world else 250)
@@ -105,7 +107,7 @@ Experts = dict[str, Path]                        # ability or language -> checkp
 # %% ../../nbs/69e_study.pairs.ipynb #0755fcf1
 # (method, config)
 def pair_files(run: Pipeline, math: Path, language: Path) -> dict[tuple[str, str], MergeFile]:
-    "The three merges that every pair gets. TIES as its authors advise where there is nothing to tune on."
+    "The three merges that every pair gets. TIES as its authors advise without tuning."
     pair = [math, language]
     return {("layer-swap", "default"): swap(run, [math], [language], {}),
             ("soup", "default"): mixed(run, "linear", pair, each={"weight": .5}),
@@ -185,7 +187,8 @@ def rival_exams(runs: list[Pipeline]) -> Exams:
 
 def all_exams(runs: list[Pipeline]) -> Exams:
     made = [experts(run, ABILITY) for run in runs]
-    return rival_exams(runs) | expert_exams(runs, made) | pair_exams(runs, made) | soup_exams(runs[0], made)
+    exams = rival_exams(runs) | expert_exams(runs, made)
+    return exams | pair_exams(runs, made) | soup_exams(runs[0], made)
 
 # %% ../../nbs/69e_study.pairs.ipynb #6c39c905
 class Elsewhere(NamedTuple):
