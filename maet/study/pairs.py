@@ -87,7 +87,8 @@ def sat_once(run: Pipeline, name: str, file: MergeFile, languages: list[str]) ->
         def progress(done, total): step(done, total, math.nan)
         shutil.rmtree(part/"checkpoint", ignore_errors=True)  # a kill left it
         merge(file(str), part/"checkpoint")
-        examine(part/"checkpoint", data, out=part/"samples", progress=progress, shots=recipe.exam.shots, **asked)
+        kept = dict(out=part/"samples", progress=progress)
+        examine(part/"checkpoint", data, **asked, **kept, shots=recipe.exam.shots)
         shutil.rmtree(part/"checkpoint")
 
     items = recipe.exam.limit or (recipe.world.items if recipe.world else 250)
