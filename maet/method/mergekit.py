@@ -15,19 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .mergefile import Ingredient, Mergekit, Slice, depth_of, read_file, read_parameters
-from .mergefile import resolve, spans
-from .merging import random_mask
-from .onfiles import Merge, merge as merge_transfer
-from .tasks import Method, Model, Parameter, Task, Whole, adjusted, as_count, as_flag
-from .tasks import as_number, as_share, dropping, elected, one_of, open_model
-from .tasks import open_pattern, soup_of, summed, trimming, turned, turning
-from ..training.settings import strict
-from ..weights.checkpoints import Checkpoint, identity, local
-from ..weights.differences import open_delta, origin
-from ..weights.saving import write_checkpoint
-from ..weights.streams import FLOATS, PIECE, cores
 from ..weights.tensors import MaetError, place
+from ..weights.streams import FLOATS, PIECE, cores
+from ..weights.checkpoints import Checkpoint, identity, local
+from ..weights.saving import write_checkpoint
+from ..weights.differences import open_delta, origin
+from ..training.settings import strict
+from .onfiles import Merge
+from .onfiles import merge as merge_transfer
+from .merging import random_mask
+from maet.method.tasks import (
+    Method, Model, Parameter, Task, Whole, adjusted, as_count, as_flag, as_number, as_share,
+    dropping, elected, one_of, open_model, open_pattern, soup_of, summed, trimming, turned, turning,
+)
+from .mergefile import Lookup, Mergekit, Slice, depth_of, ingredients, read_file, spans
 
 # %% ../../nbs/38_method.mergekit.ipynb #2a459380
 DTYPE_WORDS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -126,27 +127,6 @@ def readings_of(mixture: Mixture) -> list[tuple[str, int, int]]:
     base = mixture.like.path
     return [(str(base), stored_bytes(base), max(times for *_, times in rows)), *rows]
 
-# %% ../../nbs/38_method.mergekit.ipynb #b4c96d80
-def ingredients(file: Mergekit, entries: list[Ingredient], method: Method,
-                where: str) -> list[Ingredient]:
-    "The models of one slice in order. Raises MaetError for one that is there twice, or too few."
-    base = file.base_model
-    names = [entry.model for entry in entries]
-    for name in names:
-        if names.count(name) > 1: raise MaetError(f"{where}: {name} is there twice; give it once")
-    if method.base and not base:
-        raise MaetError(f"{where}: {method.name} needs base_model: "
-                        "it merges what was added to a base")
-
-    if base and base not in names: entries = [*entries, Ingredient(base)]
-    if method.models == 2:
-        if not base or len(entries) != 2:
-            raise MaetError(f"{where}: {method.name} needs base_model and one other model")
-        return sorted(entries, key=lambda entry: entry.model != base)
-    if method.base: entries = [entry for entry in entries if entry.model != base]
-    if not entries: raise MaetError(f"{where}: there is no model beside the base; give one")
-    return entries
-
 # %% ../../nbs/38_method.mergekit.ipynb #a72b2006
 def open_models(method: Method, content: Mapping, where: str,
                 mask: Callable = random_mask, allow_mismatch: bool = False) -> Mixture:
@@ -173,30 +153,6 @@ def layers_of(checkpoint: Checkpoint) -> int:
     "How many layers a model has."
     layers = [place(name).layer for name in checkpoint.names]
     return 1 + max((layer for layer in layers if layer is not None), default=-1)
-
-# %% ../../nbs/38_method.mergekit.ipynb #b7103ca2
-class Lookup:
-    "The parameters of all places of a file. Raises MaetError for one that the method does not read."
-    def __init__(self, file: Mergekit, method: Method, slices: list[Slice], where: str):
-        self.method, self.where = method, where
-        every = method.each | method.shared
-        self.top = read_parameters(file.parameters, every, f"{where}: parameters")
-        self.of = {}  # by id: two of them may be equal
-        for part in slices:
-            self.of[id(part)] = read_parameters(part.parameters, every, f"{where}: slices.parameters")
-        for source in [source for part in slices for source in part.sources]:
-            told = f"{where}: {source.model}.parameters"
-            self.of[id(source)] = read_parameters(source.parameters, method.each, told)
-
-    def shared(self, part: Slice, name: str, depth: float) -> dict:
-        "The parameters of the whole, for one tensor."
-        known, places = self.method.shared, [self.of[id(part)], self.top]
-        return {key: resolve(key, known[key], places, name, depth, self.where) for key in known}
-
-    def each(self, part: Slice, source: Ingredient, name: str, depth: float) -> dict:
-        "The parameters of one model, for one tensor."
-        known, places = self.method.each, [self.of[id(source)], self.of[id(part)], self.top]
-        return {key: resolve(key, known[key], places, name, depth, source.model) for key in known}
 
 # %% ../../nbs/38_method.mergekit.ipynb #bc771a61
 def make_tasks(file: Mergekit, method: Method, like: Checkpoint, parts: list[tuple[range, Slice]],
