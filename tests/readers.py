@@ -16,7 +16,7 @@ import yaml
 from maet.exams import evaluation, exams
 from maet.method import merge
 from maet.record import claim_figures, claims, figures, ledger, report
-from maet.study import plan, scores, study
+from maet.study import plan, scores, studies, study
 from maet.study import trials as trials_room
 from maet.training import jobs, launch
 from maet.weights.adapted import open_checkpoint
@@ -266,8 +266,8 @@ def read_plan(name: str) -> None:
 
 
 def read_study() -> None:
-    asked = scores.load_study("study.yml")
-    for _, each in scores.settings(asked): scores.methods_of(asked, each)
+    asked = studies.load_study("study.yml")
+    for _, each in studies.settings(asked): studies.methods_of(asked, each)
     study.planned(asked, Path("out"), 0)
 
 
