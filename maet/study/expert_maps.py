@@ -53,12 +53,14 @@ def contrasts(shares: Shares) -> dict[tuple[str, str, str], float]: # (kinds, pa
     every = set(range(count))
     second = {layer for layer in every if layer >= count // 2}
     between = {layer for layer in every if end <= layer < count - end}
+    compared = {("second half", "first half"): (second, every - second),
+                ("first and last", "between"): (every - between, between)}
     found = {}
-    for kinds in ("all", "attention"):
-        halves = [mean_share(shares, layers, kinds) for layers in (second, every - second)]
-        ends = [mean_share(shares, layers, kinds) for layers in (every - between, between)]
-        found[kinds, "second half", "first half"] = halves[0] - halves[1]
-        found[kinds, "first and last", "between"] = ends[0] - ends[1]
+    for (part, minus), (layers, others) in compared.items():
+        if not layers or not others: continue  # two layers have nothing between them
+        for kinds in ("all", "attention"):
+            gap = mean_share(shares, layers, kinds) - mean_share(shares, others, kinds)
+            found[kinds, part, minus] = gap
     return found
 
 # %% ../../nbs/69c_study.expert_maps.ipynb #492b69bc
