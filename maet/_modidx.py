@@ -759,6 +759,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'maet.record.report.as_html': ('record.report.html#as_html', 'maet/record/report.py'),
                                     'maet.record.report.boxed': ('record.report.html#boxed', 'maet/record/report.py'),
                                     'maet.record.report.folded': ('record.report.html#folded', 'maet/record/report.py'),
+                                    'maet.record.report.markdown': ('record.report.html#markdown', 'maet/record/report.py'),
                                     'maet.record.report.of_claims': ('record.report.html#of_claims', 'maet/record/report.py'),
                                     'maet.record.report.of_cost': ('record.report.html#of_cost', 'maet/record/report.py'),
                                     'maet.record.report.of_figures': ('record.report.html#of_figures', 'maet/record/report.py'),

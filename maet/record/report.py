@@ -9,23 +9,25 @@ __all__ = ['report']
 import base64, html, json, re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
-
-import pandas as pd
-from markdown_it import MarkdownIt
 
 from . import claim_figures, claims, estimates, figures, ledger, pictures
 from ..weights.tensors import MaetError, parse_json, reading
 from ..training.settings import recipes
 
 # %% ../../nbs/55_record.report.ipynb #ac3478d6
-MARKDOWN = MarkdownIt("zero").enable(["backticks", "emphasis", "heading", "table"])
+@cache
+def markdown():
+    "The library that reads Markdown, with what a page needs switched on."
+    from markdown_it import MarkdownIt
+    return MarkdownIt("zero").enable(["backticks", "emphasis", "heading", "table"])
 
 def words(text: str) -> str:
     "Inline Markdown as HTML, escaped."
-    return MARKDOWN.renderInline(text)
+    return markdown().renderInline(text)
 
 # %% ../../nbs/55_record.report.ipynb #49876427
 def boxed(tables: str, kind: str = "") -> str:
@@ -35,17 +37,18 @@ def boxed(tables: str, kind: str = "") -> str:
 
 def as_html(text: str) -> str:
     "Markdown as HTML; every heading is one of a section."
-    tokens = MARKDOWN.parse(text)
+    tokens = markdown().parse(text)
     for token in tokens:
         if token.type.startswith("heading"): token.tag = "h3"
         if token.type in ("th_open", "td_open"): token.attrs = {}  # the page aligns its tables by itself
-    return boxed(MARKDOWN.renderer.render(tokens, MARKDOWN.options, {})).strip()
+    return boxed(markdown().renderer.render(tokens, markdown().options, {})).strip()
 
 # %% ../../nbs/55_record.report.ipynb #f3a8bd29
 def table(lines: list[list[str]], # the header first
           kind: str = "",         # "text": cells of sentences, which break
           ) -> str:
     "An HTML table in a box that scrolls."
+    import pandas as pd
     frame = pd.DataFrame([[words(cell) for cell in cells] for cells in lines[1:]],
                          columns=[words(cell) for cell in lines[0]])
     plain = frame.to_html(index=False, escape=False, border=0).replace(' class="dataframe"', "")

@@ -59,7 +59,9 @@ class Tried(NamedTuple):
 
 def base_tried(run: Pipeline) -> Tried:
     languages = list(LANGUAGES)
-    exams = {ability: dev_exam(run, run.base, ability, languages) for ability in run.recipe.abilities}
+    exams = {}
+    for ability in run.recipe.abilities:
+        exams[ability] = dev_exam(run, run.base, ability, languages)
     return Tried(run, "base", run.base, exams, languages, languages)
 
 def ability_tried(run: Pipeline, ability: str) -> Tried:

@@ -74,11 +74,11 @@ def real_text(recipe: Recipe, store: Store) -> Text:
     files = [f"{corpus} {(REAL/f'{corpus}.jsonl').stat().st_size}" for corpus in FORUMS]
     files.append(sysconfig.get_python_version())
     text = store.stage("text", lambda part, step: write_real(part), files=files)
-    corpora = recipe.corpora | {corpus: Source(text/f"{corpus}.jsonl") for corpus in (*FORUMS, "code")}
+    real = {corpus: Source(text/f"{corpus}.jsonl") for corpus in (*FORUMS, "code")}
     given = recipe.training
     training = replace(given, tokens=given.tokens // 2, batch_tokens=given.batch_tokens // 2)
     held_out = Source(text/"held_out"/f"{FITTED}.jsonl")
-    return Text(replace(recipe, corpora=corpora, training=training), held_out)
+    return Text(replace(recipe, corpora=recipe.corpora | real, training=training), held_out)
 
 def text_of(run: Pipeline) -> Text:
     store = Store(run.store.root)
@@ -181,11 +181,13 @@ def last_loss(report: dict) -> dict:
 def report_rows(report: dict, rate: int) -> list[dict]:
     "What one training tells."
     rows = [last_loss(report) | dict(setting={"rate": rate})]
-    rows += [dict(metric="held-out loss", setting={"rate": rate, "step": int(step)}, value=loss, n=HELD_OUT)
-             for step, loss in report["held_out"].items()]
+    for step, loss in report["held_out"].items():
+        setting = {"rate": rate, "step": int(step)}
+        rows.append(dict(metric="held-out loss", setting=setting, value=loss, n=HELD_OUT))
     if rate > 1: return rows
-    rows += [dict(metric="training loss", setting={"step": p.step}, value=p.mean, stderr=p.stderr, n=p.n)
-             for p in thinned(report["losses"], POINTS)]
+    for point in thinned(report["losses"], POINTS):
+        rows.append(dict(metric="training loss", setting={"step": point.step},
+                         value=point.mean, stderr=point.stderr, n=point.n))
     return rows + [dict(metric="trained scalars", setting={}, value=report["trained"], n=1)]
 
 # %% ../../nbs/69h_study.empirical.ipynb #cbe71a49
@@ -199,8 +201,12 @@ def loss_rows(run: Pipeline, curves: Fits) -> list[dict]:
     return rows
 
 # %% ../../nbs/69h_study.empirical.ipynb #1b165419
-PAIRS = [(FORUMS[0], FORUMS[1]), *((forum, "code") for forum in FORUMS),
-         *((forum, forum.replace("forum", "general")) for forum in FORUMS), ("general/zh", "general/en")]
+PAIRS = [
+    (FORUMS[0], FORUMS[1]),
+    *((forum, "code") for forum in FORUMS),
+    *((forum, forum.replace("forum", "general")) for forum in FORUMS),
+    ("general/zh", "general/en"),
+]
 FLOOR = (*FORUMS, "code")  # corpora that are compared with themselves at another seed
 
 def compared_pairs(seeds: list[int]) -> list[tuple]:

@@ -64,7 +64,8 @@ def selection_rows(found: list[Packs]) -> list[dict]:
     rows = []
     for packs in found:
         chosen = selected(packs)
-        about = dict(method="maet", task=packs.ability, metric="share", n=len(chosen), seed=packs.run.seed)
+        about = dict(method="maet", task=packs.ability, metric="share",
+                     n=len(chosen), seed=packs.run.seed)
         for kinds in KINDS:
             share = sum(of_kinds(name, kinds) for name in chosen) / len(chosen)
             rows.append(about | dict(setting={"kinds": kinds}, value=share))
@@ -140,11 +141,13 @@ def absent_words(ids: Tensor, words: int) -> Tensor: # (words,), bool
     return torch.bincount(ids.flatten().long(), minlength=words)[:words] == 0
 
 def word_rows(mask: Tensor, absent: Tensor) -> list[dict]: # mask: (words, hidden)
-    "Are key neurons of the embedding in rows of words that were read? Beside the share of unread words."
+    """Are key neurons of the embedding in rows of words that were read?
+    Beside the share of unread words."""
     key = int(mask.sum())
     of_key = float(mask[absent].sum() / mask.sum())
     shares = {"key neurons": of_key, "tokens": float(absent.float().mean())}
-    return [dict(task="keys", setting={"absent": of}, value=share, n=key) for of, share in shares.items()]
+    return [dict(task="keys", setting={"absent": of}, value=share, n=key)
+            for of, share in shares.items()]
 
 # %% ../../nbs/69d_study.key_neurons.ipynb #ce50db0a
 def weight_shares(base: Checkpoint, delta) -> dict[str, dict[tuple, float]]:

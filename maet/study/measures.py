@@ -25,7 +25,8 @@ class Measure(NamedTuple):
     "What a study reads, and how."
     # one run for each seed -> paths of what is needed, whether made or planned
     wanted: Callable[[list[Pipeline]], Any]
-    rows: Callable[[Any], list[dict]]       # what `wanted` gave -> rows, with the fields that differ
+    # what `wanted` gave -> rows, with the fields that differ
+    rows: Callable[[Any], list[dict]]
 
 def ask(wanted: Callable, recipe: Recipe, seeds: list[int], store: Store):
     "What a measure wants of a store."
@@ -64,4 +65,5 @@ def measure_job(measure: Measure,
     shared |= dict(versions=versions(), commit=commit())
     rows = [shared | row for row in measured(measure, recipe, Path(out), seeds)]
     new = append(ledger, rows) if ledger else 0
-    return f"{name}: {len(rows)} rows of seeds {', '.join(map(str, seeds))}, {new} of them new in {ledger}"
+    of_seeds = ", ".join(map(str, seeds))
+    return f"{name}: {len(rows)} rows of seeds {of_seeds}, {new} of them new in {ledger}"

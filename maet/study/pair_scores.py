@@ -71,9 +71,10 @@ class Answers:
                 for seeds, exam in kept.items()}
 
     def by_seed(self, line: Line, target: str, where: str) -> Tensor: # (seeds, items)
-        "A row for each seed, whose mean is the mean of the models. `target`: a language, or `average`."
+        "A row for each seed; their mean is that of the models. `target`: a language, or `average`."
         if target != "average": return rows_of_seeds(self.models(line, target, where))
-        return torch.stack([self.by_seed(line, language, where) for language in self.spoken]).mean(0)
+        of_all = [self.by_seed(line, language, where) for language in self.spoken]
+        return torch.stack(of_all).mean(0)
 
 # %% ../../nbs/69f_study.pair_scores.ipynb #c9e5df2d
 def score(items: Tensor) -> dict: # (items,)
@@ -202,7 +203,8 @@ def best_rows(answers: Answers) -> list[dict]:
 def score_rows(answers: Answers) -> list[dict]:
     "What each line scores: in its own language, in English, in all; its best and worst."
     rows = []
-    for line in (*SINGLE, *PAIRED, *EQUAL, *TAKEN, *STIRRED): rows += mean_rows(answers, line, "own")
+    for line in (*SINGLE, *PAIRED, *EQUAL, *TAKEN, *STIRRED):
+        rows += mean_rows(answers, line, "own")
     for line in (*ELSEWHERE, *TAKEN):
         rows += mean_rows(answers, line, answers.reference) + mean_rows(answers, line, "all")
     rows += mean_rows(answers, Line("language expert"), answers.reference)

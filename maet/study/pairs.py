@@ -63,7 +63,8 @@ OTHERS = {"outside: language": dict(outside="language"),
           "by magnitude": dict(weights="magnitude"),
           "norms with their layer": dict(norms="layer")}
 SWAPS = {"default": {}} | ENDS | ZONES | OTHERS
-RANGE = ["default", "bottom 1, top 0", *ZONES, "by magnitude"] # those that four layers can tell apart
+# those that four layers can tell apart
+RANGE = ["default", "bottom 1, top 0", *ZONES, "by magnitude"]
 
 # %% ../../nbs/69e_study.pairs.ipynb #7937a584
 BACK = {
@@ -92,8 +93,9 @@ def sat_once(run: Pipeline, name: str, file: MergeFile, languages: list[str]) ->
         shutil.rmtree(part/"checkpoint")
 
     items = recipe.exam.limit or (recipe.world.items if recipe.world else 250)
-    return run.store.stage(f"exam.{ABILITY}.{name}", make, ITEM_COST * items * len(languages),
-                           merge=file(run.identity), data=identity, shots=recipe.exam.shots, **asked)
+    cost = ITEM_COST * items * len(languages)
+    return run.store.stage(f"exam.{ABILITY}.{name}", make, cost, merge=file(run.identity),
+                           data=identity, shots=recipe.exam.shots, **asked)
 
 # %% ../../nbs/69e_study.pairs.ipynb #c7c7830f
 class Model(NamedTuple):
@@ -134,7 +136,9 @@ def pair_exams(runs: list[Pipeline], made: list[Experts]) -> Exams:
         pair = of_math[ABILITY], spoken[target]
         asked = languages_of(first) if i == j else [target]
         files = {key: (file, asked) for key, file in pair_files(first, *pair).items()}
-        if i == j: files |= {key: (file, [target]) for key, file in more_files(first, *pair).items()}
+        if i == j:
+            further = more_files(first, *pair)
+            files |= {key: (file, [target]) for key, file in further.items()}
         for (method, config), (file, languages) in files.items():
             exams = found.setdefault(Model(method, config, target), {})
             exams[i, j] = sat_once(first, f"{method}.{target}", file, languages)
