@@ -51,12 +51,14 @@ def _autocast(training, stored, deepspeed, device):
 # %% ../../nbs/24_training.loading.ipynb #b6692ea5
 @contextmanager
 def _no_bars():
-    "Progress bars of transformers off, and back to what they were."
+    "Progress bars and reports of transformers off, and back to what they were."
     from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would report of a broken checkpoint is one line of ours
     try: yield
     finally:
+        logging.set_verbosity(level)
         if shown: logging.enable_progress_bar()
 
 # %% ../../nbs/24_training.loading.ipynb #752d4c91

@@ -64,12 +64,14 @@ def _is_not_negative(value): return 0 <= value < math.inf
 def _is_seed(value): return 0 <= value < 2**32
 def _is_any(value): return True
 
+MOST = 2**63 # of a number that counts something
+
 def _or_none(must, default): return must if default is not None else f"{must}, or none"
 
 # %% ../../nbs/22_training.schedule.ipynb #db01b7b0
 def _whole(least, default):
-    "A whole number, `least` or more; with a default of None it may also be none."
-    def ok(value): return value >= least
+    "A whole number, `least` or more, that 64 bits hold; with a default of None it may also be none."
+    def ok(value): return least <= value < MOST
     must = f"a whole number above {least - 1}" if least else "a whole number, 0 or more"
     return _setting(default, int, ok, _or_none(must, default))
 
