@@ -42,7 +42,7 @@ def _is_answer(row) -> bool:
     if not isinstance(sums, list) or not all(map(_is_number, sums)): return False
     scored = "statistics" in row or "correct" in row or {"bits", "bytes"} <= row.keys()
     counted = [row[key] for key in ("correct", "bits", "bytes") if key in row]
-    return scored and all(map(_is_number, counted))
+    return scored and all(map(_is_number, counted)) and 0 <= row.get("correct", 0) <= 1
 
 def _sample(where: str, row) -> dict:
     "An answer, checked."
@@ -58,6 +58,8 @@ def by_level(out: str | Path, # the folder that `examine` wrote its samples to
         raise MaetError(f"task {task!r}: its answers are neither right nor wrong")
     correct = {}
     for answer in _samples(out, task, language):
+        if not {"level", "correct"} <= answer.keys():
+            raise MaetError(f"{out}/{task}/{language}.jsonl: an answer has no level or no score: examine again")
         correct.setdefault(answer["level"], []).append(answer["correct"])
     found = {}
     for level in sorted(correct, key=str):
@@ -269,7 +271,7 @@ def _is_result(row) -> bool:
     numbers = [row.get(key) for key in ("value", "n", "seconds")]
     if not all(isinstance(text, str) for text in texts): return False
     if not all(isinstance(number, int | float) for number in numbers): return False
-    return isinstance(row.get("stderr"), int | float | None)
+    return "stderr" in row and isinstance(row["stderr"], int | float | None)
 
 # %% ../../nbs/45_exams.evaluation.ipynb #485e0108
 def _finished(out: Path) -> dict[tuple[str, str], dict]: # (task, language) -> row
