@@ -755,6 +755,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'maet.record.report._of_figure': ('record.report.html#_of_figure', 'maet/record/report.py'),
                                     'maet.record.report._seed_folders': ('record.report.html#_seed_folders', 'maet/record/report.py'),
                                     'maet.record.report._stage': ('record.report.html#_stage', 'maet/record/report.py'),
+                                    'maet.record.report._table_row': ('record.report.html#_table_row', 'maet/record/report.py'),
                                     'maet.record.report._tokens': ('record.report.html#_tokens', 'maet/record/report.py'),
                                     'maet.record.report.as_html': ('record.report.html#as_html', 'maet/record/report.py'),
                                     'maet.record.report.boxed': ('record.report.html#boxed', 'maet/record/report.py'),

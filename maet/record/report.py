@@ -44,15 +44,18 @@ def as_html(text: str) -> str:
     return boxed(markdown().renderer.render(tokens, markdown().options, {})).strip()
 
 # %% ../../nbs/55_record.report.ipynb #f3a8bd29
+def _table_row(cells: list[str], tag: str) -> str: # tag: th or td
+    "A line of a table."
+    return "<tr>" + "".join(f"<{tag}>{words(cell)}</{tag}>" for cell in cells) + "</tr>"
+
 def table(lines: list[list[str]], # the header first
           kind: str = "",         # "text": cells of sentences, which break
           ) -> str:
     "An HTML table in a box that scrolls."
-    import pandas as pd
-    frame = pd.DataFrame([[words(cell) for cell in cells] for cells in lines[1:]],
-                         columns=[words(cell) for cell in lines[0]])
-    plain = frame.to_html(index=False, escape=False, border=0).replace(' class="dataframe"', "")
-    return boxed(plain, kind)
+    header, *others = lines
+    body = "\n".join(_table_row(cells, "td") for cells in others)
+    head = _table_row(header, "th")
+    return boxed(f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table>", kind)
 
 # %% ../../nbs/55_record.report.ipynb #fe5dbbce
 class Section(NamedTuple):
