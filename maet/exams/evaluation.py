@@ -59,7 +59,8 @@ def by_level(out: str | Path, # the folder that `examine` wrote its samples to
     correct = {}
     for answer in _samples(out, task, language):
         if not {"level", "correct"} <= answer.keys():
-            raise MaetError(f"{out}/{task}/{language}.jsonl: an answer has no level or no score: examine again")
+            where = Path(out)/task/f"{language}.jsonl"
+            raise MaetError(f"{where}: an answer has no level or no score: examine again")
         correct.setdefault(answer["level"], []).append(answer["correct"])
     found = {}
     for level in sorted(correct, key=str):
