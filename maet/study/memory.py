@@ -61,18 +61,14 @@ class Watch(TorchDispatchMode):
     def _gone(self, entry): self.live[entry[0]] -= entry[1]
 
 # %% ../../nbs/64_study.memory.ipynb #fe5dbbce
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v: sdpa_flop_count(
-        q, k, v
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
-}
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def _flops(operation, args, kwargs, out) -> int:
     "Of one operation: two for each multiplication of a matrix product."
     packet = operation._overloadpacket
-    if packet in _ATTENTION:
-        return _ATTENTION[packet](*(t.shape for t in args[:4 if "backward" in str(packet) else 3]))
+    if packet == _FORWARD: return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if packet == _BACKWARD: return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 # %% ../../nbs/64_study.memory.ipynb #9d8dafb1
@@ -80,11 +76,8 @@ def _dispatch(self, operation, types, args=(), kwargs=None):
     out = operation(*args, **(kwargs or {}))
     for tensor in tree_leaves((args, kwargs, out)):
         if not isinstance(tensor, Tensor): continue
-        kind = (
-            "logits"
-            if self.vocabulary and tensor.dim() > 1 and self.vocabulary == tensor.shape[-1]
-            else "activations"
-        )
+        is_logits = self.vocabulary and tensor.dim() > 1 and self.vocabulary == tensor.shape[-1]
+        kind = "logits" if is_logits else "activations"
         for storage in _storages(tensor):
             if storage not in self.known: self._meet(storage, kind)
     self.flops += _flops(operation, args, kwargs or {}, out)
@@ -108,12 +101,8 @@ def expected_block(shape: tuple,      # of a tensor
     block = Block(chosen(rows, 1 - (1 - ratio)**columns), chosen(columns, 1 - (1 - ratio)**rows), None)
     if columns == 1 or ratio == 1: return block  # a vector's block is full
     size = math.prod(len(lines) if lines is not None else n for lines, n in zip(block, (rows, columns)))
-    return block._replace(
-        inside=torch.empty(
-            max(1, round(ratio * rows * columns)),
-            dtype=torch.int32 if size < 2**31 else torch.int64,
-        )
-    )
+    key = max(1, round(ratio*rows*columns))
+    return block._replace(inside=torch.empty(key, dtype=torch.int32 if size < 2**31 else torch.int64))
 
 # %% ../../nbs/64_study.memory.ipynb #bd307a3e
 # spread: by ZeRO
@@ -127,10 +116,8 @@ def trained_form(config, training: Training, ratio: float, granularity: str, spr
     with torch.device("meta"):
         if training.mode != "key-neuron": return loading.prepare(model, training).train()
         model = loading.prepare(model, replace(training, mode="dense"))
-        return freeze_at(
-            model,
-            {id(p): expected_block(tuple(p.shape), ratio, granularity) for p in model.parameters()},
-        ).train()
+        blocks = {id(p): expected_block(tuple(p.shape), ratio, granularity) for p in model.parameters()}
+        return freeze_at(model, blocks).train()
 
 # train asks a DeepSpeed config whether there is a stage above 0
 _ZERO = dict(zero_optimization=dict(stage=1))
@@ -149,12 +136,8 @@ def _without_storage(model):
     def fake(tensor):
         if id(tensor) not in known:
             new = torch.empty(tensor.shape, dtype=tensor.dtype)
-            known[id(tensor)] = (
-                tensor,
-                nn.Parameter(new, tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else new,
-            )
+            if isinstance(tensor, nn.Parameter): new = nn.Parameter(new, tensor.requires_grad)
+            known[id(tensor)] = tensor, new
         return known[id(tensor)][1]
     for module in model.modules():
         for own in (module._parameters, module._buffers):
@@ -225,15 +208,14 @@ def _prepared(model, watch, accumulated: bool):
 
 # %% ../../nbs/64_study.memory.ipynb #cb8b1faf
 def _step(model, optimizer, ids, clip: float, autocast=nullcontext, lap=lambda: None):
-    "Room 10's step, as the Trainer takes it. `lap` is called after forward and after backward."
+    "A step as the Trainer takes it. `lap` is called after forward and after backward."
     with autocast(): loss = model(input_ids=ids, labels=ids).loss
     lap()
     loss.backward()
     lap()
     if clip:
-        torch.nn.utils.clip_grad_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], clip
-        )
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -241,23 +223,16 @@ def _step(model, optimizer, ids, clip: float, autocast=nullcontext, lap=lambda: 
 def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spread) -> Rehearsal:
     from torch._subclasses.fake_tensor import FakeTensorMode
     model = trained_form(config, training, ratio, granularity, spread)
-    ids, laps = torch.Size((sequences, training.sequence_length)), []
+    ids = torch.Size((sequences, training.sequence_length))
+    autocast = loading._autocast(training, stored(config), _ZERO if spread else None, torch.device("cpu"))
+    laps = []
+    def lap(): laps.append(len(watch.timeline))
     with FakeTensorMode(), Watch(of_text(config).vocab_size) as watch, _blind():
         optimizer = _prepared(_without_storage(model), watch, accumulated)
-        _step(
-            model,
-            optimizer,
-            torch.zeros(ids, dtype=torch.long),
-            training.max_grad_norm,
-            loading._autocast(
-                training, stored(config), _ZERO if spread else None, torch.device("cpu")
-            ),
-            lambda: laps.append(len(watch.timeline)),
-        )
-    trained, timelines = (
-        [p for p in model.parameters() if p.requires_grad],
-        np.split(np.array(watch.timeline), laps),
-    )
+        read = torch.zeros(ids, dtype=torch.long)
+        _step(model, optimizer, read, training.max_grad_norm, autocast, lap)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    timelines = np.split(np.array(watch.timeline), laps)
     scalars = sum(math.prod(shape) for shape in shapes(config).values())
     return Rehearsal(
         tuple(timelines),

@@ -58,7 +58,7 @@ def find_block(mask: Tensor, # bool, any shape
     return Block(rows, columns, inside)
 
 # %% ../../nbs/21_training.sparse.ipynb #fe5dbbce
-def read_keys(tensor: Tensor, # any shape
+def key_values(tensor: Tensor, # any shape
               block: Block) -> Tensor: # (n,) the key neurons in C order
     "Read the key neurons."
     part = _cut(_matrix(tensor), block).reshape(-1)
@@ -66,7 +66,7 @@ def read_keys(tensor: Tensor, # any shape
     return part.index_select(0, block.inside)  # twice as fast as part[inside]
 
 # %% ../../nbs/21_training.sparse.ipynb #effcb71d
-def write_keys(tensor: Tensor, # contiguous; changed in place
+def set_key_values(tensor: Tensor, # contiguous; changed in place
                block: Block,
                values: Tensor): # (n,) of any float dtype: rounded to the tensor's
     "Write the key neurons; every other scalar keeps its bits."
@@ -114,7 +114,7 @@ def _at_places(rows: Tensor, # (u,) ascending numbers of the used rows, within t
 # %% ../../nbs/21_training.sparse.ipynb #dfa0a952
 def take_sparse(grad: Tensor, # sparse, (rows, columns): torch's gradient of an embedding
                 block: Block, dtype) -> Tensor: # (n,) in C order
-    "`read_keys` of a gradient that only some rows have; nothing of the size of the matrix is made."
+    "`key_values` of a gradient that only some rows have; nothing of the size of the matrix is made."
     grad = torch.sparse_coo_tensor(
         grad._indices(), grad._values().to(dtype), grad.shape, check_invariants=False).coalesce()
     total = grad.shape[0]
@@ -136,7 +136,7 @@ class KeyWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if grad.is_sparse: part = take_sparse(grad, ctx.block, ctx.dtype)
-        else: part = read_keys(grad, ctx.block)
+        else: part = key_values(grad, ctx.block)
         return part.to(ctx.dtype), None, None
 
 # %% ../../nbs/21_training.sparse.ipynb #f1abd670
@@ -163,7 +163,7 @@ def _product_keys(rows: Tensor,    # (tokens, W's rows)
     "The key neurons of rows^T columns. Only the block of the product is computed."
     if block.rows is not None: rows = rows.index_select(1, block.rows)
     if block.columns is not None: columns = columns.index_select(1, block.columns)
-    return read_keys(rows.t() @ columns, Block(None, None, block.inside))
+    return key_values(rows.t() @ columns, Block(None, None, block.inside))
 
 # %% ../../nbs/21_training.sparse.ipynb #3f148b5d
 class KeyProduct(torch.autograd.Function):
@@ -178,7 +178,7 @@ class KeyProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): # grad: (..., out)
         x, weight, values = ctx.kept.saved_tensors
-        if ctx.gathered_anew: write_keys(weight.data, ctx.block, values.data)
+        if ctx.gathered_anew: set_key_values(weight.data, ctx.block, values.data)
         x = x.to(grad.dtype)  # under autocast they are wider than the gradient
         weight = weight.to(grad.dtype)
         if ctx.transposed: weight = weight.t()
@@ -205,7 +205,7 @@ def _write(module, name):
     """Put the values into the frozen tensor's storage.
     By `.data`: they stay as they are until backward is through."""
     values = getattr(module, name + VALUES)
-    write_keys(module._parameters[name].data, _block(module, name), values.data)
+    set_key_values(module._parameters[name].data, _block(module, name), values.data)
 
 # %% ../../nbs/21_training.sparse.ipynb #1bae0bcd
 def _carry(module, name):
@@ -343,7 +343,7 @@ def _values(parameter, block):
     "The trainable values of one tensor: float32, or wider if the tensor is."
     with gathered(parameter):
         if not sharded(parameter): parameter.data = parameter.data.contiguous()
-        values = read_keys(parameter.data, block)
+        values = key_values(parameter.data, block)
     return nn.Parameter(values.to(torch.promote_types(parameter.dtype, torch.float32), copy=True))
 
 # %% ../../nbs/21_training.sparse.ipynb #20be6203
