@@ -50,7 +50,7 @@ def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | 
     from maet.study.studies import settings
 
     measure, (_, recipe) = measure_named(asked.measure), settings(asked)[0]
-    must_fit(recipe, lambda run, ability: measure.wanted([run]))
+    must_fit(recipe)  # what a measure trains is as large as Algorithm 1's, and asking it would make texts
     seeds = asked.seeds if seed is None else [seed]
     return measure_job(measure, recipe, name, out, seeds, ledger or Path(f"data/results/{name}.jsonl"))
 

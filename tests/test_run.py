@@ -186,6 +186,7 @@ def test_a_measure_reads_what_a_run_left(undisturbed, tmp_path, measure):
     assert not any(done.returncode for done in told), told[0].stderr + told[-1].stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert any(row["metric"] == MEASURED[measure] for row in rows) and {row["study"] for row in rows} == {"asked"}
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.yml", "data", "out", "rows.jsonl", "tiny.yml"}
     assert f"{len(rows)} of them new" in told[0].stdout and all(" 0 of them new" in again.stdout for again in told[1:])
 
 

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/69g_study.calibration.ipynb #7340569c
-import json, math
+import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,15 @@ import torch
 
 from ..exams.asking import examine
 from ..exams.evaluation import average, by_level
+from ..record.ledger import read_scores
 from .algorithm import Pipeline, expert, trained
 from .measures import Measure
-from .recipes import Rivals
+from .recipes import Rivals, open_tokenizer
+from .scores import write_scores
 from ..text.documents import Source
 from ..text.prose import LANGUAGES
 from ..text.tokens import corpus
+from ..training.schedule import MODES
 from ..weights.checkpoints import Checkpoint
 from ..weights.differences import apply_delta, open_delta
 
@@ -33,7 +37,7 @@ def dev_exam(run: Pipeline, model: Path, task: str, languages: list[str]) -> Pat
         def progress(done, total): step(done, total, math.nan)
         scores = examine(model, world/"exams"/"dev", [task], languages, out=part/"samples",
                          batch_size=run.recipe.exam.batch_size, progress=progress)
-        (part/"scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_scores(part, scores)
 
     return run.store.stage(f"dev.{task}", make, model=run.identity(model), data=world.name,
                            task=task, languages=languages)
@@ -81,10 +85,12 @@ def language_tried(run: Pipeline, language: str) -> Tried:
     return Tried(run, f"expert-{language}", model, exams, [language], [language])
 
 def world_wanted(runs: list[Pipeline]) -> list[Tried]:
-    run = runs[0]
-    abilities = [ability_tried(run, ability) for ability in run.recipe.abilities]
-    languages = [language_tried(run, language) for language in run.recipe.languages]
-    return [base_tried(run), *abilities, *languages]
+    found = []
+    for run in runs:
+        found.append(base_tried(run))
+        found += [ability_tried(run, ability) for ability in run.recipe.abilities]
+        found += [language_tried(run, language) for language in run.recipe.languages]
+    return found
 
 # %% ../../nbs/69g_study.calibration.ipynb #e76259a0
 HELD_OUT = 16_384  # tokens
@@ -92,10 +98,10 @@ HELD_OUT = 16_384  # tokens
 @torch.no_grad()
 def prose_loss(tried: Tried, language: str) -> dict:
     "A row: mean loss on held-out prose of a language."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     run, training = tried.run, tried.run.recipe.training
     network = AutoModelForCausalLM.from_pretrained(tried.model, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(run.base, local_files_only=True)
+    tokenizer = open_tokenizer(run.base)
     text = Source(run.texts.folder()/"held_out"/f"{language}.jsonl")
     ids = corpus([text], tokenizer, HELD_OUT, training.sequence_length, training.seed).ids.long()
     each = torch.tensor([network(input_ids=row[None], labels=row[None]).loss for row in ids])
@@ -107,7 +113,7 @@ def prose_loss(tried: Tried, language: str) -> dict:
 def exam_rows(tried: Tried, task: str) -> list[dict]:
     "Scores of every language, their average, and each level of difficulty."
     exam = tried.exams[task]
-    scores = json.loads((exam/"scores.json").read_text(encoding="utf-8"))
+    scores = read_scores(exam)
     if tried.asked == list(LANGUAGES):
         scores.append(average(scores, exam/"samples", task, tried.run.recipe.languages))
     rows = [score | dict(method=tried.method, setting={}) for score in scores]
@@ -121,15 +127,15 @@ def exam_rows(tried: Tried, task: str) -> list[dict]:
 def world_rows(found: list[Tried]) -> list[dict]:
     rows = []
     for tried in found:
-        for task in tried.exams: rows += exam_rows(tried, task)
-        rows += [prose_loss(tried, language) for language in tried.prose]
-    return [row | dict(seed=found[0].run.seed) for row in rows]
+        here = [row for task in tried.exams for row in exam_rows(tried, task)]
+        here += [prose_loss(tried, language) for language in tried.prose]
+        rows += [row | dict(seed=tried.run.seed) for row in here]
+    return rows
 
 WORLD = Measure(world_wanted, world_rows)
 
 # %% ../../nbs/69g_study.calibration.ipynb #2eaba60f
 CANDIDATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-MODES = ("dense", "lora", "key-neuron")
 
 def at_rate(run: Pipeline, ability: str, mode: str, rate: float) -> Path: # a checkpoint
     "The English ability, trained in one way at one rate."
@@ -152,20 +158,19 @@ class Candidate(NamedTuple):
 
 # %% ../../nbs/69g_study.calibration.ipynb #c21a59b0
 def rates_wanted(runs: list[Pipeline]) -> list[Candidate]:
-    run, found = runs[0], []
-    for mode in MODES:
-        for ability in run.recipe.abilities:
-            for rate in CANDIDATES:
-                model = at_rate(run, ability, mode, rate)
-                exam = dev_exam(run, model, ability, [run.recipe.reference])
-                found.append(Candidate(run, ability, mode, rate, exam))
+    found = []
+    for run in runs:
+        for mode, ability, rate in product(MODES, run.recipe.abilities, CANDIDATES):
+            model = at_rate(run, ability, mode, rate)
+            exam = dev_exam(run, model, ability, [run.recipe.reference])
+            found.append(Candidate(run, ability, mode, rate, exam))
     return found
 
 # %% ../../nbs/69g_study.calibration.ipynb #1379c18b
 def rate_rows(found: list[Candidate]) -> list[dict]:
     rows = []
     for of in found:
-        score, = json.loads((of.exam/"scores.json").read_text(encoding="utf-8"))
+        score, = read_scores(of.exam)
         setting = {
             "ability": of.ability,
             "learning_rate": of.rate,

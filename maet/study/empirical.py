@@ -7,18 +7,17 @@ __all__ = []
 
 # %% ../../nbs/69h_study.empirical.ipynb #d0463132
 import json, sysconfig
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..method.similarity import Weights, random_keys, similarities, thinned
 from .algorithm import Pipeline, located
 from .measures import Measure
-from .recipes import Recipe
+from .recipes import Recipe, open_tokenizer
 from .stages import Store
 from .texts import plain, tokens
 from ..text.documents import Source
-from ..text.miniworld import write_forums
 from ..text.tables import write_tokens
 from ..training.jobs import Job
 from ..training.launch import run_job
@@ -41,14 +40,10 @@ class Text(NamedTuple):
 # %% ../../nbs/69h_study.empirical.ipynb #641b6ccb
 def world_text(recipe: Recipe, store: Store) -> Text:
     "The mini world's corpora, of the seed that the main study has."
-    world = asdict(recipe.world)
-    settings = {key: world[key] for key in ("seed", "documents", "items")}
-    forums = store.stage("forums", lambda part, step: write_forums(part, **settings), **settings)
-    general = Pipeline(recipe, store).texts.folder()
-    folders = dict.fromkeys(FORUMS + OTHERS, forums)
-    folders |= {corpus: general for corpus in folders if corpus.startswith("general")}
-    corpora = {corpus: Source(folder/f"{corpus}.jsonl") for corpus, folder in folders.items()}
-    return Text(replace(recipe, corpora=corpora), Source(forums/"held_out"/f"{FITTED}.jsonl"))
+    texts = Pipeline(recipe, store).texts
+    corpora = {corpus: Source(texts.folder(corpus)/f"{corpus}.jsonl") for corpus in FORUMS + OTHERS}
+    held_out = texts.folder(FITTED)/"held_out"/f"{FITTED}.jsonl"
+    return Text(replace(recipe, corpora=corpora), Source(held_out))
 
 # %% ../../nbs/69h_study.empirical.ipynb #b2195a1d
 def split(lines: list[str], out: Path, corpus: str) -> None:
@@ -115,9 +110,7 @@ def fit(run: Pipeline, corpus: str, keys: Path | None = None,
 
 # %% ../../nbs/69h_study.empirical.ipynb #2dc1343c
 def held_table(run: Pipeline, part: Path, source: Source) -> str:
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(run.base)
-    length = run.recipe.training.sequence_length
+    tokenizer, length = open_tokenizer(run.base), run.recipe.training.sequence_length
     return str(write_tokens(part/"held.safetensors", [source], tokenizer, HELD_OUT, length, 0))
 
 def random_ones(run: Pipeline, top: Path, alike: bool) -> Path:

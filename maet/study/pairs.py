@@ -16,7 +16,7 @@ from ..exams.asking import examine
 from ..method.merge import merge
 from .algorithm import Pipeline
 from .rivals import ROWS, experts
-from .scores import ITEM_COST, exam_data, examined, sat
+from .scores import exam_cost, exam_data, examined, sat
 
 # %% ../../nbs/69e_study.pairs.ipynb #99aa7440
 ABILITY = "mathematics"
@@ -92,8 +92,7 @@ def sat_once(run: Pipeline, name: str, file: MergeFile, languages: list[str]) ->
         examine(part/"checkpoint", data, **asked, **kept, shots=recipe.exam.shots)
         shutil.rmtree(part/"checkpoint")
 
-    items = recipe.exam.limit or (recipe.world.items if recipe.world else 250)
-    cost = ITEM_COST * items * len(languages)
+    cost = exam_cost(recipe, languages, tasks)
     return run.store.stage(f"exam.{ABILITY}.{name}", make, cost, merge=file(run.identity),
                            data=identity, shots=recipe.exam.shots, **asked)
 

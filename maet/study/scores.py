@@ -21,6 +21,7 @@ from ..exams.evaluation import ASKING, average
 from ..record.ledger import commit, read_scores, versions
 from .stages import Store
 from .algorithm import Pipeline
+from .recipes import Recipe
 from .rivals import models
 from .studies import Study, methods_of, settings, words
 
@@ -69,6 +70,10 @@ def world_exams(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
 # %% ../../nbs/67_study.scores.ipynb #4747ed5e
 ITEM_COST = 40  # tokens of training that take as long as one question: for the time that is left
 
+def exam_cost(recipe: Recipe, languages: list[str], tasks: list[str]) -> int: # tokens of training
+    items = recipe.exam.limit or (recipe.world.items if recipe.world else 250)
+    return ITEM_COST * items * len(languages) * len(tasks)
+
 # %% ../../nbs/67_study.scores.ipynb #7758fcd2
 def write_scores(folder: Path, scores: list[dict]) -> None:
     text = json.dumps(scores, indent=1) + "\n"
@@ -100,10 +105,8 @@ def sat(run: Pipeline, name: str, model: Path, ability: str, languages: list[str
             scores += averages(scores, samples, tasks, recipe.languages, languages)
         write_scores(part, scores)
 
-    items = exam.limit or (recipe.world.items if recipe.world else 250)
-    cost = ITEM_COST * items * len(languages) * len(tasks)
     return run.store.stage(
-        f"exam.{ability}.{name}", make, cost,
+        f"exam.{ability}.{name}", make, exam_cost(recipe, languages, tasks),
         model=run.identity(model), data=identity, tasks=tasks, languages=languages,
         limit=exam.limit, batch_size=exam.batch_size, shots=exam.shots, asking=ASKING)
 
