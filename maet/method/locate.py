@@ -6,7 +6,7 @@
 __all__ = ['locate']
 
 # %% ../../nbs/33_method.locate.ipynb #b6135e54
-import os, tempfile
+import copy, os, tempfile
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +23,12 @@ from ..weights.tensors import MaetError, of_kinds
 from ..weights.streams import finite, in_order, pieces, progress_bar
 from ..weights.checkpoints import Checkpoint
 from ..weights.saving import room_for
-from ..weights.deltas import Lazy, ones
-from ..weights.packs import save_keys
+from ..weights.deltas import Lazy, Packed, ones
+from ..weights.packs import Pack, save_keys
 from ..weights.differences import Difference
 from maet.method.neurons import (
-    Cut, above, cut, key_count, key_neurons, key_share, moves, neurons_of, spread_piece, squares,
+    Cut, Key, above, cut, key_count, key_neurons, key_share, lots, moves, neurons_of, spread_piece,
+    squares, with_lot,
 )
 
 # %% ../../nbs/33_method.locate.ipynb #b6692ea5
@@ -127,13 +128,15 @@ def bytes_at(file, offset: int, length: int) -> np.ndarray: # (length,) uint8
 BLOCK = 1 << 18  # scalars
 
 # %% ../../nbs/33_method.locate.ipynb #70023e45
-def scores_of(difference: Difference, name: str,
+def scores_of(difference: Difference | Pack, name: str,
               start: int, stop: int) -> Iterator[np.ndarray]: # float32, by blocks
     "Importance of the scalars of one piece. Raises MaetError with file and tensor for NaN or infinity."
-    base, tuned = difference.base, difference.tuned
-    if difference.told:  # by an adapter
-        for part in difference.moved(name, start, stop).split(BLOCK): yield part.abs_().numpy()
+    if not isinstance(difference, Difference) or difference.told:  # by a pack, or by an adapter
+        moved = difference.piece(name, start, stop)
+        if isinstance(moved, Packed): moved = moved.dense()
+        for part in moved.split(BLOCK): yield part.abs().numpy()
         return
+    base, tuned = difference.base, difference.tuned
     before = base.piece(name, start, stop)
     after = tuned.piece(name, start, stop)
     for old, new in zip(before.split(BLOCK), after.split(BLOCK)):
@@ -146,14 +149,15 @@ def scores_of(difference: Difference, name: str,
         yield scores
 
 # %% ../../nbs/33_method.locate.ipynb #92cfceb3
-def over(difference: Difference, work: Callable) -> Iterator: # ((tensor, start, stop), its result)
+def over(difference: Difference | Pack, work: Callable) -> Iterator: # ((tensor, start, stop), its result)
     "Do work(tensor, start, stop) for every piece, in threads; results come in order, with a bar."
     jobs = []
     for name, shape in difference.shapes.items():
         jobs += [(name, start, stop) for start, stop in pieces(prod(shape))]
     scalars = sum(stop - start for _, start, stop in jobs)
     results = in_order(lambda job: work(*job), jobs)
-    with progress_bar(4 * scalars, f"reading {difference.tuned.path.name}") as bar:
+    source = difference.tuned if isinstance(difference, Difference) else difference
+    with progress_bar(4 * scalars, f"reading {source.path.name}") as bar:
         for job, result in zip(jobs, results):
             yield job, result
             _, start, stop = job
@@ -189,13 +193,24 @@ def sample(difference: Difference, blocks: int = 2048, size: int = 2048) -> list
     return list(in_order(block, range(blocks)))
 
 # %% ../../nbs/33_method.locate.ipynb #fe2ef495
-def settle(survey: Survey, count: int) -> Cut | None:
+def equal_places(survey: Survey, piece: tuple, threshold: float) -> Tensor: # int64, rising
+    "Where in a piece the score is exactly the threshold."
+    above_high, above_low, from_low = survey.bits(piece)
+    if threshold <= survey.bracket.low: return ones(torch.from_numpy(from_low ^ above_low))
+    inside = ones(torch.from_numpy(above_low ^ above_high))
+    return inside[survey.values(piece) == threshold]
+
+def settle(survey: Survey, count: int) -> Key | None:
     "The exact cut, or None if it lies outside the bracket."
     above_high, above_low, from_low = (int(number) for number in survey.counts)
     if not above_high < count <= from_low: return None
-    if count > above_low: return Cut(survey.bracket.low, count - above_low)
-    def inside(): return map(survey.values, survey.records)
-    return cut(inside, count - above_high)
+    if count > above_low: where = Cut(survey.bracket.low, count - above_low)
+    else: where = cut(lambda: map(survey.values, survey.records), count - above_high)
+
+    def tied():
+        for name, start in survey.records:
+            yield lots(name, equal_places(survey, (name, start), where.threshold) + start)
+    return with_lot(where.threshold, where.ties, tied)
 
 def beyond(survey: Survey, count: int) -> Bracket:
     "The side of a bracket on which the cut lies instead."
@@ -205,31 +220,33 @@ def beyond(survey: Survey, count: int) -> Bracket:
 # %% ../../nbs/33_method.locate.ipynb #827bfc45
 class KeyMasks(Lazy):
     "Masks of the key scalars, bool, read from a survey when asked for, a piece at a time."
-    def __init__(self, survey: Survey, cut: Cut, shapes: Mapping[str, tuple]):
-        self.survey, self.cut, self.shapes = survey, cut, shapes
-        self.at_low = cut.threshold <= survey.bracket.low  # then the ties are in the bits
-        ties = accumulate(map(self.equal, survey.records), initial=0)
-        self.before = dict(zip(survey.records, ties))  # ties ahead of each piece
+    def __init__(self, survey: Survey, key: Key, shapes: Mapping[str, tuple]):
+        self.survey, self.key, self.shapes = survey, key, shapes
+        self.before = {}  # piece -> scalars ahead of it whose lot is exactly the cut's
+        if key.lot is None: return
+        ahead = 0
+        for piece in survey.records:
+            self.before[piece] = ahead
+            ahead += int((self.drawn(piece) == key.lot.threshold).sum())
 
-    def equal(self, key: tuple) -> int:
-        "How many scores of a piece are exactly the threshold."
-        if not self.at_low: return int((self.survey.values(key) == self.cut.threshold).sum())
-        _, above_low, from_low = self.survey.records[key].counts
-        return int(from_low - above_low)
+    def drawn(self, piece: tuple) -> Tensor: # float32
+        "The lots of the ties of a piece."
+        name, start = piece
+        return lots(name, equal_places(self.survey, piece, self.key.threshold) + start)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
-        key = name, start
-        ties = max(0, self.cut.ties - self.before[key])
-        above_high, above_low, from_low = self.survey.bits(key)
-        if self.at_low:
-            sure = above_low
-            more = ones(torch.from_numpy(from_low ^ above_low))[:ties]
-        else:
-            chosen = above(self.survey.values(key), Cut(self.cut.threshold, ties))
-            sure = above_high
-            more = ones(torch.from_numpy(above_low ^ above_high))[chosen]
+        piece, threshold = (name, start), self.key.threshold
+        above_high, above_low, _ = self.survey.bits(piece)
+        at_low = threshold <= self.survey.bracket.low
+        sure = above_low if at_low else above_high
         mask = torch.from_numpy(np.unpackbits(sure, count=stop - start).view(np.bool_))
-        mask[more] = True
+        if not at_low:
+            inside = ones(torch.from_numpy(above_low ^ above_high))
+            mask[inside[self.survey.values(piece) > threshold]] = True
+
+        ties = equal_places(self.survey, piece, threshold)
+        if self.key.lot: ties = ties[above(self.drawn(piece), self.key.lot, self.before[piece])]
+        mask[ties] = True
         return mask
 
 # %% ../../nbs/33_method.locate.ipynb #2e01e174
@@ -258,9 +275,25 @@ class LineMasks(Lazy):
     def piece(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
         return spread_piece(self.masks[name], self.shapes[name], self.granularity, start, stop)
 
+# %% ../../nbs/33_method.locate.ipynb #28857fce
+class Ranking(NamedTuple):
+    "Where the cut lies."
+    threshold: float # the least importance of a key neuron
+    key: int         # neurons
+    equal: int       # neurons of exactly this importance
+    ties: int        # how many of these are key
+
+def refuse_unmoved(path: Path, ranking: Ranking, total: int) -> None:
+    "MaetError where k1 asks for more neurons than have any importance."
+    if ranking.threshold > 0: return
+    moved = ranking.key - ranking.ties
+    if not moved: raise MaetError(f"{path}: no neuron moved; give one that was trained")
+    raise MaetError(f"{path}: only {moved} of {total} neurons moved, but {ranking.key} are wanted; "
+                    f"give a ratio of at most {moved / total:.3g}")
+
 # %% ../../nbs/33_method.locate.ipynb #b7eb6c68
-def key_scalars(difference: Difference, ratio: float, count: int, file) -> tuple[KeyMasks, float]:
-    "Masks of the `count` scalars that moved most, and the threshold: in one pass, or two."
+def key_scalars(difference: Difference | Pack, ratio: float, count: int, file) -> KeyMasks:
+    "Masks of the `count` most important scalars: in one pass, or two."
     scalars = sum(map(prod, difference.shapes.values()))
     guess = WHOLE if scalars <= 1 << 24 else bracket(sample(difference), ratio)
     found = survey(difference, guess, file)
@@ -268,18 +301,24 @@ def key_scalars(difference: Difference, ratio: float, count: int, file) -> tuple
     if where is None:  # the sample misled
         found = survey(difference, beyond(found, count), file)
         where = settle(found, count)
-    return KeyMasks(found, where, difference.shapes), where.threshold
+    return KeyMasks(found, where, difference.shapes)
 
 # %% ../../nbs/33_method.locate.ipynb #d164bead
 def key_lines(difference: Difference, ratio: float, granularity: str,
-              share: str) -> tuple[LineMasks, float]:
-    "Masks of the rows or columns that moved most, as masks of scalars, and the threshold."
+              share: str) -> tuple[LineMasks, Ranking]:
+    "Masks of the most important rows or columns, as masks of scalars, and where the cut lies."
     shapes = difference.shapes
     scores = line_scores(difference, granularity)
     lengths = {name: prod(shape) // len(scores[name]) for name, shape in shapes.items()}
     masks = key_neurons(scores, ratio) if share == "neurons" else key_share(scores, lengths, ratio)
-    least = [float(scores[name][mask].min()) for name, mask in masks.items() if mask.any()]
-    return LineMasks(masks, shapes, granularity), min(least)
+    threshold = min(float(scores[name][mask].min()) for name, mask in masks.items() if mask.any())
+    equal = {name: line == threshold for name, line in scores.items()}
+    ranking = Ranking(
+        threshold, key=sum(int(mask.sum()) for mask in masks.values()),
+        equal=sum(int(line.sum()) for line in equal.values()),
+        ties=sum(int((equal[name] & masks[name]).sum()) for name in masks),
+    )
+    return LineMasks(masks, shapes, granularity), ranking
 
 # %% ../../nbs/33_method.locate.ipynb #a9334987
 @contextmanager
@@ -296,9 +335,18 @@ def nameless(out: Path, # the file to be
         raise MaetError(f"{out}: cannot be written ({error.strerror or error}); "
                         "mend that or choose another place") from error
 
+# %% ../../nbs/33_method.locate.ipynb #8be01aee
+def _of_kinds(tuned, base, kinds, allow_mismatch) -> Difference | Pack:
+    "What moved, with the tensors of some kinds alone."
+    whole = copy.copy(tuned)
+    if not isinstance(tuned, Pack): whole = Difference(tuned, base, allow_mismatch=allow_mismatch)
+    whole.shapes = {name: shape for name, shape in whole.shapes.items() if of_kinds(name, kinds)}
+    if not whole.shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
+    return whole
+
 # %% ../../nbs/33_method.locate.ipynb #ce8abb50
 def locate(base: Checkpoint,  # before training
-           tuned: Checkpoint, # after it
+           tuned: Checkpoint | Pack, # after it; or what it moved, or an accumulated gradient
            ratio: float,      # k1, in (0, 1]
            granularity: str,  # what a neuron is: element, row or column
            out: str | Path,   # the keys file to be
@@ -308,22 +356,23 @@ def locate(base: Checkpoint,  # before training
            ) -> dict: # the settings, threshold, neurons (all and key), counts (key scalars by tensor)
     """Write the masks of the top k1 % of neurons by Eq. 1.
 
-    Raises MaetError for NaN, differing shapes, a wrong ratio or a kind that is not there.
+    Raises MaetError for NaN, differing shapes, a wrong ratio, a kind that is not there, and where
+    fewer neurons moved than are wanted.
     """
     if share not in ("neurons", "scalars"):
         raise MaetError(f"share: {share!r} is neither neurons nor scalars")
-    difference = Difference(tuned, base, allow_mismatch=allow_mismatch)
-    shapes = {name: shape for name, shape in difference.shapes.items() if of_kinds(name, kinds)}
-    if not shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
-    difference.shapes = shapes
+    difference = _of_kinds(tuned, base, kinds, allow_mismatch)
+    shapes = difference.shapes
     total = sum(neurons_of(shape, granularity) for shape in shapes.values())
     count = key_count(total, ratio)
     with nameless(Path(out), sum(map(prod, shapes.values())) // 2) as file:
         if granularity == "element":
-            masks, threshold = key_scalars(difference, ratio, count, file)
+            masks = key_scalars(difference, ratio, count, file)
+            ranking = Ranking(masks.key.threshold, count, masks.key.equal, masks.key.ties)
         else:
-            masks, threshold = key_lines(difference, ratio, granularity, share)
-            count = sum(int(mask.sum()) for mask in masks.masks.values())
-        found = {"ratio": ratio, "granularity": granularity, "kinds": kinds, "threshold": threshold,
-                 "neurons": {"all": total, "key": count}}
+            masks, ranking = key_lines(difference, ratio, granularity, share)
+        refuse_unmoved(tuned.path, ranking, total)
+        found = {"ratio": ratio, "granularity": granularity, "kinds": kinds,
+                 "threshold": ranking.threshold, "neurons": {"all": total, "key": ranking.key},
+                 "ties": {"equal": ranking.equal, "key": ranking.ties}}
         return found | {"counts": save_keys(out, masks, base, **found)}

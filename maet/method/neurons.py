@@ -6,6 +6,7 @@
 __all__ = ['neurons_of', 'moves', 'importance', 'key_neurons', 'spread']
 
 # %% ../../nbs/32_method.neurons.ipynb #1c2e2503
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import floor, prod
 from typing import NamedTuple
@@ -153,6 +154,70 @@ def above(scores: Tensor, # (n,) float32
     mask[ties[:max(0, cut.ties - before)]] = True
     return torch.from_numpy(mask)
 
+# %% ../../nbs/32_method.neurons.ipynb #678fdea5
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+def lots(name: str,      # of a tensor
+         places: Tensor, # (n,) int64: which of its neurons
+         ) -> Tensor:    # (n,) float32, not below 0
+    "A number for each place, by a hash (splitmix64) of the name and the place."
+    seed = int.from_bytes(hashlib.blake2s(name.encode(), digest_size=8).digest(), "little")
+    mixed = places.numpy().astype(np.uint64) * GOLDEN + np.uint64(seed)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    bits = (mixed >> np.uint64(34)).astype(np.int32)  # 30 bits: the pattern of a finite float32
+    return torch.from_numpy(bits).view(torch.float32)
+
+# %% ../../nbs/32_method.neurons.ipynb #1012984a
+class Key(NamedTuple):
+    "Key are the neurons above `threshold`; and of those that equal it `ties`, the highest lots first."
+    threshold: float
+    ties: int       # how many of exactly this importance are key, at least 1
+    equal: int      # how many are of exactly this importance
+    lot: Cut | None # the cut among their lots; None: all of them are key
+
+# %% ../../nbs/32_method.neurons.ipynb #5f5c5742
+def equal_lots(name: str, start: int, scores: Tensor, threshold: float) -> Tensor: # float32
+    "The lots of the neurons of a run whose score is the threshold; `start` is where the run begins."
+    equal = np.flatnonzero(scores.numpy() == np.float32(threshold))
+    return lots(name, torch.from_numpy(equal + start))
+
+# %% ../../nbs/32_method.neurons.ipynb #2c2e2ec5
+def find_key(stream: Callable[[], Iterable[tuple[str, int, Tensor]]], # name, start, scores; anew at each call
+             count: int, # how many are key
+             ) -> Key:
+    "The exact cut below the `count` most important neurons, ties by lot."
+    def all_scores():
+        for _, _, scores in stream(): yield scores
+    threshold, ties = cut(all_scores, count)
+
+    def tied():
+        for name, start, scores in stream(): yield equal_lots(name, start, scores, threshold)
+    return with_lot(threshold, ties, tied)
+
+def with_lot(threshold: float, ties: int,
+             tied: Callable[[], Iterable[Tensor]], # the lots of all that equal the threshold
+             ) -> Key:
+    equal = sum(map(len, tied()))
+    lot = cut(tied, ties) if ties < equal else None
+    return Key(threshold, ties, equal, lot)
+
+# %% ../../nbs/32_method.neurons.ipynb #66ed1361
+def key_mask(name: str, start: int, scores: Tensor, # (n,) float32: a run of a tensor's neurons
+             key: Key,
+             before: int = 0, # neurons ahead of these whose lot is exactly the cut's
+             ) -> tuple[Tensor, int]: # (n,) bool; how many more there are now
+    "Which neurons of a run are key."
+    mask = scores > key.threshold
+    if key.lot is None: return mask | (scores == key.threshold), 0
+    drawn = equal_lots(name, start, scores, key.threshold)
+    equal = np.flatnonzero(scores.numpy() == np.float32(key.threshold))
+    mask[torch.from_numpy(equal)] = above(drawn, key.lot, before)
+    return mask, int((drawn == key.lot.threshold).sum())
+
 # %% ../../nbs/32_method.neurons.ipynb #d435a6cd
 def ranked(name: str, scores: Tensor) -> Tensor: # (n,) float32
     "Scores as they are ranked. Raises MaetError for NaN, infinity or a score below 0."
@@ -168,18 +233,18 @@ def key_neurons(scores: Mapping[str, Tensor], # name -> importance of its neuron
                 ) -> dict[str, Tensor]:       # name -> bool, as the scores
     """The top k1 % over all tensors together (section 4.1).
 
-    In all max(1, floor(ratio * n)) are True. Ties go to the first by position.
+    In all max(1, floor(ratio * n)) are True. Ties are drawn by lot.
     """
     def stream():
-        for name, tensor in scores.items(): yield ranked(name, tensor)
+        for name, tensor in scores.items(): yield name, 0, ranked(name, tensor)
     total = sum(tensor.numel() for tensor in scores.values())
-    found = cut(stream, key_count(total, ratio))
+    key = find_key(stream, key_count(total, ratio))
 
     masks, before = {}, 0
-    for name, tensor in scores.items():
-        flat = ranked(name, tensor)
-        masks[name] = above(flat, found, before).view(tensor.shape)
-        before += int((flat == found.threshold).sum())
+    for name, start, flat in stream():
+        mask, more = key_mask(name, start, flat, key, before)
+        masks[name] = mask.view(scores[name].shape)
+        before += more
     return masks
 
 # %% ../../nbs/32_method.neurons.ipynb #bc33ea4e
@@ -187,11 +252,12 @@ def key_share(scores: Mapping[str, Tensor],  # name -> importance of its neurons
               lengths: Mapping[str, int],    # name -> scalars in each of its neurons
               ratio: float,                  # of all scalars, in (0, 1]
               ) -> dict[str, Tensor]:        # name -> bool, as the scores; at least one is True
-    "The neurons that moved most, at most `ratio` of all scalars. Ties go to the first by position."
+    "The neurons that moved most, at most `ratio` of all scalars. Ties are drawn by lot."
     sizes = [tensor.numel() for tensor in scores.values()]
     flat = torch.cat([ranked(name, tensor) for name, tensor in scores.items()])
     length = torch.cat([torch.full((size,), lengths[name]) for name, size in zip(scores, sizes)])
-    order = flat.argsort(descending=True, stable=True)
+    drawn = torch.cat([lots(name, torch.arange(size)) for name, size in zip(scores, sizes)])
+    order = torch.from_numpy(np.lexsort((-drawn.numpy(), -flat.numpy())))
 
     fitting = length[order].cumsum(0) <= key_count(int(length.sum()), ratio)
     chosen = torch.zeros(len(flat), dtype=torch.bool)

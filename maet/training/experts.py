@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/26_training.experts.ipynb #9bed8345
 import copy, json, math, os, shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from ..weights.tensors import MaetError
 from ..weights.files import whole
-from ..weights.streams import narrow
+from ..weights.streams import FLOATS, narrow
 from ..weights.checkpoints import Checkpoint
 from ..weights.saving import write_checkpoint
 from ..weights.names import needed_layout
 from ..weights.adapters import factors_of, product
 from ..weights.packs import save_pack
+from ..weights.deltas import Lazy
 from ..weights.differences import apply_delta
 from .sparse import expert_delta, sharded
-from .schedule import Training, batch_sequences, total_steps, total_tokens
+from .schedule import GRADIENT, Training, batch_sequences, total_steps, total_tokens
 from .resuming import _on_disk, from_rank_0, meet, rank
 
 # %% ../../nbs/26_training.experts.ipynb #fe2ef495
@@ -64,17 +65,20 @@ def _dtype(parameter, base): # name of a parameter -> the dtype in which the bas
     return base.dtype(stored.name)
 
 # %% ../../nbs/26_training.experts.ipynb #1f117686
-def _gathered_checkpoint(place, parameters, base): # all ranks
-    "Dense weights as a checkpoint, a file a tensor. Only rank 0 writes it, and has it."
+def _gathered_checkpoint(place, parameters, base,
+                         whole: Callable,    # parameter -> all of it, all ranks together
+                         dtype_of: Callable, # name of a parameter -> how it is written
+                         ): # all ranks
+    "What ranks hold in shards as a checkpoint, a file a tensor. Only rank 0 writes it, and has it."
     if rank() == 0:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         shutil.copy(base.path/"config.json", place)
     files = {name: f"{number}.safetensors" for number, name in enumerate(parameters)}
     for name, file in files.items():
-        tensor = whole_of(parameters[name])
+        tensor = whole(parameters[name])
         if rank(): continue
-        tensor = narrow(tensor.cpu(), _dtype(name, base), name, place)
+        tensor = narrow(tensor.cpu(), dtype_of(name), name, place)
         save_file({name: tensor.contiguous()}, place/file)
     if rank(): return None
     index = json.dumps({"metadata": {}, "weight_map": files})
@@ -150,20 +154,53 @@ def pieces_from(base: Checkpoint,
     return piece
 
 # %% ../../nbs/26_training.experts.ipynb #64e095fe
-def _write_dense(out, model, base, work, identity):
+@contextmanager
+def _readable(model, base, work, whole, dtype_of): # all ranks; then rank 0 reads
+    "A function that gives the scalars of a run of a parameter, None where no parameter is."
     parameters = _parameters(model, base)
     gathered = None
     if any(map(_in_parts, parameters.values())):
-        gathered = _gathered_checkpoint(work/"gathered", parameters, base)
+        gathered = _gathered_checkpoint(work/"gathered", parameters, base, whole, dtype_of)
 
-    def of_run(run, own):
-        if run.name not in parameters: return own()
+    def read(run):
+        if run.name not in parameters: return None
         if gathered: return gathered.piece(*run)
-        return parameters[run.name].detach().reshape(-1)[run.start:run.stop].cpu()
+        return whole(parameters[run.name]).reshape(-1)[run.start:run.stop].cpu()
 
-    if rank() == 0:
-        write_checkpoint(out, base, pieces_from(base, of_run), identity=identity)
-        shutil.rmtree(work/"gathered", ignore_errors=True)
+    yield read
+    if rank() == 0: shutil.rmtree(work/"gathered", ignore_errors=True)
+
+def _write_dense(out, model, base, work, identity):
+    with _readable(model, base, work, whole_of, partial(_dtype, base=base)) as read:
+        def of_run(run, own):
+            found = read(run)
+            return own() if found is None else found
+        if rank() == 0: write_checkpoint(out, base, pieces_from(base, of_run), identity=identity)
+
+# %% ../../nbs/26_training.experts.ipynb #34d4324d
+class Moves(Lazy):
+    "Float32 numbers for the tensors of a checkpoint, from numbers for the parameters of a model."
+    def __init__(self, base: Checkpoint, of_run: Callable): # as for `pieces_from`
+        read = needed_layout(base).tensors
+        self.shapes = {name: base.shape(name) for name in base.names
+                       if name in read and base.dtype(name) in FLOATS}
+        self.read = pieces_from(base, of_run)
+
+    def piece(self, name: str, start: int, stop: int) -> Tensor: # float32, (stop - start,)
+        return self.read(name, start, stop).float()
+
+def _write_moves(out, model, base, training, work, whole, what): # all ranks
+    "A pack of what was moved, or of the gradients' sums."
+    is_sum = training.mode == GRADIENT
+    with _readable(model, base, work, whole, lambda name: torch.float32) as read:
+        def of_run(run, own):
+            found, before = read(run), own()
+            if found is None: return torch.zeros_like(before)
+            return found if is_sum else found.float() - before.float()
+        if rank(): return
+        tokens = total_tokens(training)
+        moves = Moves(base, of_run)
+        save_pack(out, moves, base, what=what, recipe=asdict(training), tokens=tokens)
 
 # %% ../../nbs/26_training.experts.ipynb #f76c2177
 def _write_lora(out, model, base, training, trained, identity, plain):
@@ -180,12 +217,24 @@ def _write_key_neurons(out, model, base, training, keys, trained, plain):
     tokens = total_tokens(training)
     save_pack(out, delta, base, what="key-neuron expert", recipe=asdict(training), tokens=tokens)
 
+# %% ../../nbs/26_training.experts.ipynb #e4be49c5
+def is_pack(out: Path, training: Training) -> bool:
+    "Is the result one file? Of dense training it is where `out` is called so."
+    if training.keep: return False
+    if training.mode == "dense": return Path(out).suffix == ".safetensors"
+    return training.mode in ("key-neuron", GRADIENT)
+
 # %% ../../nbs/26_training.experts.ipynb #339ec1eb
 def write_expert(out, model, base, training, keys, work,
                  identity,    # says what run and step it is of
                  plain=False, # in any case a checkpoint
+                 sums=None,   # gradient: parameter -> its accumulated gradient
                  ): # all ranks
     "What a run has come to, whole or not at all."
+    if training.mode == GRADIENT:
+        return _write_moves(out, model, base, training, work, sums, "accumulated gradient")
+    if training.mode == "dense" and is_pack(out, training):
+        return _write_moves(out, model, base, training, work, whole_of, "move")
     if training.mode == "dense":
         _write_dense(out, model, base, work, identity)
         return

@@ -22,7 +22,7 @@ from ..weights.checkpoints import Checkpoint
 from ..weights.names import Layout
 from ..weights.adapted import NO_ADAPTER
 from .sparse import freeze, gathered
-from .schedule import Training
+from .schedule import GRADIENT, Training
 from .resuming import _zero
 
 # %% ../../nbs/24_training.loading.ipynb #cb4e5208
@@ -36,7 +36,8 @@ def weight_dtype(training: Training,
                  stored: torch.dtype, # the base's own
                  deepspeed: Mapping | None = None) -> torch.dtype:
     "What the weights of the model are loaded in."
-    if training.mode != "dense":
+    in_ranks = training.mode == GRADIENT and deepspeed is not None  # there a step is as of dense training
+    if training.mode != "dense" and not in_ranks:
         return torch.float32 if training.precision == "float32" else stored
     has_masters = _zero(deepspeed or {}) > 0
     return torch.bfloat16 if training.precision == "bfloat16" and has_masters else torch.float32

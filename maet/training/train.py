@@ -19,13 +19,14 @@ from ..weights.checkpoints import Checkpoint
 from ..weights.names import complete, needed_layout, unquantised
 from ..text.tokens import Tokens
 from .sparse import VALUES, Block, full_shape, sharded
-from .schedule import Training, check_ranks, total_steps, total_tokens
+from .schedule import GRADIENT, Training, check_ranks, total_steps, total_tokens
 from maet.training.resuming import (
     _clear, _filled, _join, _mark, _run_name, from_rank_0, meet, newest_whole, rank, ranks,
 )
 from .loading import _autocast, base_dtype, load_base, prepare, weight_dtype
 from .trainer import _trainer
-from .experts import Candidates, lora_layers, write_expert, write_kept
+from .gradients import _unwrapped, sums_of
+from .experts import Candidates, is_pack, lora_layers, write_expert, write_kept
 
 # %% ../../nbs/27_training.train.ipynb #8effee40
 def _check_shapes(tokens, name, length):
@@ -72,6 +73,8 @@ def _check_inputs(base, corpus, training, keys, held_out, score):
     _check_keys(training, keys)
     if training.keep and held_out is None and score is None:
         raise MaetError("training: keep needs held_out text or a score, to know which are the best")
+    if training.keep and training.mode == GRADIENT:
+        raise MaetError("training: keep chooses among experts, and a gradient is none; leave it out")
 
 # %% ../../nbs/27_training.train.ipynb #7830699b
 def _check_writable(path):
@@ -84,7 +87,7 @@ def _check_writable(path):
 # %% ../../nbs/27_training.train.ipynb #cdbadd69
 def _check_place(out, work, training):
     "MaetError unless the result can be written when training is over."
-    makes_folder = training.keep or training.mode != "key-neuron"
+    makes_folder = not is_pack(out, training)
     if out.is_dir(): taken = not makes_folder or any(out.iterdir())
     else: taken = out.is_file() and makes_folder
     if taken: raise MaetError(f"{out}: already there; remove it or choose another name")
@@ -103,13 +106,6 @@ def _trained_here(model): # name -> parameter, under ZeRO-3 its shard
         if not parameter.requires_grad: continue
         trained[name] = parameter.ds_tensor if sharded(parameter) else parameter
     return trained
-
-def _unwrapped(optimizer): # -> torch's optimizer; DeepSpeed's around it, or None
-    zero = None
-    while hasattr(optimizer, "optimizer"):
-        zero = optimizer
-        optimizer = optimizer.optimizer
-    return optimizer, zero
 
 # %% ../../nbs/27_training.train.ipynb #f9b8b29d
 def _stepped(zero, trained): # what the optimizer changes: under ZeRO flat shards of its own
@@ -246,7 +242,8 @@ def _run(base, corpus, out, training, keys, held_out, progress, work, deepspeed,
 
     def write(path, plain):
         identity = f"{run} {trainer.state.global_step} {path.name}"
-        write_expert(path, model, base, training, keys, work, identity, plain)
+        sums = sums_of(trainer.optimizer) if training.mode == GRADIENT else None
+        write_expert(path, model, base, training, keys, work, identity, plain, sums)
 
     candidates = Candidates(work/"candidates", training, write, score) if training.keep else None
     autocast = _autocast(training, base_dtype(base), deepspeed, trainer.args.device)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from ..weights.tensors import MaetError
 from .sparse import VALUES
 from maet.training.schedule import (
-    Sequences, _schedule, at_once, batch_sequences, reading_order, total_steps,
+    GRADIENT, Sequences, _schedule, at_once, batch_sequences, reading_order, total_steps,
 )
 from .resuming import meet, newest_whole, rank, ranks, seal
 from .loading import weight_dtype
+from .gradients import Accumulator
 
 # %% ../../nbs/25_training.trainer.ipynb #5b384ce3
 class Watch:
@@ -99,12 +100,16 @@ class Saving:
 
     def _save(self, output_dir=None, state_dict=None):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        trained = {name: p.data.contiguous() for name, p in _trained(self.model).items()}
+        trained = {name: p.data.contiguous() for name, p in self._moved().items()}
         save_file(trained, Path(output_dir)/"trained.safetensors")
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         saved = load_file(Path(checkpoint)/"trained.safetensors")
-        for name, p in _trained(self.model).items(): p.data.copy_(saved[name])
+        for name, p in self._moved().items(): p.data.copy_(saved[name])
+
+    def _moved(self): # name -> parameter; nothing moves where gradients are only added up
+        adding = self.optimizer_cls_and_kwargs is not None
+        return {} if adding else _trained(self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         engine = self.deepspeed
@@ -182,9 +187,10 @@ QUIET = {"disable_tqdm": True, "report_to": "none", "logging_nan_inf_filter": Fa
 
 def _optimizer(training):
     "The Trainer's arguments about a step."
+    most = 0. if training.mode == GRADIENT else training.max_grad_norm  # what is added up is not clipped
     return {
         "optim": "adamw_torch_fused", "learning_rate": training.learning_rate,
-        "weight_decay": training.weight_decay, "max_grad_norm": training.max_grad_norm,
+        "weight_decay": training.weight_decay, "max_grad_norm": most,
         "adam_beta1": training.beta1, "adam_beta2": training.beta2, **_schedule(training),
     }
 
@@ -226,9 +232,10 @@ def _trainer(model, corpus, held_out, training, work, anew, deepspeed=None):
     evaluation = {} if held_out is None else _evaluation(training, anew)
     arguments = _arguments(training, work, evaluation, deepspeed)
     if deepspeed: model.register_load_state_dict_post_hook(_frozen_may_lack)
+    adding = (Accumulator, {"alone": not deepspeed}) if training.mode == GRADIENT else None
     trainer = OurTrainer(
         model=model, args=arguments, train_dataset=Sequences(corpus, order),
-        eval_dataset=_in_order(held_out),
+        eval_dataset=_in_order(held_out), optimizer_cls_and_kwargs=adding,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
