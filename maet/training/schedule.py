@@ -38,6 +38,7 @@ def _setting(default, # the value when a recipe is silent
 def _converted(value, kind):
     "`value` as `kind`. ValueError, TypeError or OverflowError where it would be another value."
     if isinstance(value, bool) != (kind is bool): raise ValueError
+    if kind is str and not isinstance(value, str): raise TypeError
     if kind in (str, bool): return value
     number = kind(float(value))
     if number != float(value): raise ValueError

@@ -87,8 +87,8 @@ SHIPPED = files("maet")/"recipes"
 # %% ../../nbs/20_training.settings.ipynb #609c155f
 def _check_keys(mapping):
     for key in mapping:
-        if isinstance(key, str): continue
-        raise ValueError(f"the key {key!r} is no text; quotes make it one")
+        if not isinstance(key, str): raise ValueError(f"the key {key!r} is no text; quotes make it one")
+        key.encode()
 
 def _count_values(thing,
                   seen: dict[int, int | None]) -> int: # by id; None while it is looked at
@@ -96,6 +96,7 @@ def _count_values(thing,
     ValueError for what JSON could not say, and for what lies inside itself."""
     if isinstance(thing, int) and abs(thing) >= 2**64:
         raise ValueError("a number of more than 64 bits")
+    if isinstance(thing, str): thing.encode()  # half a character is no text, and no name of a file
     if thing is None or isinstance(thing, (str, int, float)): return 1
     if not isinstance(thing, (list, dict)):
         raise ValueError(f"a {type(thing).__name__} {str(thing)!r}; quotes make it a text")

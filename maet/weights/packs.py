@@ -64,7 +64,9 @@ def read_label(shard: Shard, what: str, base: Checkpoint | None) -> dict:
     if version != VERSION:
         raise MaetError(f"{path}: has version {version}, this maet reads {VERSION}; "
                         "write it again with it")
-    if base is not None: base.belongs(str(meta.get("base")), path)
+    if not isinstance(meta.get("base"), str) or not isinstance(meta.get("counts"), dict):
+        raise MaetError(f"{path}: its metadata name no base, or no counts; write it again")
+    if base is not None: base.belongs(meta["base"], path)
     return meta
 
 # %% ../../nbs/09b_weights.packs.ipynb #d278e71a
