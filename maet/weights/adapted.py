@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .tensors import MaetError
-from .streams import FLOATS, PIECE, Shard, exactly, finite, note, pieces, some
+from .streams import FLOATS, PIECE, Shard, finite, note, pieces, some
+from .direct import exactly
 from .checkpoints import Checkpoint, identity, local
 from .names import Run, layout
 from maet.weights.adapters import (

@@ -20,10 +20,12 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from .tensors import MaetError, place, reading
 from .files import plain_name, read_json
+from . import direct
 from maet.weights.streams import (
-    DTYPES, PAGE, PIECE, Last, Shard, Stored, as_bytes, find_tensors, in_order, note, pieces,
-    progress_bar, some,
+    DTYPES, PIECE, Shard, Stored, as_bytes, find_tensors, in_order, note, pieces, progress_bar,
+    some,
 )
+from .direct import PAGE, Last
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #fc074d50
 def read_index(file: Path, # model.safetensors.index.json
@@ -215,7 +217,9 @@ class Checkpoint(_Numbers):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.digests, self.claims, self.last = {}, [], Last()
-        for shard in self.files.values(): shard.direct = self.bytes > memory_size() / 10
+        direct.keep_memory()
+        if self.bytes <= memory_size() / 10: return
+        for shard in self.files.values(): shard.read_bytes = direct.read_bytes
 
     def __repr__(self):
         size = f"{len(self.names)} tensors, {len(self.shards)} shards"

@@ -22,8 +22,9 @@ from torch import Tensor
 from .tensors import MaetError, place
 from .files import whole
 from maet.weights.streams import (
-    FLOATS, PIECE, RUN, all_finite, finite, in_order, pieces, progress_bar, some,
+    FLOATS, PIECE, all_finite, finite, in_order, pieces, progress_bar, some,
 )
+from .direct import RUN
 from .checkpoints import Checkpoint, identity, local, same_tensors
 from .saving import write_checkpoint
 from .names import aligned, complete, unquantised

@@ -20,8 +20,9 @@ from torch import Tensor
 from .tensors import MaetError
 from .files import whole
 from maet.weights.streams import (
-    PIECE, RUN, Last, Shard, finite, in_order, narrow, pieces, progress_bar, some,
+    PIECE, Shard, finite, in_order, narrow, pieces, progress_bar, some,
 )
+from .direct import RUN, Last
 from .writers import Writer, header_room
 from .checkpoints import Checkpoint, identity, local
 from maet.weights.deltas import (

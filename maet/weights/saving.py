@@ -22,9 +22,9 @@ from xxhash import xxh3_128_digest
 from .tensors import MaetError
 from .files import plain_name, whole
 from maet.weights.streams import (
-    FLOATS, PIECE, RUN, as_bytes, cores, finite, in_one_go, in_order, narrow, pieces,
-    progress_bar,
+    FLOATS, PIECE, as_bytes, cores, finite, in_order, narrow, pieces, progress_bar,
 )
+from .direct import RUN, in_one_go
 from .writers import Sink, lay_out
 from .checkpoints import LARGE, Checkpoint
 

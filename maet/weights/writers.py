@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .tensors import MaetError
-from .streams import CODES, DIRECT, PAGE, as_bytes, disk_memory
+from .streams import CODES, as_bytes
+from .direct import DIRECT, PAGE, disk_memory
 
 # %% ../../nbs/04_weights.writers.ipynb #3c26dffc
 def header_bytes(entries: Mapping, metadata: Mapping[str, str]) -> bytes: # a multiple of 8 long
