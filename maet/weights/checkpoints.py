@@ -60,7 +60,8 @@ def _why_no_model(path: Path) -> str:
                 "give its base here, or BASE+ADAPTER to read from")
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        return f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors"
+        return (f"{path/pickles[0]}: a pickle, which may run a program when opened; "
+                "save it as safetensors")
     return (f"{path}: has neither model.safetensors nor model.safetensors.index.json; "
             "give a checkpoint folder")
 
@@ -143,7 +144,8 @@ class _Opened:
             files, self.index = find_shards(self.path)
         self.config = read_json(self.path/"config.json")
         if (self.path/"adapter_config.json").exists():
-            note(f"{self.path}: is a whole model; the adapter that was left beside it is not applied")
+            note(f"{self.path}: is a whole model; "
+                 "the adapter that was left beside it is not applied")
 
         self.files = {file: Shard(self.path/file) for file in files}
         self.stored = find_tensors(self.path, self.files.values(), self.index)
@@ -179,7 +181,7 @@ class _Numbers(_Opened):
         return shard.read(name)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        "The scalars from `start` to `stop` in C order, flat, of the stored dtype. Do not write into it."
+        "The scalars from `start` to `stop` in C order, flat, as stored. Do not write into it."
         _, name, header = self.where(name)
         read = partial(_read_run, self)
         first, run = self.last.reading(read, name, start, stop, prod(header.shape))
@@ -212,8 +214,9 @@ class Checkpoint(_Numbers):
     Raises MaetError if it is not whole.
 
     id (what people call it), path, config (dict), index (dict or None),
-    names (sorted, a tied head not among them), stored (name -> Stored), aliases (tied head -> embedding),
-    shards (file -> names stored in it), files (file -> Shard), digests ((name, start) -> of a piece)."""
+    names (sorted, a tied head not among them), stored (name -> Stored),
+    aliases (tied head -> embedding), shards (file -> names stored in it), files (file -> Shard),
+    digests ((name, start) -> of a piece)."""
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.digests, self.claims, self.last = {}, [], Last()

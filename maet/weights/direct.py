@@ -45,9 +45,12 @@ def disk_memory(size: int) -> Tensor: # uint8, (size, rounded up to pages,)
     return torch.from_numpy(seen)[first:first + size]
 
 # %% ../../nbs/03b_weights.direct.ipynb #d870214c
-def read_pages(file: Path, start: int, room: memoryview, # `start` at a page of the file, `room` at one of memory
-               known: tuple) -> int: # the file's `file_state`; how many bytes came
-    "Fill memory from a file, past the page cache. Whatever is in the way: 0."
+def read_pages(file: Path,
+               start: int,       # at a page of the file
+               room: memoryview, # begins at a page of memory
+               known: tuple,     # the file's `file_state`
+               ) -> int:         # bytes that came; 0 if anything is in the way
+    "Fill memory from a file, past the page cache."
     try: handle = os.open(file, os.O_RDONLY | DIRECT)
     except OSError: return 0
     try:

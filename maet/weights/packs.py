@@ -316,7 +316,7 @@ def save_pack(path: str | Path,          # the file to be
               delta: Mapping[str, Part], # by tensor name; every piece is asked for once, in threads
               base: Checkpoint,          # what the delta belongs to
               dtype: torch.dtype | None = None, # of the values; None: as they come
-              **meta,                    # what it is, recipe, licence ...: anything that JSON can say
+              **meta, # what it is, recipe, licence ...: anything that JSON can say
               ) -> None:
     """Write a delta, each tensor dense or packed as it comes: all of it or nothing.
 
@@ -326,7 +326,8 @@ def save_pack(path: str | Path,          # the file to be
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     longest = label("pack", base, shapes, sizes, meta, draft=True)
     entries = []  # room for both, whatever comes
-    for name, shape in shapes.items(): entries += [(name + "#mask", shape), (name + "#values", shape)]
+    for name, shape in shapes.items():
+        entries += [(name + "#mask", shape), (name + "#values", shape)]
     room, counts = header_room(entries, longest), {}
 
     def make(name, start, stop):

@@ -160,7 +160,7 @@ def _one_piece(name: str) -> int: return PIECE # scalars that `piece` is asked f
 
 def _compute(run: Job, like: Checkpoint, piece: Callable, out: str | Path,
              step: Callable[[str], int]) -> tuple[list[Tensor], dict]:
-    "The numbers of a run, in the dtype of the file, and the digests of its pieces by (name, start)."
+    "The numbers of a run, in the file's dtype, and the digests of its pieces by (name, start)."
     size = step(like.aliases.get(run.name, run.name))
     tensors = []
     for start, stop in in_one_go(run.start, run.stop, size):
