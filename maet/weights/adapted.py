@@ -27,7 +27,7 @@ from maet.weights.adapters import (
 
 # %% ../../nbs/08b_weights.adapted.ipynb #a750214d
 class Adapted(Checkpoint):
-    """An adapter on its base: has what a Checkpoint has for reading. MaetError for what does not fit.
+    """An adapter on its base: has what a Checkpoint has for reading. MaetError: it does not fit.
 
     base, folder (of the adapter), shard (its file), layout (of the base), changes (by parameter),
     touched (the tensors that it changes), factors (of a change; the last ones are kept)."""
@@ -43,7 +43,8 @@ class Adapted(Checkpoint):
         join_twins(self)
 
     def __repr__(self):
-        return f"Adapted({self.folder.name!r} on {self.base.path.name!r}: {len(self.touched)} changed)"
+        place, base = self.folder.name, self.base.path.name
+        return f"Adapted({place!r} on {base!r}: {len(self.touched)} changed)"
 
     @property
     def identity(self) -> str:
@@ -288,7 +289,7 @@ def is_adapted(model: str | Path) -> bool:
     return is_adapter(local(model)) or "+" in str(model) and not os.path.exists(model)
 
 # %% ../../nbs/08b_weights.adapted.ipynb #38ac5aa3
-def open_checkpoint(model: str | Path, # a checkpoint, an adapter, or BASE+ADAPTER: folders or hub ids
+def open_checkpoint(model: str | Path, # a checkpoint, an adapter or BASE+ADAPTER: folders, hub ids
                     base: Checkpoint | None = None, # of an adapter that comes alone
                     ) -> Checkpoint:
     """A model to read from. Raises MaetError for what is none.
