@@ -1252,6 +1252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'maet/text/documents.py'),
                                      'maet.text.documents.Source.masked': ('text.documents.html#source.masked', 'maet/text/documents.py'),
                                      'maet.text.documents.Source.remote': ('text.documents.html#source.remote', 'maet/text/documents.py'),
+                                     'maet.text.documents._check_path': ('text.documents.html#_check_path', 'maet/text/documents.py'),
                                      'maet.text.documents._check_where': ('text.documents.html#_check_where', 'maet/text/documents.py'),
                                      'maet.text.documents._fault_of': ('text.documents.html#_fault_of', 'maet/text/documents.py'),
                                      'maet.text.documents._fits': ('text.documents.html#_fits', 'maet/text/documents.py'),
