@@ -74,7 +74,8 @@ def drawn_sums(items: torch.Tensor, # (items, sums)
                ) -> torch.Tensor:   # (draws, sums)
     "Sums of as many items as there are, drawn with replacement."
     generator = torch.Generator().manual_seed(seed)
-    columns, n = items.double().T, len(items)
+    columns = items.double().T
+    n = len(items)
     found = []
     for _ in range(draws):
         chosen = torch.randint(n, (n,), generator=generator)
@@ -143,7 +144,8 @@ def _results(exams: list[Exam], report: dict, seconds: float, out: Path | None, 
     items = sum(len(each.rows) for each in exams)
     results = []
     for each in exams:
-        metric, n = template(each.task)["metric_list"][0]["metric"], len(each.rows)
+        metric = template(each.task)["metric_list"][0]["metric"]
+        n = len(each.rows)
         samples = _in_order(each, report["samples"], ended)
         reports = [report["results"][section.config["task"]] for section in each.sections]
         value, stderr = _joined(metric, reports, samples)
@@ -188,7 +190,8 @@ def ask(lm,                      # an lm_eval.api.model.LM
         chat_template: bool = False, allow_code: bool = False,
         ) -> list[dict]:         # task, language, metric, value, stderr, n, seconds
     "Hold exams, all in one call. Warns of prompts that were cut."
-    started, cut_before = time.perf_counter(), getattr(lm, "cut", 0)
+    started = time.perf_counter()
+    cut_before = getattr(lm, "cut", 0)
     if hasattr(lm, "report"):
         lm.report = progress and _reporter(progress, exams, getattr(lm, "done", 0))
     chat = {"apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}

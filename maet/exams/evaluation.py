@@ -106,7 +106,8 @@ def _error_of_average(rows: list[dict], out: str | Path, task: str, languages: l
     for language in languages:
         samples = _samples(out, task, language)
         correct.append({answer["id"]: answer.get("correct") for answer in samples})
-    ids, n = correct[0].keys(), rows[0]["n"]
+    ids = correct[0].keys()
+    n = rows[0]["n"]
     def answers_all(known):
         return known.keys() == ids and len(known) == n and None not in known.values()
     if all(map(answers_all, correct)):

@@ -325,7 +325,8 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
     what = open_checkpoint(model)
     # transformers may read quantised weights, by rules of their own
     if "quantization_config" not in what.config: complete(what)
-    path, tokenizer = what.path, _tokenizer(_homes(what)[-1])
+    path = what.path
+    tokenizer = _tokenizer(_homes(what)[-1])
     _same_ids(path, tokenizer, _config(path))
     stops = stop_tokens(path, tokenizer)
     if backend == "vllm" and isinstance(what, Adapted):
@@ -338,7 +339,8 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
         if isinstance(e, MaetError): raise
         why = f"backend {backend} refused its options ({_first_line(e)})"
         raise MaetError(f"{path}: {why}") from None
-    lm.path, lm.stops = path, stops
+    lm.path = path
+    lm.stops = stops
     return lm
 
 # %% ../../nbs/43_exams.examinee.ipynb #cd1c0f47

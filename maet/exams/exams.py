@@ -90,7 +90,8 @@ def _corpus_bleu(items: list[list[float]]) -> float:
 # %% ../../nbs/42_exams.exams.ipynb #82b74925
 def _scoring(config: dict, language: str) -> dict:
     "What a task scores by a function of this room, if it does."
-    meta, metric = config["metadata"], config["metric_list"][0]
+    meta = config["metadata"]
+    metric = config["metric_list"][0]
     if "program" in meta: return {"process_results": partial(_passes, meta["program"])}
     if metric["metric"] != "bleu": return {}
     into = language.split("-")[-1]
@@ -108,7 +109,8 @@ def _localised(config: dict, language: str) -> tuple[dict, dict]:
     if "target_delimiter" in label: config["target_delimiter"] = label["target_delimiter"]
     generation = config.get("generation_kwargs", {})
     if generation.get("until"):
-        ends, question = generation["until"], label.get("question_label", "\n\n").strip(" ")
+        ends = generation["until"]
+        question = label.get("question_label", "\n\n").strip(" ")
         generation["until"] = [end.replace("{question_label}", question) for end in ends]
     if not label: return config, {}
     return config, {column: label.get(column, "") for column in meta.get("optional", [])}
@@ -204,7 +206,8 @@ def _sections_of_own_shots(task: str, language: str, rows: list[dict],
                            given: list[dict], # its first rows, one more than exemplars are wanted
                            ) -> list[Section]:
     "Each of the first items with the others before it, and the rest."
-    count, found = len(given) - 1, []
+    count = len(given) - 1
+    found = []
     for n, row in enumerate(rows[:count]):
         others = [shot for shot in given if shot["id"] != row["id"]]
         found.append(Section(task_config(task, language, [row], others, f"item{n}"), [n]))
@@ -243,8 +246,10 @@ def exam(data: str | Path | None, task: str, language: str,
          shots: int | None = None, # exemplars; None: the task's own number
          ) -> Exam:
     "Read one exam. One that knows no exemplars has none, whatever `shots` says. Raises MaetError."
-    config, rows = template(task), read_exam(data, task, language)
-    meta, count = config["metadata"], config.get("num_fewshot")
+    config = template(task)
+    rows = read_exam(data, task, language)
+    meta = config["metadata"]
+    count = config.get("num_fewshot")
     if shots is not None and shots < 0:
         raise MaetError(f"shots {shots}: 0 or more exemplars are wanted")
     if count is not None and shots is not None: count = shots

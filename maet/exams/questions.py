@@ -154,7 +154,8 @@ def read_exam(data: str | Path | None,  # folder that holds one folder per task;
         raise MaetError(f"language {language!r}: a name of letters, digits, - and _ is wanted")
     if data is None: found = from_hub(task, language)
     else: found = _lines(Path(data) / task / f"{language}.jsonl")
-    meta, numeric = config["metadata"], reads_numbers(config)
+    meta = config["metadata"]
+    numeric = reads_numbers(config)
     rows = [_row(row, where, meta["columns"], numeric) for where, row in found]
     rows = _with_ids(rows, [where for where, _ in found])
     return _first(rows, limit, meta.get("by"))
@@ -174,7 +175,8 @@ def read_shots(data: str | Path | None, task: str, language: str,
                ) -> dict:      # subject -> exemplars, all of one length; else None -> exemplars
     "The exemplars of one exam. Raises MaetError where there are fewer than `count`."
     config = template(task)
-    meta, by = config["metadata"], config["metadata"].get("by")
+    meta = config["metadata"]
+    by = meta.get("by")
     if meta.get("shots_from_test"): return _own_shots(task, count, rows or [])
     where = "the hub" if data is None else Path(data) / task / "shots" / f"{language}.jsonl"
     columns = meta.get("shot_columns", meta["columns"])
@@ -258,8 +260,11 @@ def from_hub(task: str, language: str,
         raise MaetError(f"task {task!r} is on no hub: give a folder of exam files as data")
     if "-" in language: return _both(task, source, *language.split("-", 1))
     config = _config(task, source, language)
-    forms, wanted = source["row"], source.get("where", {})
-    if part == "shots": forms, wanted = source.get("shot", forms), source.get("shots_where", {})
+    forms = source["row"]
+    wanted = source.get("where", {})
+    if part == "shots":
+        forms = source.get("shot", forms)
+        wanted = source.get("shots_where", {})
     name, split = source["dataset"], source[part]
     found = []
     for n, theirs in enumerate(_download(name, config, split)):

@@ -37,7 +37,10 @@ class Table:
     """A table that is being written. `note` says what is there of it: what it is made from, rows,
     their hash, tokens that are learnt, and where the reader stood behind the last row."""
     def __init__(self, out: str | Path, shape: tuple[int, int], masked: bool, made: str):
-        self.out, self.shape, self.masked, self.made = Path(out), shape, masked, made
+        self.out = Path(out)
+        self.shape = shape
+        self.masked = masked
+        self.made = made
         self.part = self.out.parent / f".{self.out.name}.part"
         self.noted = self.out.parent / f".{self.out.name}.position"
         pages = math.ceil((4096 + 4 * len(made)) / 4096)
@@ -54,7 +57,8 @@ class Table:
     def append(self, ids: np.ndarray, trained: np.ndarray, position: dict | None = None) -> None:
         "Write rows, then note that they are there and the position behind them."
         hashed = _write_rows(self, ids, trained)
-        rows, learnt = self.note["rows"] + len(ids), self.note["trained"] + int(trained.sum())
+        rows = self.note["rows"] + len(ids)
+        learnt = self.note["trained"] + int(trained.sum())
         self.note |= dict(rows=rows, hash=hashed, trained=learnt, position=position)
         with whole(self.noted) as new: new.write_text(json.dumps(self.note), encoding="utf-8")
 
@@ -79,7 +83,8 @@ def _begin(table: Table) -> None:
 # %% ../../nbs/14_text.tables.ipynb #777cb031
 def _write_rows(table: Table, ids: np.ndarray, trained: np.ndarray) -> str:
     "Force rows to the disk, behind those that are there; the hash of all rows up to these."
-    rows, (many, length) = table.note["rows"], table.shape
+    rows = table.note["rows"]
+    many, length = table.shape
     if not rows: _begin(table)
     pieces = [(table.begin + rows * length * 4, ids.tobytes())]  # place in the file, bytes
     if table.masked:
@@ -106,7 +111,8 @@ def _used(position: dict | None) -> list[dict]: # documents, tokens, epochs
 # %% ../../nbs/14_text.tables.ipynb #67941887
 def _header(table: Table) -> bytes:
     "The header of a safetensors file and its length before it, filled with blanks up to the ids."
-    note, shape = table.note, list(table.shape)
+    note = table.note
+    shape = list(table.shape)
     scalars = shape[0] * shape[1]
     meta = dict(
         format=FORMAT, identity=note["hash"], made=table.made,
@@ -233,7 +239,8 @@ def identity(source: Source) -> str:
     what = {field: value for field, value in asdict(source).items() if value is not None}
     del what["path"], what["share"]
     if source.remote:
-        content, place = source.path, Path(str(source.path).removeprefix("hf://"))
+        content = source.path
+        place = Path(str(source.path).removeprefix("hf://"))
         if place.is_dir(): what["files"] = _sizes(place)
     else:
         files = local_files(source)
