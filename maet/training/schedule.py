@@ -6,15 +6,18 @@
 __all__ = ['MODES', 'Training', 'batch_sequences', 'total_steps', 'total_tokens', 'at_once', 'check_ranks']
 
 # %% ../../nbs/22_training.schedule.ipynb #c7de605d
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Literal, get_type_hints
 
 import torch
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..weights.tensors import MaetError
 from ..text.tokens import Tokens
+from .settings import _meant, setting
 
 # %% ../../nbs/22_training.schedule.ipynb #c1dfd96e
 MODES = ("dense", "lora", "key-neuron")
@@ -27,116 +30,111 @@ SCHEDULES = {  # ours -> transformers.get_scheduler's
 PRECISIONS = ("float32", "bfloat16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # transformers' names
 
-def _setting(default, # the value when a recipe is silent
-             kind,    # int, float, bool or str
-             ok,      # function: can this value be used?
-             must):   # what `ok` asks for, in words
-    "A dataclass field that knows what it must be."
-    return field(default=default, metadata={"kind": kind, "ok": ok, "must": must})
-
 # %% ../../nbs/22_training.schedule.ipynb #d5ff829b
-def _converted(value, kind):
-    "`value` as `kind`. ValueError, TypeError or OverflowError where it would be another value."
-    if isinstance(value, bool) != (kind is bool): raise ValueError
-    if kind in (str, bool): return value
-    number = kind(float(value))
-    if number != float(value): raise ValueError
-    return number
+def _number(value):
+    "YAML reads 5e-5 as text: text is welcome. A bool is no number."
+    if isinstance(value, bool): raise ValueError
+    if isinstance(value, int): return value
+    try: return float(value)
+    except (TypeError, OverflowError): raise ValueError from None
 
-# %% ../../nbs/22_training.schedule.ipynb #32d35b0f
-def _checked(setting, value):
-    """`value` as the kind that `setting` wants; MaetError if it is not one.
-    YAML reads 5e-5 as text: text is welcome."""
-    kind, ok, must = (setting.metadata[key] for key in ("kind", "ok", "must"))
-    if value is None and setting.default is None: return None
-    if kind is str and isinstance(value, (list, tuple)): value = ",".join(map(str, value))
-    try:
-        converted = _converted(value, kind)
-        if ok(converted): return converted
-    except (TypeError, ValueError, OverflowError): pass
-    raise MaetError(f"training: {setting.name} is {value!r}, it must be {must}")
+def _joined(value): return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Names = Annotated[str, BeforeValidator(_joined)]
 
 # %% ../../nbs/22_training.schedule.ipynb #127e2f5e
-def _is_rate(value): return 0 < value < 1
-def _is_share(value): return 0 <= value < 1
-def _is_positive(value): return 0 < value < math.inf
-def _is_not_negative(value): return 0 <= value < math.inf
-def _is_seed(value): return 0 <= value < 2**32
-def _is_any(value): return True
-
 MOST = 2**63 # of a number that counts something
 
-def _or_none(must, default): return must if default is not None else f"{must}, or none"
+def _key(default, description: str, must: str, **rules):
+    "A setting that knows what it must be; with a default of None it may also be none."
+    if default is None: must = f"{must}, or none"
+    return setting(default, description, json_schema_extra={"must": must}, **rules)
 
-# %% ../../nbs/22_training.schedule.ipynb #db01b7b0
-def _whole(least, default):
-    "A whole number, `least` or more, that 64 bits hold; with a default of None it may also be none."
-    def ok(value): return least <= value < MOST
+def _whole(default, description: str, least: int = 1):
     must = f"a whole number above {least - 1}" if least else "a whole number, 0 or more"
-    return _setting(default, int, ok, _or_none(must, default))
+    return _key(default, description, must, ge=least, lt=MOST)
 
-def _share(default):
-    return _setting(default, float, _is_share, "0 or more and below 1")
+def _share(default, description: str):
+    return _key(default, description, "0 or more and below 1", ge=0, lt=1)
 
-def _not_negative(default, must="0 or more"):
-    return _setting(default, float, _is_not_negative, must)
+def _flag(default, description: str, must: str = "true or false"):
+    return _key(default, description, must, strict=True)
 
-def _flag(default, must="true or false"):
-    return _setting(default, bool, _is_any, must)
-
-# %% ../../nbs/22_training.schedule.ipynb #7867d277
-def _one_of(choices, default):
+def _one_of(choices, default, description: str):
     *most, last = choices
-    must = f"{', '.join(most)} or {last}"
-    return _setting(default, str, choices.__contains__, _or_none(must, default))
-
-def _check_names(settings, known):
-    unknown = sorted(map(str, set(settings) - set(known)))
-    if not unknown: return
-    names = ", ".join(unknown)
-    raise MaetError(f"training: unknown key {names}; known keys: {', '.join(known)}")
+    return _key(default, description, f"{', '.join(most)} or {last}")
 
 # %% ../../nbs/22_training.schedule.ipynb #902ba3cd
 @dataclass
 class Steps:
     "What the optimizer's steps read, and how they change the model."
-    mode: str = _one_of(MODES, "dense")
-    tokens: int = _whole(1, 2_000_000_000)   # paper: 2B
-    batch_tokens: int = _whole(1, 1_000_000) # a step, over all ranks; paper: 1M
-    sequence_length: int = _whole(2, 2048)   # tokens
-    whole_documents: bool = _flag(False)     # none is cut by a sequence's end; the rest is padded
-    device_batch: int = _whole(1, None)      # sequences at once on a rank; none: all of a step's
-    learning_rate: float = _setting(5e-5, float, _is_rate, "above 0 and below 1") # paper: 5e-5
-    schedule: str = _one_of(tuple(SCHEDULES), "cosine")
-    warmup_steps: int = _whole(0, 0)
-    decay_steps: int = _whole(0, 0)          # of wsd, linear to 0
-    weight_decay: float = _not_negative(0.1) # not on norms, biases
-    beta1: float = _share(0.9)
-    beta2: float = _share(0.95)
-    max_grad_norm: float = _not_negative(1.0, "0 (no clipping) or more")
-    seed: int = _setting(0, int, _is_seed, "a whole number from 0 to 2**32 - 1")
+    mode: Literal[MODES] = _one_of(MODES, "dense", "What is trained")
+    tokens: Whole = _whole(2_000_000_000, "Tokens that are read. Paper: 2B")
+    batch_tokens: Whole = _whole(1_000_000, "Tokens of a step, over all ranks. Paper: 1M")
+    sequence_length: Whole = _whole(2048, "Tokens of a sequence", least=2)
+    whole_documents: bool = _flag(False, "No document is cut by a sequence's end; it is padded")
+    device_batch: Whole | None = _whole(None, "Sequences at once on a rank; none: all of a step's")
+    learning_rate: Real = _key(5e-5, "At its highest. Paper: 5e-5",
+                               "above 0 and below 1", gt=0, lt=1)
+    schedule: Literal[tuple(SCHEDULES)] = _one_of(SCHEDULES, "cosine", "How the learning rate goes")
+    warmup_steps: Whole = _whole(0, "Steps until the learning rate is at its highest", least=0)
+    decay_steps: Whole = _whole(0, "Of wsd: its last steps, linear to 0", least=0)
+    weight_decay: Real = _key(0.1, "Not on norms and biases", "0 or more", ge=0)
+    beta1: Real = _share(0.9, "Of AdamW")
+    beta2: Real = _share(0.95, "Of AdamW")
+    max_grad_norm: Real = _key(1.0, "Longer gradients are clipped", "0 (no clipping) or more", ge=0)
+    seed: Whole = _key(0, "Of the order and of what is drawn",
+                       "a whole number from 0 to 2**32 - 1", ge=0, lt=2**32)
+
+# %% ../../nbs/22_training.schedule.ipynb #0c62af7c
+@cache
+def _checks(cls) -> dict[str, TypeAdapter]: # by key
+    "pydantic's check of each key."
+    kinds = get_type_hints(cls, include_extras=True)
+    return {key.name: TypeAdapter(Annotated[kinds[key.name], Field(**key.metadata)])
+            for key in fields(cls)}
+
+def _check_values(training) -> None:
+    "Each value as its key asks for. MaetError: one that is not."
+    for key in fields(training):
+        value = getattr(training, key.name)
+        try: setattr(training, key.name, _checks(type(training))[key.name].validate_python(value))
+        except ValidationError:
+            must = key.metadata["json_schema_extra"]["must"]
+            raise MaetError(f"training: {key.name} is {value!r}, it must be {must}") from None
+
+def _check_names(settings, known: list[str]) -> None:
+    unknown = sorted(map(str, set(settings) - set(known)))
+    if not unknown: return
+    listed = f"{', '.join(unknown)}; known keys: {', '.join(known)}"
+    raise MaetError(f"training: unknown key {listed}{_meant(unknown, known)}")
 
 # %% ../../nbs/22_training.schedule.ipynb #735fc5e5
 @dataclass
 class Training(Steps):
     """Every hyper-parameter of one run: those of `Steps`, and these.
     A bad value is a MaetError that names the key."""
-    save_every: int = _whole(1, 100)           # steps between two checkpoints to resume from
-    eval_every: int = _whole(1, None)          # steps
-    precision: str = _one_of(PRECISIONS, None) # of the forward; none: see "Loading the base"
-    attention: str = _one_of(ATTENTIONS, None) # none: transformers' choice for the model
-    activation_checkpointing: bool = _flag(False)
-    lora_rank: int = _whole(1, 16)
-    lora_alpha: float = _setting(32., float, _is_positive, "above 0") # scale: alpha / rank
-    lora_dropout: float = _share(0.)
-    lora_targets: str = _setting("all-linear", str, bool, "all-linear, or a list of module names")
-    lora_merge: bool = _flag(True, "true (a checkpoint) or false (an adapter)")
-    save_samples: int = _whole(1, None)        # sequences between two candidates for `keep`
-    keep: int = _whole(1, None)                # how many candidates, the best by score
+    save_every: Whole = _whole(100, "Steps between two checkpoints to resume from")
+    eval_every: Whole | None = _whole(None, "Steps between two looks at the held-out text")
+    precision: Literal[PRECISIONS] | None = _one_of(
+        PRECISIONS, None, "What the forward computes in; none: what the weights are held in")
+    attention: Literal[ATTENTIONS] | None = _one_of(
+        ATTENTIONS, None, "None: transformers' choice for the model")
+    activation_checkpointing: bool = _flag(False, "Activations are computed again, not kept")
+    lora_rank: Whole = _whole(16, "Rank of an adapter's matrices")
+    lora_alpha: Real = _key(32., "The scale is alpha / rank", "above 0", gt=0)
+    lora_dropout: Real = _share(0., "Share of an adapter's inputs")
+    lora_targets: Names = _key("all-linear", "Modules that get an adapter",
+                               "all-linear, or a list of module names", min_length=1)
+    lora_merge: bool = _flag(True, "Is the result a checkpoint, or an adapter?",
+                             "true (a checkpoint) or false (an adapter)")
+    save_samples: Whole | None = _whole(None, "Sequences between two candidates for `keep`")
+    keep: Whole | None = _whole(None, "How many candidates, the best by score")
 
     def __post_init__(self):
-        for setting in fields(self):
-            setattr(self, setting.name, _checked(setting, getattr(self, setting.name)))
+        _check_values(self)
         _check_together(self)
 
     @classmethod
