@@ -10,10 +10,11 @@ import errno, os, platform, re, shlex, tempfile, traceback
 from contextlib import suppress
 
 from . import __version__
+from .weights.refusals import refused_by_system
 
 # %% ../nbs/88_errors.ipynb #ecf1b2fe
 NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
-REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed")  # safetensors, torch.save
+
 
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -23,7 +24,7 @@ def of_system(error: BaseException) -> str | None: # None: it was not the system
     "What the system refused: the file and why."
     if isinstance(error, OSError) and error.errno:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-    return first_line(error) if isinstance(error, OSError) or REFUSED.search(str(error)) else None
+    return first_line(error) if refused_by_system(error) else None
 
 # %% ../nbs/88_errors.ipynb #2fb50252
 def of_memory(error: BaseException, kinds: set[str]) -> bool:

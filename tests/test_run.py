@@ -177,7 +177,8 @@ def test_a_measure_reads_what_a_run_left(undisturbed, tmp_path, measure):
     (tmp_path / "data").symlink_to(ROOT / "data")
     shutil.copytree(folder / "whole", tmp_path / "out", symlinks=True)
     recipe = TINY if measure != "world" else TINY | {"languages": ["es", "zh", "bn", "te"]}
-    if measure == "empirical": recipe = recipe | {"languages": ["zh", "bn"], "base": str(ROOT / "data" / "miniworld" / "base")}
+    base = next((folder / "whole").glob("base.1-*")) / "base"
+    if measure == "empirical": recipe = recipe | {"languages": ["zh", "bn"], "base": str(base)}
     (tmp_path / "tiny.yml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "asked.yml").write_text(yaml.safe_dump({"recipe": "tiny.yml", "measure": measure, "seeds": [0]}))
     command = [sys.executable, "-m", "maet.cli", "run", "--study", "asked.yml", "--out", "out", "--ledger", "rows.jsonl"]

@@ -1,4 +1,5 @@
 "What is trained is written: change a model in memory, write it, load it, and it is the same. For a sweep over architectures."
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -40,9 +41,9 @@ def loaded(path: Path):
     return model
 
 
-def dense(base: Checkpoint, folder: Path, kind: str) -> str:
+def dense(model, base: Checkpoint, folder: Path, kind: str) -> str:
     "Change every parameter, write, load: the trained model again. Returns what was compared."
-    model = disturbed(load_base(base.path, torch.float32), size=.1)
+    disturbed(model, size=.1)
     write_expert(folder / "dense", model, base, Training(), None, folder / "work", "")
     right = read(model)
     assert_same(read(loaded(folder / "dense")), right, kind)
@@ -60,9 +61,8 @@ def trained_names(base: Checkpoint, model) -> list[str]:
     return [name for name in found.tensors if {run.name for run in found.parts(name, 0, 1)} <= parameters]
 
 
-def sparse(base: Checkpoint, folder: Path, kind: str) -> None:
+def sparse(model, base: Checkpoint, folder: Path, kind: str) -> None:
     "Keys by the checkpoint's names; change the key neurons, make a pack's delta, apply it, load: the trained model again."
-    model = load_base(base.path, torch.float32)
     keys = {name: torch.rand(base.shape(name)) < .1 for name in trained_names(base, model)}
     frozen = freeze(model, keys, needed_layout(base))
     for parameter in frozen.parameters():
@@ -81,7 +81,8 @@ def written(path: Path, folder: Path, kind: str) -> tuple[str, int]: # what was 
     "All of a model and a tenth of it. Raises MaetError if the model cannot be trained."
     base = Checkpoint(path)
     found = needed_layout(base).settle()
-    compared = dense(base, folder, kind)
-    sparse(base, folder, kind)
+    model = load_base(base.path, torch.float32)
+    compared = dense(deepcopy(model), base, folder, kind)
+    sparse(model, base, folder, kind)
     apart = [name for name in found.tensors if base.size(name) and found.parts(name, 0, base.size(name)) != [(name, 0, base.size(name))]]
     return compared, len(apart)

@@ -15,29 +15,59 @@ from typing import NamedTuple
 from .questions import plain_number
 
 # %% ../../nbs/41_exams.answers.ipynb #b6692ea5
-SIGNS = {"．": ".", "٫": ".", "٬": ",", "−": "-", "－": "-", "–": "-", "‑": "-",
-         "⁄": "/", "／": "/", "＝": "=", "＋": "+"}
-NARROW = "\u00a0\u202f\u2009\u2007'’_"  # 1 234, 1'234, 1_234
+SIGNS = {
+    "．": ".", "٫": ".", "٬": ",",                   # in numbers
+    "−": "-", "－": "-", "–": "-", "‑": "-",          # minus
+    "⁄": "/", "／": "/", "＝": "=", "＋": "+",
+}
+SPACES = "\u00a0\u202f\u2009\u2007"  # that do not break a line, or are narrow
+NARROW = SPACES + "'’_"              # 1 234, 1'234, 1_234
 
 # %% ../../nbs/41_exams.answers.ipynb #5313e01a
+def _in_ascii(character: str) -> str:
+    "A decimal digit of Unicode as 0 to 9, a sign as that of ASCII; any other as it is."
+    if character.isdecimal(): return str(unicodedata.decimal(character))
+    return SIGNS.get(character, character)
+
+def _currency_as_dollar(character: str) -> str:
+    if character in SPACES: return " "
+    return "$" if unicodedata.category(character) == "Sc" else character
+
+# %% ../../nbs/41_exams.answers.ipynb #3763ee90
+def _ungrouped(text: str) -> str:
+    "1 234, 1'234 and 1_234 as 1234."
+    grouped = rf"(?<![\d.,])\d{{1,3}}([{NARROW}])\d{{3}}(?:\1\d{{3}})*(?!\d)"
+    def joined(found): return found[0].replace(found[1], "")
+    return re.sub(grouped, joined, text)
+
 def ascii_numbers(text: str) -> str:
     """The text with every decimal digit of Unicode as 0 to 9 and without currency signs.
     Superscripts stay: m² is no number."""
     # a full-width comma is a separator between full-width digits only
     text = re.sub(r"(?<=[０-９])，(?=[０-９])", ",", text)
-    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else SIGNS.get(c, c) for c in text)
-    grouped = rf"(?<![\d.,])\d{{1,3}}([{NARROW}])\d{{3}}(?:\1\d{{3}})*(?!\d)"
-    text = re.sub(grouped, lambda found: found[0].replace(found[1], ""), text)
+    text = "".join(map(_in_ascii, text))
+    text = _ungrouped(text)
     text = re.sub(r"([=(] *)- (?=[\d.])", r"\1-", text)  # = - 5
-    text = "".join(" " if c in NARROW[:4] else "$" if unicodedata.category(c) == "Sc" else c for c in text)
-    return re.sub(r"(?<=\d)\$(?=\d)", " ", text).replace("$", "")  # 5$3 is two numbers
+    text = "".join(map(_currency_as_dollar, text))
+    text = re.sub(r"(?<=\d)\$(?=\d)", " ", text)  # 5$3 is two numbers
+    return text.replace("$", "")
 
 # %% ../../nbs/41_exams.answers.ipynb #5b2d7e31
-LATEX = {r"\{,\}": ",", r"\\!": "", r"\\[,;:> ]": "\u2009", r"\\([$%])": r"\1", r"\\[\[\]()]": " ",
-         r"\\(?:left|right)\b": "", r"\\(?:times|cdot|ast)\b": "×", r"\\div\b": "÷", r"\\approx\b": "≈",
-         r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}": r" \1 ",
-         r"(?<=\d)(?=\\[dtc]?frac)": " ",  # 1\frac12 is one and a half
-         r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))": r"\1\2/\3\4 "}  # form -> plain text
+TOP_OR_BOTTOM = r"\s*(?:\{([^{}]*)\}|(\d))"  # of a fraction: {12}, or one digit
+LATEX = {
+    r"\{,\}": ",",
+    r"\\!": "",
+    r"\\[,;:> ]": "\u2009",
+    r"\\([$%])": r"\1",
+    r"\\[\[\]()]": " ",
+    r"\\(?:left|right)\b": "",
+    r"\\(?:times|cdot|ast)\b": "×",
+    r"\\div\b": "÷",
+    r"\\approx\b": "≈",
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}": r" \1 ",
+    r"(?<=\d)(?=\\[dtc]?frac)": " ",  # 1\frac12 is one and a half
+    rf"\\[dtc]?frac{TOP_OR_BOTTOM}{TOP_OR_BOTTOM}": r"\1\2/\3\4 ",
+}  # form -> plain text, in this order
 
 def without_latex(text: str) -> str:
     "The text with numbers and signs as one types them."
@@ -45,21 +75,34 @@ def without_latex(text: str) -> str:
     return text
 
 # %% ../../nbs/41_exams.answers.ipynb #fc074d50
-GROUPED = r"(?!0)\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)(?:\.\d+)?"                   # 1,234.5 and 1,25,000
-CERTAIN = (r"(?!0)\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)|(?!0)\d{1,3}(?:\.\d{3}){2,}(?!\d)|0,\d+|"
-           r"(?!0)\d{1,3}(?: \d{3}){2,}(?!\d|\.\d)|(?!0)\d{1,3} 0\d\d(?!\d|\.\d)")  # in any language
-SPANISH = r"(?!0)\d{1,3}(?:[. ]\d{3})+(?!\d|\.\d)(?:,\d+)?|\d+,\d{1,2}(?!\d)"  # with a decimal comma
-PLAIN = r"\d+(?:\.\d+)?|(?<![\w.])\.\d+"                                       # 18, 18.5 and .5
+PLAIN = r"\d+(?:\.\d+)?|(?<![\w.])\.\d+"                      # 18, 18.5 and .5
+GROUPED = r"(?!0)\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)(?:\.\d+)?"  # 1,234.5 and 1,25,000
+CERTAIN = "|".join([  # in any language
+    r"(?!0)\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)",                # 1.234,50
+    r"(?!0)\d{1,3}(?:\.\d{3}){2,}(?!\d)",                     # 1.234.567
+    r"0,\d+",                                                 # 0,125
+    r"(?!0)\d{1,3}(?: \d{3}){2,}(?!\d|\.\d)",                 # 1 234 567
+    r"(?!0)\d{1,3} 0\d\d(?!\d|\.\d)",                         # 80 000
+])
+SPANISH = "|".join([  # with a decimal comma
+    r"(?!0)\d{1,3}(?:[. ]\d{3})+(?!\d|\.\d)(?:,\d+)?",        # 1.234 and 80 500,5
+    r"\d+,\d{1,2}(?!\d)",                                     # 18,5
+])
 
+# %% ../../nbs/41_exams.answers.ipynb #6ed947e9
 def _one(decimal_comma: bool) -> str:
-    return rf"(?<!\d)(?:{'|'.join([SPANISH] * decimal_comma + [CERTAIN, GROUPED, PLAIN])})"
+    "The regular expression of one number without a sign."
+    forms = [CERTAIN, GROUPED, PLAIN]
+    if decimal_comma: forms.insert(0, SPANISH)
+    return rf"(?<!\d)(?:{'|'.join(forms)})"
 
-# %% ../../nbs/41_exams.answers.ipynb #09a49b96
 def _value(number: str, decimal_comma: bool) -> Fraction:
-    commas = f"{SPANISH}|{CERTAIN}" if decimal_comma else CERTAIN
-    if re.fullmatch(commas, number): number = re.sub(r"[. ]", "", number).replace(",", ".")
+    "Of what `_one` finds."
+    with_comma = f"{SPANISH}|{CERTAIN}" if decimal_comma else CERTAIN
+    if re.fullmatch(with_comma, number): number = re.sub(r"[. ]", "", number).replace(",", ".")
     return Fraction(number.replace(",", ""))
 
+# %% ../../nbs/41_exams.answers.ipynb #09a49b96
 def _written(value: Fraction) -> str:
     "In the form of `plain_number`. A third has no decimal form and stays 1/3."
     digits = value.denominator.bit_length()  # as many as it needs, if any number of them is enough
@@ -69,34 +112,65 @@ def _written(value: Fraction) -> str:
 
 # %% ../../nbs/41_exams.answers.ipynb #9f61c275
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-SCALES = {"百万": 6, "千万": 7, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}  # power of ten; the longest first
+UNIT_POWER = r"(?<![^\W\d_])([cdkm]?m|ft|in)[23](?!\d)|(?<=[A-Za-z])\s?\^\{?-?\d+\}?"  # m2 and m^2
+
+def _as_fraction(found: re.Match) -> str:
+    "½ as 1/2."
+    return " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")
+
+def _as_power(found: re.Match) -> str: return "^" + found[0].translate(RAISED)
 
 def _raised(text: str) -> str:
     "Powers with a ^, units without one, ½ as 1/2."
-    def two(found): return " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")
-    text = re.sub("[¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", two, text)
-    text = re.sub(r"(?<=[\d)}])[⁻⁰¹²³⁴-⁹]+", lambda found: "^" + found[0].translate(RAISED), text)
-    text = re.sub(r"(?<=\d)\*\*(?=-?\d)", "^", text).replace("**", " ")  # what is left of ** is bold type
-    return re.sub(r"(?<![^\W\d_])([cdkm]?m|ft|in)[23](?!\d)|(?<=[A-Za-z])\s?\^\{?-?\d+\}?", r"\1", text)
+    text = re.sub("[¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", _as_fraction, text)
+    text = re.sub(r"(?<=[\d)}])[⁻⁰¹²³⁴-⁹]+", _as_power, text)
+    text = re.sub(r"(?<=\d)\*\*(?=-?\d)", "^", text)
+    text = text.replace("**", " ")  # what is left of it is bold type
+    return re.sub(UNIT_POWER, r"\1", text)
 
 # %% ../../nbs/41_exams.answers.ipynb #aff93acc
-def in_digits(text: str, decimal_comma: bool = False) -> str:
-    "The text with powers, powers of ten and the characters for 10,000 and the like worked out."
-    one, scale = _one(decimal_comma), "|".join(SCALES).replace("千|", "千(?![克米瓦卡])|")
-    def power(found):
-        base, exponent = _value(found[1], decimal_comma), int(found[2])
+def _times_ten(form: str, text: str, decimal_comma: bool) -> str:
+    "A number (group 1 of `form`) times a power of ten (its exponent: group 2), worked out."
+    def worked_out(found):
+        return _written(_value(found[1], decimal_comma) * Fraction(10) ** int(found[2]))
+    return re.sub(form, worked_out, text)
+
+def _powers(text: str, decimal_comma: bool) -> str:
+    "2^10 worked out. What nobody means, 9^999 or a power of 0, goes."
+    def worked_out(found):
+        base = _value(found[1], decimal_comma)
+        exponent = int(found[2])
         meant = base and abs(exponent) * len(found[1]) < 300
         return _written(base ** exponent) if meant else " "
-    def times_ten(found): return _written(_value(found[1], decimal_comma) * Fraction(10) ** int(found[2]))
-    def scaled(found):
-        parts = re.findall(f"({one})({scale})?", found[0])
+    return re.sub(rf"({_one(decimal_comma)})\^[({{]*(-?\d{{1,3}})(?!\d)[)}}]*", worked_out, text)
+
+# %% ../../nbs/41_exams.answers.ipynb #491d3c77
+# power of ten; the longest first
+SCALES = {"百万": 6, "千万": 7, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
+SCALE = "|".join(SCALES).replace("千|", "千(?![克米瓦卡])|")  # 千克: kilogram
+
+def _scaled(text: str, decimal_comma: bool) -> str:
+    "7万 and 1万5000 worked out."
+    one = _one(decimal_comma)
+    def worked_out(found):
+        parts = re.findall(f"({one})({SCALE})?", found[0])
         amounts = [_value(number, decimal_comma) * 10 ** SCALES.get(word, 0) for number, word in parts]
         return _written(sum(amounts))
-    text = re.sub(r"\d{1000,}", " ", _raised(text))  # no answer, and Python refuses to count so far
-    text = re.sub(rf"({one})\s?[×x*]\s?10\^[({{]*(-?\d{{1,2}})(?!\d)[)}}]*", times_ten, text)
-    text = re.sub(rf"({one})\^[({{]*(-?\d{{1,3}})(?!\d)[)}}]*", power, text)
-    text = re.sub(rf"({one})[eE]([-+]?\d{{1,2}})(?![0-9A-Za-z])", times_ten, text)
-    return re.sub(rf"(?:{one}(?:{scale}))+(?:(?<=[百千万萬亿億])\d{{1,4}}(?!\d))?", scaled, text)
+    ones = r"(?:(?<=[百千万萬亿億])\d{1,4}(?!\d))?"
+    return re.sub(rf"(?:{one}(?:{SCALE}))+{ones}", worked_out, text)
+
+# %% ../../nbs/41_exams.answers.ipynb #9ac9bfae
+def in_digits(text: str, decimal_comma: bool = False) -> str:
+    "The text with powers, powers of ten and the characters for 10,000 and the like worked out."
+    one = _one(decimal_comma)
+    times_ten_to_the = rf"({one})\s?[×x*]\s?10\^[({{]*(-?\d{{1,2}})(?!\d)[)}}]*"  # 3 × 10^3
+    exponential = rf"({one})[eE]([-+]?\d{{1,2}})(?![0-9A-Za-z])"                  # 3e3
+    text = _raised(text)
+    text = re.sub(r"\d{1000,}", " ", text)  # no answer, and Python refuses to count so far
+    text = _times_ten(times_ten_to_the, text, decimal_comma)
+    text = _powers(text, decimal_comma)
+    text = _times_ten(exponential, text, decimal_comma)
+    return _scaled(text, decimal_comma)
 
 # %% ../../nbs/41_exams.answers.ipynb #c294f5a8
 class Number(NamedTuple):
@@ -108,46 +182,70 @@ class Number(NamedTuple):
 
 WORDS = r"[^\d=≈→⇒+*/×÷·⋅<>.,;:!?。，、；：！？।\n-]{0,24}"  # of one clause
 OPEN = r"[\s(\[{*_`~\\&<>]*"
-JOINTS = {"=": rf"{WORDS}\s*[=≈→⇒]{OPEN}{WORDS}",
-          "sign": rf"[ \t)*_%°]*(?:[-+*/×÷·⋅]|(?<![^\W\d_])[xX](?![^\W\d_])){OPEN}",
-          "words, sign": rf"{WORDS}[-+*/×÷·⋅]{OPEN}"}
+CLOSE = r"[ \t)*_%°]*"
+SIGN = r"[-+*/×÷·⋅]"
+TIMES = r"(?<![^\W\d_])[xX](?![^\W\d_])"  # an x that is no part of a word
+JOINTS = {
+    "=": rf"{WORDS}\s*[=≈→⇒]{OPEN}{WORDS}",
+    "sign": rf"{CLOSE}(?:{SIGN}|{TIMES}){OPEN}",
+    "words, sign": rf"{WORDS}{SIGN}{OPEN}",
+}
 
 # %% ../../nbs/41_exams.answers.ipynb #635251fb
 @lru_cache
 def _number(decimal_comma: bool) -> re.Pattern:
-    one, minus = _one(decimal_comma), r"(?<![0-9A-Za-z)%])-"
-    fraction = rf"(?:(?P<whole>\d+)\s+)?(?P<top>{one})\s?/\s?(?P<bottom>{one})(?!\s?/\s?\d)"  # not 12/5/2023
-    return re.compile(rf"(?P<minus>{minus})?(?:{fraction}|(?P<one>{one}))")
+    "A number with its sign: 18, -3.5, 3/4 or 1 1/2."
+    one = _one(decimal_comma)
+    minus = r"(?P<minus>(?<![0-9A-Za-z)%])-)?"
+    whole = r"(?:(?P<whole>\d+)\s+)?"
+    no_date = r"(?!\s?/\s?\d)"  # 12/5/2023
+    fraction = rf"{whole}(?P<top>{one})\s?/\s?(?P<bottom>{one}){no_date}"
+    return re.compile(rf"{minus}(?:{fraction}|(?P<one>{one}))")
 
 def _amount(found: re.Match, decimal_comma: bool) -> Fraction | None:
-    said = {name: text for name, text in found.groupdict().items() if text and name != "minus"}
-    part = {name: _value(text, decimal_comma) for name, text in said.items()}
-    if part.get("bottom") == 0: return None
-    amount = part["one"] if "one" in part else part.get("whole", 0) + part["top"] / part["bottom"]
+    "Of what `_number` finds; None where something is divided by 0."
+    if found["one"]:
+        amount = _value(found["one"], decimal_comma)
+    else:
+        bottom = _value(found["bottom"], decimal_comma)
+        if bottom == 0: return None
+        amount = _value(found["top"], decimal_comma) / bottom + int(found["whole"] or 0)
     return -amount if found["minus"] else amount
 
 # %% ../../nbs/41_exams.answers.ipynb #865597fd
 def _joint(between: str) -> str | None:
-    return next((name for name, form in JOINTS.items() if re.fullmatch(form, between)), None)
+    "Which of JOINTS a text between two numbers is."
+    for name, form in JOINTS.items():
+        if re.fullmatch(form, between): return name
+    return None
 
 def _numbers(text: str, decimal_comma: bool) -> list[Number]:
-    numbers, end = [], 0
+    numbers = []
+    end = 0  # of the number before
     for found in _number(decimal_comma).finditer(text):
         between = text[end:found.start()]
         joint = _joint(between) if numbers else ""
         # the minus of 16 -3 joins, of = -3 it does not
         if joint is None and found["minus"]: joint = _joint(between + "-")
-        numbers.append(Number(found.start(), found.end(), _amount(found, decimal_comma), joint or ""))
-        end = found.end()
+        start, end = found.span()
+        numbers.append(Number(start, end, _amount(found, decimal_comma), joint or ""))
     return numbers
 
 # %% ../../nbs/41_exams.answers.ipynb #e4b617ca
+def _leads_to_equals(numbers: list[Number]) -> bool:
+    "Does an equals sign follow before a number that nothing joins?"
+    for number in numbers:
+        if number.joint == "=": return True
+        if not number.joint: return False
+    return False
+
 def equations(text: str, decimal_comma: bool = False) -> list[list[Number]]:
     "The numbers of a text in their order; those of one sum or equation stand together."
-    numbers, found = _numbers(text, decimal_comma), []
-    for n, number in enumerate(numbers):
-        ahead = next((later.joint for later in numbers[n:] if later.joint in ("", "=")), "")
-        alone = not number.joint or number.joint == "words, sign" and ahead != "="
+    numbers = _numbers(text, decimal_comma)
+    found = []
+    for place, number in enumerate(numbers):
+        alone = not number.joint
+        if number.joint == "words, sign": alone = not _leads_to_equals(numbers[place:])
         if alone: found.append([])
         found[-1].append(number)
     return found
@@ -159,7 +257,9 @@ def worth(equation: list[Number]) -> Fraction | None:
     for number in equation:
         if number.joint == "=" or not sides: sides.append([])
         sides[-1].append(number.value)
-    return next((side[0] for side in reversed(sides) if len(side) == 1), None)
+    for side in reversed(sides):
+        if len(side) == 1: return side[0]
+    return None
 
 # %% ../../nbs/41_exams.answers.ipynb #06d839ec
 OPENING = r"[\s:：=≈*_`(~\\\"'「『“‘【\[{<]*(?:[A-Za-z]\s*[=≈]\s*)?[\s(*{]*"  # spaces, marks, x =
@@ -167,46 +267,72 @@ SENTENCE_END = re.compile(r"[!?。！？।\n]|\.(?!\d)")
 CLAUSE_END = re.compile(r"[.,;:!?。，、；：！？।\n]")
 
 def _stated(text: str, equation: list[Number]) -> list[Number]:
-    "An equation without arithmetic says one thing twice: of 120 minutes = 2 hours the first is the answer."
+    """An equation without arithmetic says one thing twice: of 120 minutes = 2 hours the first is
+    the answer."""
     first, *others = equation
-    restated = all(number.joint == "=" for number in others) and "/" not in text[first.start:first.end]
-    return equation[:1] if restated else equation
+    is_fraction = "/" in text[first.start:first.end]
+    restated = all(number.joint == "=" for number in others) and not is_fraction
+    return [first] if restated else equation
 
 # %% ../../nbs/41_exams.answers.ipynb #1df55e57
+def _from(place: int, found: list[list[Number]]) -> list[list[Number]]:
+    "The equations from a place in the text on."
+    rests = []
+    for equation in found:
+        rest = [number for number in equation if number.start >= place]
+        if rest: rests.append(rest)
+    return rests
+
 def _closing(text: str, end: int, found: list[list[Number]]) -> list[Number] | None:
     "What closing words say that end at a place; None where they say no number."
-    after = [rest for equation in found if (rest := [number for number in equation if number.start >= end])]
+    after = _from(end, found)
     if not after: return None
     first = after[0][0]
     at_once = re.fullmatch(OPENING, text[end:first.start])
     stop = SENTENCE_END.search(text, first.end if at_once else end)
     said = [equation for equation in after if stop is None or equation[0].start < stop.start()]
-    # 4 * 5, which is 20
-    if at_once: return _stated(text, said[0] if worth(said[0]) is not None else said[-1])
+    if at_once:
+        worked_out = worth(said[0]) is not None
+        return _stated(text, said[0] if worked_out else said[-1])  # 4 * 5, which is 20
     return said[0] if len(said) == 1 and first.start - end <= 24 else None
 
+# %% ../../nbs/41_exams.answers.ipynb #c4eb6c8f
+def _closed(text: str, phrases: list[str], found: list[list[Number]]) -> list[Number] | None:
+    "What closing words say, the last time that they say a number; None where they never do."
+    words = "|".join(map(re.escape, phrases)) or "(?!)"  # which is nowhere
+    ends = [said.end() for said in re.finditer(words, text, re.I)]
+    for end in reversed(ends):
+        said = _closing(text, end, found)
+        if said: return said
+    return None
+
 # %% ../../nbs/41_exams.answers.ipynb #e3282e97
+def _has_equals(equation: list[Number]) -> bool:
+    return any(number.joint == "=" for number in equation)
+
 def _opening(text: str, found: list[list[Number]]) -> list[Number] | None:
     "What stands at the start of a text; None where words do, or a sum that nobody worked out."
-    first, worked = found[0], [equation for equation in found if "=" in {number.joint for number in equation}]
+    first = found[0]
     if not re.fullmatch(OPENING, text[:first[0].start]): return None
     if len(_stated(text, first)) == 1: return first[:1]
-    if not worked: return None
-    rest = text[worked[-1][-1].end:found[-1][0].start]
-    return found[-1] if CLAUSE_END.search(rest) else worked[-1]  # 5+3=8, so 6 | 20-4=16 dollars in 7 days
+    worked_out = list(filter(_has_equals, found))
+    if not worked_out: return None
+    rest = text[worked_out[-1][-1].end:found[-1][0].start]
+    # 5+3=8, so 6 | 20-4=16 dollars in 7 days
+    return found[-1] if CLAUSE_END.search(rest) else worked_out[-1]
 
 # %% ../../nbs/41_exams.answers.ipynb #5b384ce3
-def read_number(text: str,                  # what the model wrote
-                phrases: list[str] = (),    # closing words, in any of the languages
-                leading: bool = False,      # what stands at the start is the answer, what follows explains it
+def read_number(text: str,                   # what the model wrote
+                phrases: list[str] = (),     # closing words, in any of the languages
+                leading: bool = False,       # it stands at the start, and is explained by what follows
                 decimal_comma: bool = False, # Spanish
-                ) -> str | None:            # in the form of `plain_number`; 1/3 where there is none
-    "The number that a text gives as its answer; None where it has none. Words (dieciocho, 十八) are not read."
+                ) -> str | None:             # in the form of `plain_number`, or 1/3
+    """The number that a text gives as its answer; None where it has none. Words (dieciocho, 十八)
+    are not read."""
     text = in_digits(ascii_numbers(without_latex(text)), decimal_comma)
     found = equations(text, decimal_comma)
     if not found: return None
-    words = "|".join(map(re.escape, phrases)) or "(?!)"  # which is nowhere
-    ends = [said.end() for said in re.finditer(words, text, re.I)]
-    closed = next(filter(None, (_closing(text, end, found) for end in reversed(ends))), None)
-    value = worth(closed or (leading and _opening(text, found)) or found[-1])
+    answer = _closed(text, phrases, found)
+    if not answer and leading: answer = _opening(text, found)
+    value = worth(answer or found[-1])
     return None if value is None else _written(value)

@@ -33,7 +33,8 @@ def _patches() -> list:
 # %% ../../nbs/44_exams.asking.ipynb #cb7a1d77
 @contextlib.contextmanager
 def quiet():
-    "No bars and no log lines of lm-eval, datasets and transformers inside the block; all is put back."
+    """No bars and no log lines of lm-eval, datasets and transformers inside the block; all is put
+    back."""
     patches = _patches()  # imports lm-eval: before the levels are read
     import datasets, transformers
     bars = transformers.utils.logging
@@ -73,7 +74,8 @@ def drawn_sums(items: torch.Tensor, # (items, sums)
                ) -> torch.Tensor:   # (draws, sums)
     "Sums of as many items as there are, drawn with replacement."
     generator = torch.Generator().manual_seed(seed)
-    columns, n = items.double().T, len(items)
+    columns = items.double().T
+    n = len(items)
     found = []
     for _ in range(draws):
         chosen = torch.randint(n, (n,), generator=generator)
@@ -142,12 +144,15 @@ def _results(exams: list[Exam], report: dict, seconds: float, out: Path | None, 
     items = sum(len(each.rows) for each in exams)
     results = []
     for each in exams:
-        metric, n = template(each.task)["metric_list"][0]["metric"], len(each.rows)
+        metric = template(each.task)["metric_list"][0]["metric"]
+        n = len(each.rows)
         samples = _in_order(each, report["samples"], ended)
         reports = [report["results"][section.config["task"]] for section in each.sections]
         value, stderr = _joined(metric, reports, samples)
-        results.append({"task": each.task, "language": each.language, "metric": metric, "value": value,
-                        "stderr": stderr, "n": n, "seconds": seconds * n / items})
+        results.append({
+            "task": each.task, "language": each.language, "metric": metric,
+            "value": value, "stderr": stderr, "n": n, "seconds": seconds * n / items,
+        })
         if out is None: continue
         answers = [_answer(row, sample, metric) for row, sample in zip(each.rows, samples)]
         _keep(out / each.task / f"{each.language}.jsonl", answers)
@@ -181,16 +186,17 @@ def _simple_evaluate(lm, tasks: list, **how) -> dict:
 def ask(lm,                      # an lm_eval.api.model.LM
         exams: list[Exam],
         out: Path | None = None, # samples go to <out>/<task>/<language>.jsonl
-        progress: Callable[[int, int], None] | None = None, # called with answers done, answers in all
+        progress: Callable[[int, int], None] | None = None, # gets answers done, answers in all
         chat_template: bool = False, allow_code: bool = False,
         ) -> list[dict]:         # task, language, metric, value, stderr, n, seconds
     "Hold exams, all in one call. Warns of prompts that were cut."
-    started, cut_before = time.perf_counter(), getattr(lm, "cut", 0)
+    started = time.perf_counter()
+    cut_before = getattr(lm, "cut", 0)
     if hasattr(lm, "report"):
         lm.report = progress and _reporter(progress, exams, getattr(lm, "done", 0))
+    chat = {"apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
     with quiet():
-        report = _simple_evaluate(lm, tasks_of(exams), confirm_run_unsafe_code=allow_code,
-                                  apply_chat_template=chat_template, fewshot_as_multiturn=chat_template)
+        report = _simple_evaluate(lm, tasks_of(exams), confirm_run_unsafe_code=allow_code, **chat)
     cut = getattr(lm, "cut", 0) - cut_before
     if cut:
         warnings.warn(f"{lm.path}: {cut} prompts were longer than the context of {lm.max_length} "
@@ -214,13 +220,13 @@ def _room(lm, path, tasks: list[str]):
     for task in tasks:
         wanted = template(task).get("generation_kwargs", {}).get("max_gen_toks", 0)
         if wanted < lm.max_length: continue
-        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for task {task!r}, "
-                        f"whose answers take up to {wanted}")
+        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short "
+                        f"for task {task!r}, whose answers take up to {wanted}")
 
 # %% ../../nbs/44_exams.asking.ipynb #7b90e611
 def _shots_fit(lm, path, tasks: list, chat_template: bool):
-    """Raises MaetError for a task of `tasks_of` whose longest prompt, with its exemplars and the answer,
-    is longer than the context."""
+    """Raises MaetError for a task of `tasks_of` whose longest prompt, with its exemplars and the
+    answer, is longer than the context."""
     chat = {}
     if chat_template:
         chat = {"apply_chat_template": True, "fewshot_as_multiturn": True,
@@ -232,13 +238,14 @@ def _shots_fit(lm, path, tasks: list, chat_template: bool):
         prompt = len(lm.tok_encode(task.fewshot_context(longest, count, **chat)))
         answer = (task.config.generation_kwargs or {}).get("max_gen_toks", 1)
         if prompt + answer <= lm.max_length: continue
-        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short for {count} shots "
-                        f"of {task.task_name!r}: the longest prompt has {prompt}, "
+        raise MaetError(f"{path}: its context of {lm.max_length} tokens is too short "
+                        f"for {count} shots of {task.task_name!r}: the longest prompt has {prompt}, "
                         f"an answer up to {answer}; ask with fewer shots")
 
 # %% ../../nbs/44_exams.asking.ipynb #0697240a
 def _fits(lm, path, exams: list[Exam], chat_template: bool):
-    "Raises MaetError where the model cannot sit an exam: no chat template, a context that is too short."
+    """Raises MaetError where the model cannot sit an exam: no chat template, a context that is too
+    short."""
     if chat_template and not getattr(lm.tokenizer, "chat_template", None):
         raise MaetError(f"{path}: its tokenizer has no chat template: "
                         "save one beside it, or ask without")
@@ -275,11 +282,12 @@ def _folders(out: Path, exams: list[Exam]):
 def _seated(model, exams: list[Exam], out: Path | None, chat_template: bool = False,
             backend_args: dict | None = None,
             **how): # of `examinee`
-    """The model, ready for these exams: lm-eval's object. Raises MaetError for whatever can be refused
-    before the first question."""
+    """The model, ready for these exams: lm-eval's object. Raises MaetError for whatever can be
+    refused before the first question."""
     backend_args = backend_args or {}
     clash = {"model", "batch_size", "device", "backend", "dtype"} & set(backend_args)
-    if clash: raise MaetError(f"backend options: {', '.join(sorted(clash))} has an option of its own")
+    if clash:
+        raise MaetError(f"backend options: {', '.join(sorted(clash))} has an option of its own")
     with quiet():
         lm = examinee(model, **how, **backend_args)
         _fits(lm, model, exams, chat_template)
@@ -301,17 +309,17 @@ def examine(model,                    # a checkpoint folder or hub id, or an lm_
             limit: int | None = None, # so many items of each exam
             batch_size: int = 64,     # questions in a batch
             out: str | Path | None = None, # samples go to <out>/<task>/<language>.jsonl
-            progress: Callable[[int, int], None] | None = None, # called with answers done, answers in all
+            progress: Callable[[int, int], None] | None = None, # gets answers done, answers in all
             device: str | None = None, # default: cuda where there is one, else cpu
             shots: int | None = None, # exemplars before each item; None: the task's own number
             backend: str = "hf",      # or "vllm"
             dtype: str = "auto",      # auto: the checkpoint's own
-            chat_template: bool = False, # prompts, and exemplars as turns, in the tokenizer's template
+            chat_template: bool = False, # prompts, and exemplars as turns, in the model's template
             allow_code: bool = False, # run what the model wrote (HumanEval, MBPP)
             backend_args: dict | None = None, # for lm-eval's class of the backend
             ) -> list[dict]:          # task, language, metric, value, stderr, n, seconds
-    """Examine a model with lm-eval, in one call for all tasks and languages. Raises MaetError before
-    the first question."""
+    """Examine a model with lm-eval, in one call for all tasks and languages. Raises MaetError
+    before the first question."""
     out = None if out is None else Path(out)
     exams = _exams(data, tasks, languages, limit, shots, allow_code)
     lm = model

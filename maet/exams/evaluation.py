@@ -29,7 +29,8 @@ from maet.exams.asking import (
 def _samples(out: str | Path, task: str, language: str) -> list[dict]:
     "The answers of one exam, as they were kept. Raises MaetError: none there, or no answers."
     path = Path(out) / task / f"{language}.jsonl"
-    if not os.path.isfile(path): raise MaetError(f"{path}: no samples there: examine with `out` first")
+    if not os.path.isfile(path):
+        raise MaetError(f"{path}: no samples there: examine with `out` first")
     return [_sample(where, row) for where, row in read_lines(path, "examine again")]
 
 # %% ../../nbs/45_exams.evaluation.ipynb #ecfb0ebb
@@ -53,7 +54,8 @@ def _sample(where: str, row) -> dict:
 def by_level(out: str | Path, # the folder that `examine` wrote its samples to
              task: str, language: str,
              ) -> dict:       # level -> (accuracy, number of items), in the order of the levels
-    "Accuracy at each level of one exam. Raises MaetError: answers that are neither right nor wrong."
+    """Accuracy at each level of one exam. Raises MaetError: answers that are neither right nor
+    wrong."""
     if template(task)["metric_list"][0]["metric"] in ("bits_per_byte", "bleu"):
         raise MaetError(f"task {task!r}: its answers are neither right nor wrong")
     correct = {}
@@ -70,7 +72,8 @@ def by_level(out: str | Path, # the folder that `examine` wrote its samples to
 
 # %% ../../nbs/45_exams.evaluation.ipynb #aca65e35
 def over_levels(out: str | Path, task: str, language: str) -> tuple[float, float | None]:
-    "Mean of the levels' accuracies (of MMLU: of the subjects', of any size) and its standard error."
+    """Mean of the levels' accuracies (of MMLU: of the subjects', of any size) and its standard
+    error."""
     levels = by_level(out, task, language).values()
     mean = sum(share for share, _ in levels) / len(levels)
     if not all(n > 1 for _, n in levels): return mean, None
@@ -84,8 +87,8 @@ def average(results: list[dict],   # rows of `examine`
             languages: list[str],  # at least one
             name: str = "average", # goes where a language's name goes
             ) -> dict:             # a row like those of `examine`; n counts problems, not answers
-    """Mean accuracy over languages with a standard error that knows which items are translations of each
-    other. Raises MaetError where a language has no result."""
+    """Mean accuracy over languages with a standard error that knows which items are translations of
+    each other. Raises MaetError where a language has no result."""
     rows = [row for row in results if row["task"] == task and row["language"] in languages]
     missing = sorted(set(languages) - {row["language"] for row in rows})
     if missing: raise MaetError(f"task {task!r}: no result for {', '.join(missing)}")
@@ -103,8 +106,10 @@ def _error_of_average(rows: list[dict], out: str | Path, task: str, languages: l
     for language in languages:
         samples = _samples(out, task, language)
         correct.append({answer["id"]: answer.get("correct") for answer in samples})
-    ids, n = correct[0].keys(), rows[0]["n"]
-    def answers_all(known): return known.keys() == ids and len(known) == n and None not in known.values()
+    ids = correct[0].keys()
+    n = rows[0]["n"]
+    def answers_all(known):
+        return known.keys() == ids and len(known) == n and None not in known.values()
     if all(map(answers_all, correct)):
         def share(i): return sum(known[i] for known in correct) / len(correct)
         return ratio_stderr([(share(i), 1) for i in ids])
@@ -151,8 +156,8 @@ def compare(a: str | Path, b: str | Path,  # what `examine` wrote to `out`, for 
             languages: list[str],          # the average over these
             draws: int = 10_000, seed: int = 0,
             ) -> dict:  # task, languages, n, a, b, difference, stderr, low, high, only_a, only_b, p
-    """Two models on the same items: a minus b with error and interval; McNemar's p where one language
-    is asked, and answers are right or wrong. Raises MaetError: other items."""
+    """Two models on the same items: a minus b with error and interval; McNemar's p where one
+    language is asked, and answers are right or wrong. Raises MaetError: other items."""
     answers = _answers_of_both(a, b, task, languages)
     first, second = score_of(answers.sum(0)).mean(-1).tolist()
     drawn = drawn_sums(answers.flatten(1), draws, seed).unflatten(-1, answers.shape[1:])
@@ -165,7 +170,8 @@ def compare(a: str | Path, b: str | Path,  # what `examine` wrote to `out`, for 
 
 # %% ../../nbs/45_exams.evaluation.ipynb #3a73b233
 def _discordant(answers: torch.Tensor) -> dict: # of `_answers_of_both` -> only_a, only_b, p
-    "How many items only one model got right, and McNemar's p; None for several languages, other scores."
+    """How many items only one model got right, and McNemar's p; None for several languages, other
+    scores."""
     right_or_wrong = answers.shape[-1] == 2 and bool((answers[..., 1] == 1).all())
     several = answers.shape[2] > 1
     if several or not right_or_wrong: return {"only_a": None, "only_b": None, "p": None}
@@ -198,8 +204,8 @@ def backbone(model: str | Path, # a checkpoint folder or a hub id
 # %% ../../nbs/45_exams.evaluation.ipynb #74984acb
 def published(model: str | Path, # a checkpoint folder or a hub id
               ) -> dict[tuple[str, str], dict]: # (our task, language) -> value, model, paper, table
-    """A published model's scores, in the unit of ours: shares 0 to 1, BLEU 0 to 100. Empty for any other
-    model."""
+    """A published model's scores, in the unit of ours: shares 0 to 1, BLEU 0 to 100. Empty for any
+    other model."""
     known = backbone(model)
     if known is None: return {}
     tasks = {} # their exam -> our tasks
@@ -237,7 +243,8 @@ ASKING = 2
 
 # %% ../../nbs/45_exams.evaluation.ipynb #04b0ae3f
 def _how_asked(lm, exam: Exam) -> dict:
-    "The stop tokens of an exam, and the model's settings that were set aside; {} where nothing is written."
+    """The stop tokens of an exam, and the model's settings that were set aside; {} where nothing is
+    written."""
     if not _is_written(exam.task): return {}
     stops = {}
     for section in exam.sections:
@@ -308,8 +315,8 @@ def _ask_one(lm, exam: Exam, out: Path | None, chat_template: bool, allow_code: 
 # %% ../../nbs/45_exams.evaluation.ipynb #bbb5367c
 def _one_by_one(model, exams: list[Exam], out: Path | None, chat_template: bool, allow_code: bool,
                 how: dict) -> Iterator[dict]:
-    """Rows of `examine` as they become known; what an earlier call with the same `out` finished is not
-    asked again."""
+    """Rows of `examine` as they become known; what an earlier call with the same `out` finished is
+    not asked again."""
     asked = {} # (task, language) -> hash; empty where nothing is kept
     kept = {}  # (task, language) -> row
     if out is not None:
@@ -356,8 +363,8 @@ def evaluation_job(model: str | Path, data: str | Path | None,
                    chat_template: bool = False, allow_code: bool = False,
                    **how,                     # of `examinee`
                    ) -> Iterator[str]:        # a line a score, as soon as it is known
-    """Examine a model and say what it scored. Raises MaetError, for all that can be refused before the
-    first question."""
+    """Examine a model and say what it scored. Raises MaetError, for all that can be refused before
+    the first question."""
     tasks = expand(_stripped(names))
     exams = _exams(data, tasks, _stripped(languages), limit, shots, allow_code)
     if against is not None: _check_against(against, exams, out)
@@ -374,9 +381,11 @@ def _stripped(names: list[str]) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 def _check_against(against: str | Path, exams: list[Exam], out: str | Path | None):
-    "Raises MaetError: the other model did not answer these exams, or this one's answers are not kept."
+    """Raises MaetError: the other model did not answer these exams, or this one's answers are not
+    kept."""
     if out is None:
-        raise MaetError(f"{against}: to compare with it, keep this model's samples too (out, --out)")
+        raise MaetError(f"{against}: to compare with it, "
+                        "keep this model's samples too (out, --out)")
     for exam in exams:
         ids = {row["id"] for row in exam.rows}
         _same_items(against, exam.task, exam.language, ids, "the exam")

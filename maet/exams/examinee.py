@@ -25,21 +25,24 @@ def _pad(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, rows))
     ids, mask = [], []
     for row in rows:
-        filling, ones = [0] * (width - len(row)), [1] * len(row)
+        filling = [0] * (width - len(row))
+        ones = [1] * len(row)
         ids.append(filling + row if side == "left" else row + filling)
         mask.append(filling + ones if side == "left" else ones + filling)
-    return torch.tensor(ids).reshape(len(rows), width), torch.tensor(mask).reshape(len(rows), width)
+    shape = len(rows), width
+    return torch.tensor(ids).reshape(shape), torch.tensor(mask).reshape(shape)
 
 # %% ../../nbs/43_exams.examinee.ipynb #b1d57811
 def _begin(model, questions: list[list[int]]):
-    """log p of the next token (questions, 1, vocabulary), mask (questions, longest) and cache; or None:
-    the model cannot be continued."""
+    """log p of the next token (questions, 1, vocabulary), mask (questions, longest) and cache; or
+    None: the model cannot be continued."""
     from transformers.cache_utils import DynamicLayer
     known = inspect.signature(model.forward).parameters
     if not {"position_ids", "logits_to_keep"} <= known.keys(): return None
     ids, seen = (x.to(model.device) for x in _pad(questions, "left"))
     place = (seen.cumsum(1) - 1).clamp(min=0)
-    start = model(input_ids=ids, attention_mask=seen, position_ids=place, use_cache=True, logits_to_keep=1)
+    start = model(input_ids=ids, attention_mask=seen, position_ids=place,
+                  use_cache=True, logits_to_keep=1)
     cache = getattr(start, "past_key_values", None)
     layers = getattr(cache, "layers", [None])
     if not all(type(layer) is DynamicLayer for layer in layers): return None
@@ -52,23 +55,25 @@ def _go_on(model, seen: torch.Tensor, # mask of each choice's question
     "log p of each choice's second and further tokens (choices, longest - 1, vocabulary)."
     place = seen.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=ids.device)
     mask = torch.cat([seen, scored[:, :-1]], 1)
-    rest = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=place, past_key_values=cache)
+    rest = model(input_ids=ids[:, :-1], attention_mask=mask, position_ids=place,
+                 past_key_values=cache)
     return rest.logits.float().log_softmax(-1)
 
 # %% ../../nbs/43_exams.examinee.ipynb #fa35e192
 @torch.no_grad()
-def continue_with(model,                      # a causal LM of transformers
-                  questions: list[list[int]], # token ids, none empty
-                  choices: list[list[list[int]]], # of each question, the ids of its choices, none empty
-                  ) -> list[list[tuple[float, bool]]] | None: # (log p in nats, is it the greedy text?)
-    "Scores of all choices, each question read once. None: the model keeps no plain keys and values."
+def continue_with(model,                          # a causal LM of transformers
+                  questions: list[list[int]],     # token ids, none empty
+                  choices: list[list[list[int]]], # of each question, the ids of its choices
+                  ) -> list[list[tuple[float, bool]]] | None: # log p in nats; is it greedy?
+    """Scores of all choices, none empty, each question read once. None: the model keeps no plain
+    keys and values."""
     begun = _begin(model, questions)
     if begun is None: return None
     log_p, seen, cache = begun
-    owner = [question for question, own in enumerate(choices) for _ in own]  # choice -> its question
-    owner = torch.tensor(owner, device=model.device)
     every = [choice for own in choices for choice in own]
     ids, scored = (x.to(model.device) for x in _pad(every, "right"))
+    owner = [question for question, own in enumerate(choices) for _ in own]  # of each choice
+    owner = torch.tensor(owner, device=model.device)
     log_p = log_p[owner]
     if ids.shape[1] > 1:
         cache.batch_select_indices(owner)
@@ -95,9 +100,11 @@ class _Answers:
         return self.stops | {known[text]: text for text in until if text in known}
 
     def generate_until(self, requests, disable_tqdm=True):
-        self.ended, texts = {}, [""] * len(requests)
+        self.ended = {}
+        texts = [""] * len(requests)
         for until, room, batch in _batches(self, requests):
-            prompts, stops = [_fit(self, ids, room) for ids, _, _ in batch], self.in_force(until)
+            prompts = [_fit(self, ids, room) for ids, _, _ in batch]
+            stops = self.in_force(until)
             rows = self.written(prompts, room, stops, until)
             for (_, _, place), row in zip(batch, rows, strict=True):
                 texts[place], end = _ended(self, row, stops, until)
@@ -116,7 +123,8 @@ def _batches(lm, requests: list):
         settings = tuple(how["until"]), how["max_gen_toks"]
         groups.setdefault(settings, []).append((lm.tok_encode(prompt), prompt, place))
     for (until, room), asked in groups.items():
-        asked.sort(key=lambda one: (-len(one[0]), one[1]))  # a batch that is too large fails at once
+        # the longest first: a batch that is too large fails at once
+        asked.sort(key=lambda one: (-len(one[0]), one[1]))
         size = lm.batch_size if isinstance(lm.batch_size, int) else len(asked)  # vLLM may say auto
         for start in range(0, len(asked), size): yield until, room, asked[start:start + size]
 
@@ -133,7 +141,8 @@ def _holds(tokenizer, until: list[str], start: int) -> Callable:
 
 # %% ../../nbs/43_exams.examinee.ipynb #b2c4e2cd
 def _may_fill(lm, prompt: list[int]) -> bool:
-    "Does a model say the same of a prompt with filling before it? Rounding alone is far below a tenth."
+    """Does a model say the same of a prompt with filling before it? Rounding alone is far below a
+    tenth."""
     def first(rows):
         made = _greedy(lm, rows, 1, lm.stops, [], output_logits=True, return_dict_in_generate=True)
         return made.logits[0][0].float()
@@ -148,15 +157,15 @@ class _Watched(_Answers):
 
     def numbers(self, scores: torch.Tensor) -> torch.Tensor:
         if not scores.isnan().any(): return scores
-        raise MaetError(f"{self.model.name_or_path}: its scores are no numbers (NaN): a weight is broken, "
-                        f"or {self.model.dtype} is too narrow; try another dtype")
+        raise MaetError(f"{self.model.name_or_path}: its scores are no numbers (NaN): "
+                        f"a weight is broken, or {self.model.dtype} is too narrow; "
+                        "try another dtype")
 
-    def greedy(self, prompts: list[list[int]], room: int, stops: dict[int, str], until: list[str], **more):
-        return _greedy(self, prompts, room, stops, until, **more)
-
-    def written(self, prompts, room: int, stops: dict[int, str], until: list[str]) -> list[list[int]]:
-        several = len({len(prompt) for prompt in prompts}) > 1
-        if several and self.fills is None: self.fills = _may_fill(self, min(prompts, key=len))
+    def written(self, prompts, room: int, stops: dict[int, str], until: list[str],
+                ) -> list[list[int]]:
+        several_lengths = len({len(prompt) for prompt in prompts}) > 1
+        if several_lengths and self.fills is None:
+            self.fills = _may_fill(self, min(prompts, key=len))
         thinks = getattr(self, "think_end_token", None) is not None
         if thinks: until = []  # a stop text may stand in what is thought
         rows = {}
@@ -172,8 +181,8 @@ def _greedy(lm, prompts: list[list[int]], room: int, stops: dict[int, str], unti
     "What transformers' `generate` returns: each row stops for itself."
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     ids, seen = (x.to(lm.device) for x in _pad(prompts, "left"))
-    how = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=True, eos_token_id=list(stops),
-                           pad_token_id=min(stops), **more)
+    how = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=True,
+                           eos_token_id=list(stops), pad_token_id=min(stops), **more)
     check = LogitsProcessorList([lambda ids, scores: lm.numbers(scores)])
     halt = StoppingCriteriaList([_holds(lm.tokenizer, until, ids.shape[1])] if until else [])
     precision = lm.mixed_precision_dtype
@@ -190,7 +199,8 @@ def _together(prompts: list[list[int]], fills: bool | None) -> list[list[int]]:
 
 # %% ../../nbs/43_exams.examinee.ipynb #472b07b9
 def _by_question(requests: list[tuple]) -> dict[tuple[int, ...], list[int]]:
-    "Token ids of a question -> the places of its requests (text, question, choice); the longest first."
+    """Token ids of a question -> the places of its requests (text, question, choice); the longest
+    first."""
     places = {}
     for place, (_, question, _) in enumerate(requests):
         places.setdefault(tuple(question), []).append(place)
@@ -199,7 +209,8 @@ def _by_question(requests: list[tuple]) -> dict[tuple[int, ...], list[int]]:
 # %% ../../nbs/43_exams.examinee.ipynb #4d134bc0
 def _score(lm, requests: list[tuple]) -> list[tuple[float, bool]] | None:
     "What `continue_with` says of every request, in their order; None where it cannot."
-    places, found = _by_question(requests), [None] * len(requests)
+    found = [None] * len(requests)
+    places = _by_question(requests)
     order = list(places)
     for start in range(0, len(order), lm.batch_size_per_gpu):
         batch = order[start:start + lm.batch_size_per_gpu]
@@ -230,12 +241,14 @@ class Shared(_Watched):
         finally: self.batch_size_per_gpu = usual
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
-        found, question = None, requests[0][0]
+        found = None
+        question = requests[0][0]
         if question is not None and self.shares:  # windows of a rolling text have none in common
             found = _score(self, requests)
             self.shares = found is not None
         if found is None:
-            found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            found = super()._loglikelihood_tokens(
+                requests, disable_tqdm=True, override_bs=override_bs)
             self.advance(len(requests))
         self.numbers(torch.tensor([score for score, _ in found]))
         return found
@@ -247,10 +260,13 @@ def _tokenizer(path: Path):
     "The tokenizer of a folder. Raises MaetError: none there, cannot be loaded, no end of text."
     from transformers import AutoTokenizer
     if not any((path / name).is_file() for name in TOKENIZERS):
-        raise MaetError(f"{path}: no tokenizer there ({TOKENIZERS[0]}): save the model's tokenizer beside it")
-    try: tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        raise MaetError(f"{path}: no tokenizer there ({TOKENIZERS[0]}): "
+                        "save the model's tokenizer beside it")
+    only_files = {"local_files_only": True, "trust_remote_code": False}
+    try: tokenizer = AutoTokenizer.from_pretrained(path, **only_files)
     except Exception as e:
-        raise MaetError(f"{path}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from None
+        why = str(e).splitlines()[0]
+        raise MaetError(f"{path}: its tokenizer cannot be loaded ({why})") from None
     if tokenizer.eos_token_id is None:
         raise MaetError(f"{path}: its tokenizer has no end-of-text token: "
                         "set eos_token in tokenizer_config.json")
@@ -270,26 +286,32 @@ def _same_ids(path: Path, tokenizer, config):
     spare = {tokenizer.pad_token} - {tokenizer.eos_token, tokenizer.bos_token}
     last = max(i for token, i in tokenizer.get_vocab().items() if token not in spare)
     if known is None or last < known: return
-    raise MaetError(f"{path}: its tokenizer has ids from 0 to {last}, but the model knows 0 to {known - 1}; "
-                    "use the model's own tokenizer")
+    raise MaetError(f"{path}: its tokenizer has ids from 0 to {last}, "
+                    f"but the model knows 0 to {known - 1}; use the model's own tokenizer")
 
 # %% ../../nbs/43_exams.examinee.ipynb #e6f70819
-BOOKKEEPING = re.compile(
-    r"_.*|.*_version|(bos|eos|pad|decoder_start)_token_id|max_length|max_new_tokens|output_.*|"
-    r"return_dict_in_generate|num_return_sequences|low_memory|prefill_chunk_size|"
-    r".*(cache|compile|assistant|batching).*")
+BOOKKEEPING = re.compile("|".join([
+    r"_.*",
+    r".*_version",
+    r"(bos|eos|pad|decoder_start)_token_id",
+    r"max_length|max_new_tokens",
+    r"output_.*|return_dict_in_generate|num_return_sequences",
+    r"low_memory|prefill_chunk_size|.*(cache|compile|assistant|batching).*",
+]))
 
 def own_settings(said) -> dict: # setting -> value
-    "What a transformers.GenerationConfig says about the next token, where that is not the greedy way."
+    """What a transformers.GenerationConfig says about the next token, where that is not the greedy
+    way."""
     usual = type(said)._get_default_generation_params()
     known = [name for name in {**vars(type(said)()), **usual} if not BOOKKEEPING.fullmatch(name)]
     named = {name: value for name, value in said.to_dict().items() if name in known}
     return {name: value for name, value in named.items() if value not in (None, usual.get(name))}
 
-# %% ../../nbs/43_exams.examinee.ipynb #cb4e5208
+# %% ../../nbs/43_exams.examinee.ipynb #64076b7f
 BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+# %% ../../nbs/43_exams.examinee.ipynb #cb4e5208
 def examinee(model: str | Path,         # a checkpoint folder or a hub id
              batch_size: int = 64,      # questions in a batch
              device: str | None = None, # default: cuda where there is one, else cpu
@@ -303,7 +325,8 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
     what = open_checkpoint(model)
     # transformers may read quantised weights, by rules of their own
     if "quantization_config" not in what.config: complete(what)
-    path, tokenizer = what.path, _tokenizer(_homes(what)[-1])
+    path = what.path
+    tokenizer = _tokenizer(_homes(what)[-1])
     _same_ids(path, tokenizer, _config(path))
     stops = stop_tokens(path, tokenizer)
     if backend == "vllm" and isinstance(what, Adapted):
@@ -314,8 +337,10 @@ def examinee(model: str | Path,         # a checkpoint folder or a hub id
         else: lm = _hf(what, tokenizer, batch_size, dtype, device, more)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         if isinstance(e, MaetError): raise
-        raise MaetError(f"{path}: backend {backend} refused its options ({_first_line(e)})") from None
-    lm.path, lm.stops = path, stops
+        why = f"backend {backend} refused its options ({_first_line(e)})"
+        raise MaetError(f"{path}: {why}") from None
+    lm.path = path
+    lm.stops = stops
     return lm
 
 # %% ../../nbs/43_exams.examinee.ipynb #cd1c0f47
@@ -324,12 +349,14 @@ def _check_options(batch_size: int, device: str | None, backend: str, dtype: str
     for name, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
         if value in allowed: continue
         raise MaetError(f"{name} {value!r}: unknown; there are {', '.join(allowed)}")
-    if batch_size < 1: raise MaetError(f"batch_size {batch_size}: at least one question is asked at once")
+    if batch_size < 1:
+        raise MaetError(f"batch_size {batch_size}: at least one question is asked at once")
     if importlib.util.find_spec("lm_eval") is None:
         raise MaetError("lm-eval is not installed: pip install 'maet[evaluation]'")
     if backend != "vllm": return
     if importlib.util.find_spec("vllm") is None:
-        raise MaetError("backend vllm: vLLM is not installed: pip install vllm, or use the backend hf")
+        raise MaetError("backend vllm: vLLM is not installed: "
+                        "pip install vllm, or use the backend hf")
     if device:
         raise MaetError(f"device {device!r}: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES lists, "
                         "so set that")
@@ -344,8 +371,8 @@ def _homes(what: Checkpoint) -> list[Path]:
 def _causal(path: Path, dtype: str):
     "transformers' model of a folder. Raises MaetError."
     from transformers import AutoModelForCausalLM
-    how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False} | NO_ADAPTER
-    try: return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
+    how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    try: return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how, **NO_ADAPTER)
     except (OSError, ValueError, KeyError) as e:
         raise MaetError(f"{path}: not a causal language model ({_first_line(e)})") from None
 
@@ -354,10 +381,12 @@ def _hf(what: Checkpoint, tokenizer, batch_size: int, dtype: str, device: str | 
     "lm-eval's HFLM with the two classes of this room in front."
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
-    known = set(inspect.signature(HFLM.__init__).parameters) - {"truncation"}  # it cuts the end of a question
+    known = set(inspect.signature(HFLM.__init__).parameters)
+    known.discard("truncation")  # it cuts the end of a question
     unknown = sorted(set(more) - known)
     if unknown: raise TypeError(f"{', '.join(unknown)}: unknown")
-    loaded = _causal(what.path, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    usual_device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = _causal(what.path, dtype).to(device or usual_device)
     if isinstance(what, Adapted): what.into(loaded)
     own = own_settings(loaded.generation_config)
     loaded.generation_config = GenerationConfig()
@@ -368,20 +397,25 @@ def _hf(what: Checkpoint, tokenizer, batch_size: int, dtype: str, device: str | 
 
 # %% ../../nbs/43_exams.examinee.ipynb #b6692ea6
 class _Vllm(_Answers):
-    "In front of lm-eval's VLLM: it stops where the other backend stops, and its tokens are read alike."
-    def written(self, prompts, room: int, stops: dict[int, str], until: list[str]) -> list[list[int]]:
+    """In front of lm-eval's VLLM: it stops where the other backend stops, and its tokens are read
+    alike."""
+    def written(self, prompts, room: int, stops: dict[int, str], until: list[str],
+                ) -> list[list[int]]:
         from vllm import SamplingParams
-        how = SamplingParams(temperature=0, max_tokens=room, stop=[] if self.think_end_token else list(until),
+        stop_texts = [] if self.think_end_token else list(until)
+        how = SamplingParams(temperature=0, max_tokens=room, stop=stop_texts,
                              stop_token_ids=list(stops), ignore_eos=True,  # its own idea of it
                              skip_special_tokens=False, spaces_between_special_tokens=False)
-        made = self._model_generate(requests=prompts, generate=True, sampling_params=[how] * len(prompts))
+        made = self._model_generate(requests=prompts, generate=True,
+                                    sampling_params=[how] * len(prompts))
         return [list(one.outputs[0].token_ids) for one in made]
 
 # %% ../../nbs/43_exams.examinee.ipynb #55c1acd6
 def _vllm(path: Path, batch_size: int, dtype: str, more: dict):
     from lm_eval.models.vllm_causallms import VLLM
     from transformers import GenerationConfig
-    lm = type("Examinee", (_Vllm, VLLM), {})(pretrained=str(path), batch_size=batch_size, dtype=dtype, **more)
+    kind = type("Examinee", (_Vllm, VLLM), {})
+    lm = kind(pretrained=str(path), batch_size=batch_size, dtype=dtype, **more)
     if (path / "generation_config.json").is_file():
         lm.set_aside = own_settings(GenerationConfig.from_pretrained(path, local_files_only=True))
     return lm

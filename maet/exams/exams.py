@@ -28,8 +28,8 @@ def _limits():
 def runs(program: str,         # Python
          seconds: float = 10,  # that it may take
          ) -> bool:
-    """Does a program come to its end without an error? A word at the very end proves it: `exit(0)` on
-    the way does not count."""
+    """Does a program come to its end without an error? A word at the very end proves it: `exit(0)`
+    on the way does not count."""
     word = secrets.token_hex(8)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.py"
@@ -90,7 +90,8 @@ def _corpus_bleu(items: list[list[float]]) -> float:
 # %% ../../nbs/42_exams.exams.ipynb #82b74925
 def _scoring(config: dict, language: str) -> dict:
     "What a task scores by a function of this room, if it does."
-    meta, metric = config["metadata"], config["metric_list"][0]
+    meta = config["metadata"]
+    metric = config["metric_list"][0]
     if "program" in meta: return {"process_results": partial(_passes, meta["program"])}
     if metric["metric"] != "bleu": return {}
     into = language.split("-")[-1]
@@ -108,7 +109,8 @@ def _localised(config: dict, language: str) -> tuple[dict, dict]:
     if "target_delimiter" in label: config["target_delimiter"] = label["target_delimiter"]
     generation = config.get("generation_kwargs", {})
     if generation.get("until"):
-        ends, question = generation["until"], label.get("question_label", "\n\n").strip(" ")
+        ends = generation["until"]
+        question = label.get("question_label", "\n\n").strip(" ")
         generation["until"] = [end.replace("{question_label}", question) for end in ends]
     if not label: return config, {}
     return config, {column: label.get(column, "") for column in meta.get("optional", [])}
@@ -132,7 +134,8 @@ def task_config(task: str,          # a key of TASKS
                 shots: list[dict] = (), # of `read_shots`
                 section: str = "",     # goes into the name too
                 ) -> dict:          # what lm_eval.simple_evaluate takes in its list of tasks
-    "The lm-eval task of one exam, or of a section of it, with its data. Raises MaetError: no labels."
+    """The lm-eval task of one exam, or of a section of it, with its data. Raises MaetError: no
+    labels."""
     config, labels = _localised(template(task), language)
     meta = config["metadata"]
     if not labels: _check_labels(task, language, meta, rows)
@@ -203,7 +206,8 @@ def _sections_of_own_shots(task: str, language: str, rows: list[dict],
                            given: list[dict], # its first rows, one more than exemplars are wanted
                            ) -> list[Section]:
     "Each of the first items with the others before it, and the rest."
-    count, found = len(given) - 1, []
+    count = len(given) - 1
+    found = []
     for n, row in enumerate(rows[:count]):
         others = [shot for shot in given if shot["id"] != row["id"]]
         found.append(Section(task_config(task, language, [row], others, f"item{n}"), [n]))
@@ -222,8 +226,8 @@ class Exam(NamedTuple):
 
 # %% ../../nbs/42_exams.exams.ipynb #73766702
 def held(task: str, languages: list[str]) -> list[str]:
-    """In which languages, or directions, a task is held when these are asked. Raises MaetError for a
-    translation into itself."""
+    """In which languages, or directions, a task is held when these are asked. Raises MaetError for
+    a translation into itself."""
     meta = template(task)["metadata"]
     if "languages" in meta: return meta["languages"]
     pivot = meta.get("pivot")
@@ -242,9 +246,12 @@ def exam(data: str | Path | None, task: str, language: str,
          shots: int | None = None, # exemplars; None: the task's own number
          ) -> Exam:
     "Read one exam. One that knows no exemplars has none, whatever `shots` says. Raises MaetError."
-    config, rows = template(task), read_exam(data, task, language)
-    meta, count = config["metadata"], config.get("num_fewshot")
-    if shots is not None and shots < 0: raise MaetError(f"shots {shots}: 0 or more exemplars are wanted")
+    config = template(task)
+    rows = read_exam(data, task, language)
+    meta = config["metadata"]
+    count = config.get("num_fewshot")
+    if shots is not None and shots < 0:
+        raise MaetError(f"shots {shots}: 0 or more exemplars are wanted")
     if count is not None and shots is not None: count = shots
     asked = _first(rows, limit, meta.get("by"))
     given = {}
@@ -282,7 +289,8 @@ def _published_mgsm(folder: Path, language: str, examples: dict) -> tuple[list[d
     except (OSError, UnicodeDecodeError) as e:
         raise MaetError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     lines = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
-    if not isinstance(examples, dict) or language not in examples or not all(map(_is_problem, lines)):
+    has_exemplars = isinstance(examples, dict) and language in examples
+    if not has_exemplars or not all(map(_is_problem, lines)):
         raise MaetError(f"{file}: a line is not a problem, a tab and a number, "
                         f"or exemplars.json lacks {language}")
     problems = [{"id": n, "question": question, "target": plain_number(number)}
@@ -311,7 +319,7 @@ def _is_text(value) -> bool: # half a surrogate pair is JSON, but no text
 # %% ../../nbs/42_exams.exams.ipynb #ff38a596
 def mgsm_exams(folder: str | Path,   # with mgsm_<language>.tsv and exemplars.json
                languages: list[str],
-               out: str | Path,      # gets mgsm_cot/, mgsm_direct/ with exemplars, and bits_per_byte/
+               out: str | Path,      # gets mgsm_cot/, mgsm_direct/ (with exemplars), bits_per_byte/
                ) -> None:
     "MGSM as it is published, as exam files. Raises MaetError: a file that is missing or broken."
     file = Path(folder) / "exemplars.json"

@@ -58,8 +58,9 @@ def _choices(row: dict, where: str):
                     "of one of them, counted from 0")
 
 # %% ../../nbs/40_exams.questions.ipynb #fa35e192
-def plain_number(text: str) -> str | None: # the shortest decimal form: "2,125" and "2125.0" are "2125"
-    "A text that is one number. None for anything else."
+def plain_number(text: str) -> str | None:
+    """The shortest decimal form of a text that is one number: 2125 of "2,125" and of "2125.0". None
+    for anything else."""
     text = text.strip()
     if not re.fullmatch(r"-?\d+(,\d{2,3})*(\.\d+)?", text): return None
     value = Decimal(text.replace(",", ""))
@@ -73,7 +74,8 @@ def _row(row, where: str, # names it in errors
          numeric: bool = False, # the target is a number, and written in one way
          ) -> dict:
     "A row that is as the task wants it. Raises MaetError."
-    missing = [name for name in columns if not isinstance(row, dict) or row.get(name) in (None, "", [])]
+    known = row if isinstance(row, dict) else {}
+    missing = [name for name in columns if known.get(name) in (None, "", [])]
     if missing: raise MaetError(f"{where} lacks the column {', '.join(missing)}")
     for name in columns:
         if not _may_hold(name, row[name]): raise MaetError(f"{where}: `{name}` must be a text")
@@ -92,7 +94,8 @@ def _may_hold(column: str, value) -> bool:
 def _lines(path: Path) -> list[tuple[str, object]]:
     "(where it stands, object) of each line of a JSONL file. Raises MaetError."
     try: lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as e: raise MaetError(f"{path}: no exam can be read there ({e.strerror})") from None
+    except OSError as e:
+        raise MaetError(f"{path}: no exam can be read there ({e.strerror})") from None
     except UnicodeDecodeError as e:
         raise MaetError(f"{path}: byte {e.start} is not UTF-8: convert the file") from None
     found = []
@@ -118,15 +121,17 @@ def _with_ids(rows: list[dict], places: list[str]) -> list[dict]:
     for row, where in zip(rows, places):
         name = str(row["id"])
         if name in seen:
-            raise MaetError(f"{where}: an earlier row has the id {name!r} too: give each row its own")
+            raise MaetError(f"{where}: an earlier row has the id {name!r} too: "
+                            "give each row its own")
         seen.add(name)
     return rows
 
 # %% ../../nbs/40_exams.questions.ipynb #b3f0c7f6
 def _first(rows: list[dict], limit: int | None, by: str | None) -> list[dict]:
-    """The first so many rows; with `by`, first the first of each subject, then the second of each, in
-    the order of the file."""
-    if limit is not None and limit < 1: raise MaetError(f"limit {limit}: at least one item must be asked")
+    """The first so many rows; with `by`, first the first of each subject, then the second of each,
+    in the order of the file."""
+    if limit is not None and limit < 1:
+        raise MaetError(f"limit {limit}: at least one item must be asked")
     if limit is None or by is None: return rows[:limit]
     seen = {}  # subject -> its rows so far
     turns = [] # (which of its subject, place)
@@ -142,14 +147,15 @@ def read_exam(data: str | Path | None,  # folder that holds one folder per task;
               language: str,            # the stem of a file
               limit: int | None = None, # so many rows only
               ) -> list[dict]:          # at least one row
-    """The rows of one exam. Raises MaetError: unknown task, missing or empty file, bad line, missing
-    column, an id twice, no such language."""
+    """The rows of one exam. Raises MaetError: unknown task, missing or empty file, bad line,
+    missing column, an id twice, no such language."""
     config = template(task)
     if not re.fullmatch(r"[\w-]+", language):
         raise MaetError(f"language {language!r}: a name of letters, digits, - and _ is wanted")
     if data is None: found = from_hub(task, language)
     else: found = _lines(Path(data) / task / f"{language}.jsonl")
-    meta, numeric = config["metadata"], reads_numbers(config)
+    meta = config["metadata"]
+    numeric = reads_numbers(config)
     rows = [_row(row, where, meta["columns"], numeric) for where, row in found]
     rows = _with_ids(rows, [where for where, _ in found])
     return _first(rows, limit, meta.get("by"))
@@ -169,7 +175,8 @@ def read_shots(data: str | Path | None, task: str, language: str,
                ) -> dict:      # subject -> exemplars, all of one length; else None -> exemplars
     "The exemplars of one exam. Raises MaetError where there are fewer than `count`."
     config = template(task)
-    meta, by = config["metadata"], config["metadata"].get("by")
+    meta = config["metadata"]
+    by = meta.get("by")
     if meta.get("shots_from_test"): return _own_shots(task, count, rows or [])
     where = "the hub" if data is None else Path(data) / task / "shots" / f"{language}.jsonl"
     columns = meta.get("shot_columns", meta["columns"])
@@ -182,8 +189,9 @@ def read_shots(data: str | Path | None, task: str, language: str,
     return {subject: shots[:count] for subject, shots in found.items()}
 
 # %% ../../nbs/40_exams.questions.ipynb #712e7d11
-def _given_shots(where: Path | str, task: str, language: str, count: int) -> list[tuple[str, object]]:
-    "(where it stands, row) of each exemplar, from a file or the hub."
+def _given_shots(where: Path | str, task: str, language: str, count: int,
+                 ) -> list[tuple[str, object]]: # where it stands, row
+    "Each exemplar, from a file or the hub."
     if not count: return []
     if not isinstance(where, Path): return from_hub(task, language, "shots")
     if os.path.isfile(where): return _lines(where)
@@ -227,8 +235,8 @@ def their_row(forms: dict[str, str], # column of ours -> Jinja over theirs
 
 # %% ../../nbs/40_exams.questions.ipynb #bc33ea4e
 def _download(dataset: str, config: str, split: str):
-    """Rows of a data set of the hub, as dictionaries. No code of the data set's own is run: `datasets`
-    refuses scripts."""
+    """Rows of a data set of the hub, as dictionaries. No code of the data set's own is run:
+    `datasets` refuses scripts."""
     import datasets
     try: return datasets.load_dataset(dataset, config, split=split)
     except Exception as e:  # offline, behind a form, renamed: the hub's client raises many kinds
@@ -245,13 +253,18 @@ def _config(task: str, source: dict, language: str) -> str:
 def from_hub(task: str, language: str,
              part: str = "split",             # or "shots": the exemplars
              ) -> list[tuple[str, dict]]:     # (where it stands, row)
-    "All rows of an exam, or its exemplars. Raises MaetError: no such language, connection or source."
+    """All rows of an exam, or its exemplars. Raises MaetError: no such language, connection or
+    source."""
     source = template(task)["metadata"].get("source")
-    if source is None: raise MaetError(f"task {task!r} is on no hub: give a folder of exam files as data")
+    if source is None:
+        raise MaetError(f"task {task!r} is on no hub: give a folder of exam files as data")
     if "-" in language: return _both(task, source, *language.split("-", 1))
     config = _config(task, source, language)
-    forms, wanted = source["row"], source.get("where", {})
-    if part == "shots": forms, wanted = source.get("shot", forms), source.get("shots_where", {})
+    forms = source["row"]
+    wanted = source.get("where", {})
+    if part == "shots":
+        forms = source.get("shot", forms)
+        wanted = source.get("shots_where", {})
     name, split = source["dataset"], source[part]
     found = []
     for n, theirs in enumerate(_download(name, config, split)):

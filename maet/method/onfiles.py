@@ -20,7 +20,8 @@ class Transfer:
     "Algorithm 1, lines 8-12."
     gamma: float = 0.2        # Table 5
     eta: float = 1.0          # Table 5
-    weights: dict[str, float] = field(default_factory=dict)  # mu by language; the paper gives none: 1/n
+    # mu by language; the paper gives none, so 1/n
+    weights: dict[str, float] = field(default_factory=dict)
     similarity: str = "dot"   # Eq. 4; "cosine" is the other reading
     kinds: str | list[str] = "all" # Table 3
 

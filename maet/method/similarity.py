@@ -128,13 +128,17 @@ def quota(start: int, # of a run of the `total` scalars
           stop: int,
           total: int,
           count: int) -> int:
-    "How many of `count`, spread evenly, fall into a run; runs that follow each other add up exactly."
+    """How many of `count`, spread evenly, fall into a run.
+
+    Runs that follow each other add up exactly."""
     if not total: return 0
     return count * stop // total - count * start // total
 
 # %% ../../nbs/31_method.similarity.ipynb #94589da8
 class RandomMasks(Lazy):
-    "Bool masks with a given number of random ones in each tensor; drawn when asked for, always alike."
+    """Bool masks with a given number of random ones in each tensor.
+
+    Drawn when asked for, always alike."""
     def __init__(self, shapes: Mapping[str, tuple], counts: Mapping[str, int], seed: int):
         self.shapes, self.counts, self.seed = dict(shapes), counts, seed
         self.number = {name: number for number, name in enumerate(shapes)}

@@ -28,7 +28,9 @@ from .ability import weighted
 def multilingual_weights(languages: Sequence[Part | None], # R(L_i) of one tensor, one a language
                          mu: Sequence[float],              # weight of each language
                          ) -> Part | None:                 # R_Lang, float32
-    "Eq. 3 for one tensor: the weighted sum. Raises MaetError unless there is one weight a language."
+    """Eq. 3 for one tensor: the weighted sum.
+
+    Raises MaetError unless there is one weight a language."""
     if len(languages) != len(mu):
         raise MaetError(f"mu: {len(mu)} weights for {len(languages)} languages; give one for each")
     return weighted(zip(mu, languages))
@@ -193,11 +195,12 @@ class MaetTransfer(_Inputs, Lazy):
 
     @property
     def identity(self) -> str:
-        settings = self.gamma, self.eta, self.select_ratio, self.similarity, self.kinds, self.rounding
-        return identity("Eq. 5", self.ability, self.language, *settings)
+        factors = self.gamma, self.eta
+        choice = self.select_ratio, self.similarity, self.kinds, self.rounding
+        return identity("Eq. 5", self.ability, self.language, *factors, *choice)
 
-    def terms(self, name: str, start: int, stop: int) -> list[tuple[float, Part]]: # (factor, flat part)
-        "Eq. 5 as the sum that it is."
+    def terms(self, name: str, start: int, stop: int) -> list[tuple[float, Part]]:
+        "Eq. 5 as the sum that it is: pairs (factor, flat part)."
         return terms_of_change(self, name, start, stop)
 
     def piece(self, name: str, start: int, stop: int) -> Part:

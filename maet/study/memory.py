@@ -35,30 +35,32 @@ def _storages(tensor: Tensor): # dense, or sparse
     return [part.untyped_storage() for part in (tensor._indices(), tensor._values())]
 
 # %% ../../nbs/64_study.memory.ipynb #5f0fef5c
-class Watch(TorchDispatchMode):
-    """Bytes alive by kind: `timeline` gets a row whenever something is new. `flops` counts
-    multiplications and additions."""
-    def __init__(self, vocabulary: int = 0): # width of the logits
-        super().__init__()
-        self.vocabulary, self.flops, self.timeline = vocabulary, 0, []
-        self.live, self.known = dict.fromkeys(KINDS, 0), WeakIdKeyDictionary()
+class Alive:
+    "Bytes alive by kind. `timeline` gets a row whenever something is new."
+    def __init__(self):
+        self.live = dict.fromkeys(KINDS, 0)
+        self.known = WeakIdKeyDictionary()  # storage -> [kind, bytes]
+        self.timeline = []
 
-    def mark(self, tensors: Iterable[Tensor], kind: str): # one of KINDS
-        "From now on these tensors are of this kind."
-        for storage in (s for tensor in tensors for s in _storages(tensor)):
-            if storage not in self.known: self._meet(storage, kind)
-            entry = self.known[storage]
-            self.live[entry[0]] -= entry[1]
-            self.live[kind] += entry[1]
-            entry[0] = kind
-
-    def _meet(self, storage, kind):
+    def meet(self, storage, kind: str): # one of KINDS
+        "A storage that may be new is of this kind, unless it is known."
+        if storage in self.known: return
         entry = self.known[storage] = [kind, storage.nbytes()]
         self.live[kind] += entry[1]
         weakref.finalize(storage, self._gone, entry).atexit = False
         self.timeline.append(tuple(self.live.values()))
 
     def _gone(self, entry): self.live[entry[0]] -= entry[1]
+
+    def mark(self, tensors: Iterable[Tensor], kind: str): # one of KINDS
+        "From now on these tensors are of this kind."
+        for tensor in tensors:
+            for storage in _storages(tensor):
+                self.meet(storage, kind)
+                entry = self.known[storage]
+                self._gone(entry)
+                self.live[kind] += entry[1]
+                entry[0] = kind
 
 # %% ../../nbs/64_study.memory.ipynb #fe5dbbce
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -67,108 +69,144 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def _flops(operation, args, kwargs, out) -> int:
     "Of one operation: two for each multiplication of a matrix product."
     packet = operation._overloadpacket
-    if packet == _FORWARD: return sdpa_flop_count(*(t.shape for t in args[:3]))
-    if packet == _BACKWARD: return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
-    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    if packet == _FORWARD: return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet == _BACKWARD: return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    if packet not in flop_registry: return 0
+    return flop_registry[packet](*args, **kwargs, out_val=out)
 
 # %% ../../nbs/64_study.memory.ipynb #9d8dafb1
-def _dispatch(self, operation, types, args=(), kwargs=None):
-    out = operation(*args, **(kwargs or {}))
-    for tensor in tree_leaves((args, kwargs, out)):
-        if not isinstance(tensor, Tensor): continue
-        is_logits = self.vocabulary and tensor.dim() > 1 and self.vocabulary == tensor.shape[-1]
-        kind = "logits" if is_logits else "activations"
-        for storage in _storages(tensor):
-            if storage not in self.known: self._meet(storage, kind)
-    self.flops += _flops(operation, args, kwargs or {}, out)
-    return out
+class Watch(Alive, TorchDispatchMode):
+    "Counts bytes alive by kind, and in `flops` multiplications and additions, while it is entered."
+    def __init__(self, vocabulary: int = 0): # width of the logits
+        Alive.__init__(self)
+        TorchDispatchMode.__init__(self)
+        self.vocabulary = vocabulary
+        self.flops = 0
 
-Watch.__torch_dispatch__ = _dispatch
+    def kind(self, tensor: Tensor) -> str:
+        "Of a tensor of which nothing is known but its shape."
+        is_logits = self.vocabulary and tensor.dim() > 1 and self.vocabulary == tensor.shape[-1]
+        return "logits" if is_logits else "activations"
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = operation(*args, **kwargs)
+        for tensor in tree_leaves((args, kwargs, out)):
+            if not isinstance(tensor, Tensor): continue
+            for storage in _storages(tensor): self.meet(storage, self.kind(tensor))
+        self.flops += _flops(operation, args, kwargs, out)
+        return out
 
 # %% ../../nbs/64_study.memory.ipynb #17ba0791
+def _lines(lines: int, share: float) -> Tensor | None:
+    "As many places as that share of the lines; None, which is all of them, where most are met."
+    if share > .9: return None
+    return torch.empty(max(1, round(lines*share)), dtype=torch.int64)
+
+def _places_inside(block: Block, shape: tuple[int, int], ratio: float) -> Tensor:
+    "A place in the block for each key neuron of a matrix of that shape."
+    size = math.prod(n if lines is None else len(lines) for lines, n in zip(block, shape))
+    key_neurons = max(1, round(ratio*shape[0]*shape[1]))
+    return torch.empty(key_neurons, dtype=torch.int32 if size < 2**31 else torch.int64)
+
+# %% ../../nbs/64_study.memory.ipynb #9ddef51c
 def expected_block(shape: tuple,      # of a tensor
                    ratio: float,      # of key neurons, 0..1
                    granularity: str,  # element, row or column
                    ) -> Block: # train's, with places that have a number and no content
     "What `find_block` finds where key neurons are spread evenly."
-    rows, columns = shape[0], math.prod(shape[1:])
-
-    def chosen(lines: int, met: float): # met: their share that has a key neuron
-        return None if met > .9 else torch.empty(max(1, round(lines*met)), dtype=torch.int64)
-
-    if len(shape) > 1 and granularity == "row": return Block(chosen(rows, ratio), None, None)
-    if len(shape) > 1 and granularity == "column": return Block(None, chosen(columns, ratio), None)
-    block = Block(chosen(rows, 1 - (1 - ratio)**columns), chosen(columns, 1 - (1 - ratio)**rows), None)
+    rows = shape[0]
+    columns = math.prod(shape[1:])
+    if len(shape) > 1 and granularity == "row": return Block(_lines(rows, ratio), None, None)
+    if len(shape) > 1 and granularity == "column": return Block(None, _lines(columns, ratio), None)
+    row_is_met = 1 - (1 - ratio)**columns  # the chance that one of its scalars is a key neuron
+    column_is_met = 1 - (1 - ratio)**rows
+    block = Block(_lines(rows, row_is_met), _lines(columns, column_is_met), None)
     if columns == 1 or ratio == 1: return block  # a vector's block is full
-    size = math.prod(len(lines) if lines is not None else n for lines, n in zip(block, (rows, columns)))
-    key = max(1, round(ratio*rows*columns))
-    return block._replace(inside=torch.empty(key, dtype=torch.int32 if size < 2**31 else torch.int64))
+    return block._replace(inside=_places_inside(block, (rows, columns), ratio))
 
 # %% ../../nbs/64_study.memory.ipynb #bd307a3e
-# spread: by ZeRO
-def trained_form(config, training: Training, ratio: float, granularity: str, spread: bool = False):
-    "The model as train trains it, on the meta device. `config`: a PretrainedConfig."
-    model = meta_model(config).to(loading.weight_dtype(training, stored(config), _ZERO if spread else None))
+def _bare_model(config, training: Training, spread: bool):
+    "The model on the meta device, in the dtype and with the attention that train gives it."
+    dtype = loading.weight_dtype(training, stored(config), _ZERO if spread else None)
+    model = meta_model(config).to(dtype)
     for module in model.modules():
         # which rows are padding is a question of numbers
         if isinstance(module, nn.Embedding): module.padding_idx = None
     if training.attention == "eager": model.set_attn_implementation("eager")
+    return model
+
+def trained_form(config, # PretrainedConfig
+                 training: Training, ratio: float, granularity: str,
+                 spread: bool = False, # by ZeRO
+                 ):
+    "The model as train trains it, on the meta device."
+    model = _bare_model(config, training, spread)
     with torch.device("meta"):
         if training.mode != "key-neuron": return loading.prepare(model, training).train()
         model = loading.prepare(model, replace(training, mode="dense"))
-        blocks = {id(p): expected_block(tuple(p.shape), ratio, granularity) for p in model.parameters()}
+        blocks = {}
+        for parameter in model.parameters():
+            blocks[id(parameter)] = expected_block(tuple(parameter.shape), ratio, granularity)
         return freeze_at(model, blocks).train()
-
-# train asks a DeepSpeed config whether there is a stage above 0
-_ZERO = dict(zero_optimization=dict(stage=1))
 
 # %% ../../nbs/64_study.memory.ipynb #9c0650f4
 def stored(config) -> torch.dtype: # of the base's weights
     return config.dtype or torch.float32
 
-def of_text(config): # Gemma 3 and its like keep what is said of the language model in a config of its own
+def of_text(config):
+    "Gemma 3 and its like keep what is said of the language model in a config of its own."
     return config.get_text_config(decoder=True)
 
+# train asks a DeepSpeed config whether there is a stage above 0
+_ZERO = dict(zero_optimization=dict(stage=1))
+
 # %% ../../nbs/64_study.memory.ipynb #f1abd670
+def _fake(tensor):
+    "One of the same shape and dtype under the mode that is on."
+    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
 def _without_storage(model):
     "Every parameter and buffer in its fake form, in place. To be called under FakeTensorMode."
-    known = {}
-    def fake(tensor):
-        if id(tensor) not in known:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype)
-            if isinstance(tensor, nn.Parameter): new = nn.Parameter(new, tensor.requires_grad)
-            known[id(tensor)] = tensor, new
-        return known[id(tensor)][1]
+    known = {}  # id -> the tensor, which keeps its id its own, and its fake form
     for module in model.modules():
         for own in (module._parameters, module._buffers):
-            own.update({name: fake(tensor) for name, tensor in own.items() if tensor is not None})
+            for name, tensor in own.items():
+                if tensor is None: continue
+                if id(tensor) not in known: known[id(tensor)] = (tensor, _fake(tensor))
+                own[name] = known[id(tensor)][1]
     return model
 
 # %% ../../nbs/64_study.memory.ipynb #c2f7b5d8
-def _sorted_rows(grad, block, dtype): # in place of train's take_sparse, which has to see the numbers
-    "Two copies of the used rows, and the values."
-    rows = grad._values().to(dtype)
-    return rows.clone().new_zeros(_count(block, grad.shape))
-
-def _count(block, shape) -> int: # key neurons of a block
+def _key_neurons(block: Block, shape) -> int:
+    "How many a block has."
     if block.inside is not None: return len(block.inside)
     return math.prod(n if lines is None else len(lines) for n, lines in zip(shape, block))
 
-# in place of transformers' _grouped_mm: (tokens, in) by (experts, in, out), each token by one
-# expert
+def _sorted_rows(grad, block, dtype):
+    """In place of train's take_sparse, which has to see the numbers: two copies of the used rows,
+    and the values."""
+    rows = grad._values().to(dtype)
+    return rows.clone().new_zeros(_key_neurons(block, grad.shape))
+
 def _one_expert(input, weight, offs):
-    "As much work, and gradients of the same sizes. torch's own form without storage knows bfloat16 alone."
+    """In place of transformers' _grouped_mm, (tokens, in) by (experts, in, out), each token by one
+    expert: as much work, and gradients of the same sizes. torch's own form without storage knows
+    bfloat16 alone."""
     return input.to(weight.dtype) @ weight[0]
+
+def _one_document(position_ids): return None # in place of a search for several in a sequence
 
 # %% ../../nbs/64_study.memory.ipynb #4e98ce2b
 @contextmanager
 def _blind():
-    """Three functions look at numbers: the two above, and transformers' search for several
-    documents in one sequence."""
+    """Three functions look at numbers: train's sum of sparse gradients, transformers' product by
+    experts, and its search for several documents in one sequence."""
     with (
         patch("maet.training.sparse.take_sparse", _sorted_rows),
         patch("transformers.integrations.moe._grouped_mm", _one_expert),
-        patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None),
+        patch("transformers.masking_utils.find_packed_sequence_indices", _one_document),
     ):
         yield
 
@@ -187,20 +225,25 @@ class Rehearsal(NamedTuple):
     def timeline(self) -> np.ndarray: return np.concatenate(self.timelines)
 
 # %% ../../nbs/64_study.memory.ipynb #9e6a55b6
-def _prepared(model, watch, accumulated: bool):
-    "The optimizer with its moments, everything marked by its kind."
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _mark_model(model, watch):
     watch.mark(model.buffers(), "weights")
     watch.mark(model.parameters(), "weights")
-    watch.mark((b for n, b in model.named_buffers() if "_key_" in n), "places")
+    watch.mark((buffer for name, buffer in model.named_buffers() if "_key_" in name), "places")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if len(trained) < len(list(model.parameters())): watch.mark(trained, "values")
+    return trained
+
+def _prepared(model, watch, accumulated: bool):
+    "The optimizer with its moments, everything marked by its kind."
+    trained = _mark_model(model, watch)
     optimizer = torch.optim.AdamW(trained, fused=True)
-    for p in trained:
-        p.grad = torch.zeros_like(p)
-        p.register_post_accumulate_grad_hook(lambda p: watch.mark([p.grad], "gradients"))
+    def mark_gradient(parameter): watch.mark([parameter.grad], "gradients")
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.register_post_accumulate_grad_hook(mark_gradient)
     optimizer.step()
-    watch.mark((t for state in optimizer.state.values() for t in state.values()), "optimizer")
-    watch.mark((p.grad for p in trained), "gradients")
+    for state in optimizer.state.values(): watch.mark(state.values(), "optimizer")
+    watch.mark((parameter.grad for parameter in trained), "gradients")
     if not accumulated: optimizer.zero_grad()
     watch.timeline.clear()
     watch.flops = 0
@@ -214,34 +257,39 @@ def _step(model, optimizer, ids, clip: float, autocast=nullcontext, lap=lambda: 
     loss.backward()
     lap()
     if clip:
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
     optimizer.zero_grad()
 
 # %% ../../nbs/64_study.memory.ipynb #b3f0c7f6
-def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spread) -> Rehearsal:
+def _watched(config, training, sequences, accumulated, ratio, granularity, spread):
+    "A model, what `Watch` saw of one step of it, and where forward and backward ended in that."
     from torch._subclasses.fake_tensor import FakeTensorMode
     model = trained_form(config, training, ratio, granularity, spread)
-    ids = torch.Size((sequences, training.sequence_length))
-    autocast = loading._autocast(training, stored(config), _ZERO if spread else None, torch.device("cpu"))
+    zero = _ZERO if spread else None
+    autocast = loading._autocast(training, stored(config), zero, torch.device("cpu"))
     laps = []
-    def lap(): laps.append(len(watch.timeline))
     with FakeTensorMode(), Watch(of_text(config).vocab_size) as watch, _blind():
+        def lap(): laps.append(len(watch.timeline))
         optimizer = _prepared(_without_storage(model), watch, accumulated)
-        read = torch.zeros(ids, dtype=torch.long)
-        _step(model, optimizer, read, training.max_grad_norm, autocast, lap)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    timelines = np.split(np.array(watch.timeline), laps)
-    scalars = sum(math.prod(shape) for shape in shapes(config).values())
+        ids = torch.zeros((sequences, training.sequence_length), dtype=torch.long)
+        _step(model, optimizer, ids, training.max_grad_norm, autocast, lap)
+    return model, watch, laps
+
+# %% ../../nbs/64_study.memory.ipynb #d9955870
+def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spread) -> Rehearsal:
+    model, watch, laps = _watched(
+        config, training, sequences, accumulated, ratio, granularity, spread)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Rehearsal(
-        tuple(timelines),
-        watch.flops,
-        sequences,
-        scalars,
-        sum(p.numel() for p in trained),
-        sum(p.numel() * p.element_size() for p in trained),
-        int(watch.timeline[0][KINDS.index("weights")]),
+        timelines=tuple(np.split(np.array(watch.timeline), laps)),
+        flops=watch.flops,
+        sequences=sequences,
+        scalars=sum(math.prod(shape) for shape in shapes(config).values()),
+        trained=sum(parameter.numel() for parameter in trained),
+        trained_bytes=sum(parameter.numel()*parameter.element_size() for parameter in trained),
+        weight_bytes=int(watch.timeline[0][KINDS.index("weights")]),
     )
 
 # %% ../../nbs/64_study.memory.ipynb #472b07b9
@@ -250,12 +298,10 @@ def _repeats(config) -> bool:
     layers = {}
     for name, shape in shapes(config).items(): layers.setdefault(place(name).layer, []).append(shape)
     layers.pop(None, None)
-    types = getattr(of_text(config), "layer_types", None) or [None]
-    return (
-        len(layers) == of_text(config).num_hidden_layers > 4
-        and all(of == layers[0] for of in layers.values())
-        and len(set(types)) == 1
-    )
+    text = of_text(config)
+    if not len(layers) == text.num_hidden_layers > 4: return False
+    types = getattr(text, "layer_types", None) or [None]
+    return len(set(types)) == 1 and all(layer == layers[0] for layer in layers.values())
 
 # %% ../../nbs/64_study.memory.ipynb #5158ba5a
 def _of_layers(config, layers: int):
@@ -270,24 +316,36 @@ def _of_layers(config, layers: int):
 def _stretched(two, three, times: int): # times: layers beyond two
     "What grew from two layers to three, so many times more."
     if isinstance(two, int): return two + times*(three - two)
-    half = len(two)//2
-    return two + times*(np.concatenate([three[:half], three[len(three) - (len(two) - half):]]) - two)
+    from_start = len(two)//2
+    from_end = len(two) - from_start
+    same_places = np.concatenate([three[:from_start], three[len(three) - from_end:]])
+    return two + times*(same_places - two)
 
 # %% ../../nbs/64_study.memory.ipynb #f9b43c20
+GROWING = ("flops", "scalars", "trained", "trained_bytes", "weight_bytes")  # fields of a Rehearsal
+
 def _deep(config, *form) -> Rehearsal:
     "A rehearsal, of a few layers where the others only repeat them."
     if not _repeats(config): return _rehearsal(config, *form)
     two, three = (_rehearsal(_of_layers(config, layers), *form) for layers in (2, 3))
     times = of_text(config).num_hidden_layers - 2
-    timelines = tuple(_stretched(a, b, times) for a, b in zip(two.timelines, three.timelines))
-    numbers = {
-        name: _stretched(getattr(two, name), getattr(three, name), times)
-        for name in two._fields[1:]
-        if name != "sequences"
-    }
-    return two._replace(timelines=timelines, **numbers)
+    timelines = [_stretched(a, b, times) for a, b in zip(two.timelines, three.timelines)]
+    numbers = {name: _stretched(getattr(two, name), getattr(three, name), times) for name in GROWING}
+    return two._replace(timelines=tuple(timelines), **numbers)
 
 # %% ../../nbs/64_study.memory.ipynb #d435a6cd
+def _remembered(config, training: Training, form: tuple) -> Rehearsal:
+    "Raises MaetError for a model that looks at numbers."
+    matters = {key: value for key, value in asdict(training).items() if key not in SAME}
+    known_as = json.dumps([config.to_dict(), matters, form], default=str, sort_keys=True)
+    if known_as in _KNOWN: return _KNOWN[known_as]
+    try: _KNOWN[known_as] = _deep(config, training, *form)
+    except (RuntimeError, NotImplementedError, TypeError) as e:
+        why = str(e).splitlines()[0][:80]
+        what = f"a step of {config.model_type}"
+        raise MaetError(f"plan: {what} cannot be rehearsed ({why}); measure one") from e
+    return _KNOWN[known_as]
+
 def rehearse(config,              # PretrainedConfig of the base
              training: Training,
              gpus: int = 1,       # that share a batch
@@ -299,18 +357,10 @@ def rehearse(config,              # PretrainedConfig of the base
     divide a batch, a model that looks at numbers."""
     check_ranks(training, gpus)
     sequences = at_once(training, gpus)
-    spread = spread and training.mode == "dense"  # nothing else differs
-    sparse = (ratio, granularity) if training.mode == "key-neuron" else (0.0, "")
-    form = (sequences, batch_sequences(training) > sequences*gpus, *sparse, spread)
-    matters = {key: value for key, value in asdict(training).items() if key not in SAME}
-    text = json.dumps([config.to_dict(), matters, form], default=str, sort_keys=True)
-    if text not in _KNOWN:
-        try: _KNOWN[text] = _deep(config, training, *form)
-        except (RuntimeError, NotImplementedError, TypeError) as e:
-            why = str(e).splitlines()[0][:80]
-            what = f"a step of {config.model_type}"
-            raise MaetError(f"plan: {what} cannot be rehearsed ({why}); measure one") from e
-    return _KNOWN[text]
+    accumulated = batch_sequences(training) > sequences*gpus
+    if training.mode != "key-neuron": ratio, granularity = 0.0, ""  # nothing differs
+    spread = spread and training.mode == "dense"
+    return _remembered(config, training, (sequences, accumulated, ratio, granularity, spread))
 
 # %% ../../nbs/64_study.memory.ipynb #fd08bbd2
 # change no shape
@@ -319,4 +369,4 @@ SAME = set("""
     weight_decay beta1 beta2 seed save_every eval_every save_samples keep lora_alpha
     lora_merge
 """.split())
-_KNOWN = {}
+_KNOWN = {}  # what decides a rehearsal, as JSON -> the rehearsal

@@ -7,14 +7,16 @@ __all__ = ['Base', 'Recipe']
 
 # %% ../../nbs/60_study.recipes.ipynb #78780e48
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from ..weights.tensors import MaetError, meta_model, of_kinds, reading
 from ..text.documents import Source
-from ..training.settings import at_least, plain_names
+from ..training.settings import check_rules, plain_names, setting
 from ..training.schedule import Training
 from ..training.jobs import Launch
 from ..method.neurons import neurons_of
@@ -25,64 +27,65 @@ from ..method.onfiles import Transfer
 @dataclass
 class World:
     "Text and exams from the mini world (miniworld)."
-    seed: int = 0             # of the texts; the parts of an exam do not depend on it
-    trace: float = 0.02       # share of problems and facts in the general text
-    documents: int = 20_000   # in each corpus
-    items: int = 500          # in each exam
+    seed: int = setting(0, "Of the texts; the parts of an exam do not depend on it")
+    trace: float = setting(0.02, "Share of problems and facts in the general text", ge=0, le=1)
+    documents: int = setting(20_000, "In each corpus", ge=1)
+    items: int = setting(500, "In each exam", ge=1)
 
-    def __post_init__(self):
-        at_least(0, trace=self.trace)
-        at_least(1, documents=self.documents, items=self.items, trace=2 - self.trace)
+    def __post_init__(self): check_rules(self)
 
 # %% ../../nbs/60_study.recipes.ipynb #036b8e47
+Share = Annotated[float, Field(gt=0)]
+
 @dataclass
 class Phase:
     "A stretch of pre-training."
-    shares: dict[str, float]  # of the tokens, by corpus
-    training: Training
+    shares: dict[str, Share] = setting(..., "Of the tokens, by corpus")
+    training: Training = setting(..., "Every hyper-parameter")
 
     def __post_init__(self):
+        check_rules(self)
         plain_names("shares", self.shares, ".+")
-        for corpus, share in self.shares.items():
-            if share <= 0: raise MaetError(f"shares.{corpus}: {share} is not above 0")
 
 # %% ../../nbs/60_study.recipes.ipynb #53b40a5b
 @dataclass
 class Base:
     "A backbone of our own: tokenizer and Llama from nothing, or another one that is trained on."
-    phases: list[Phase]       # one after another, each from where the last one ended
-    vocabulary: int | None = None # tokens of the byte-level BPE
-    model: dict = field(default_factory=dict) # LlamaConfig's own keys
-    start: str | None = None  # instead of these two: a checkpoint, where the first phase starts
-    world: World | None = None
-    corpora: dict[str, Source] = field(default_factory=dict)
+    phases: list[Phase] = setting(
+        ..., "One after another, each from where the last one ended", min_length=1)
+    vocabulary: int | None = setting(None, "Tokens of the byte-level BPE", ge=257)
+    model: dict = setting(dict, "LlamaConfig's own keys")
+    start: str | None = setting(
+        None, "Instead of these two: a checkpoint, where the first phase starts")
+    world: World | None = setting(None, "Texts from the mini world")
+    corpora: dict[str, Source] = setting(dict, "Texts by name")
 
     def __post_init__(self):
         is_new = bool(self.vocabulary or self.model)
         if bool(self.start) == is_new:
             raise MaetError("start: give a checkpoint to start from, "
                             "or vocabulary and model of a new one")
-        if not self.phases: raise MaetError("phases: none is given")
-        at_least(257, vocabulary=self.vocabulary)
+        check_rules(self)
         if not self.start: llama_config(self.vocabulary or 0, self.model)
 
 # %% ../../nbs/60_study.recipes.ipynb #902ba3cd
 @dataclass
 class Locate:
     "Algorithm 1, lines 1-4."
-    training: Training        # "a small amount" of the corpus (4.1); dense
-    ratio: float = 0.05       # k1 (Table 5)
-    granularity: str = "element"
-    share: str = "neurons"    # what k1 is a share of; "scalars": equal counts at all granularities
-    kinds: str | list[str] = "all" # of tensors that are ranked; k1 is a share of these
+    training: Training = setting(..., "A small amount of the corpus (4.1); dense")
+    ratio: float = setting(0.05, "k1, above 0 and at most 1 (Table 5)")
+    granularity: str = setting("element", "What a neuron is")
+    share: Literal["neurons", "scalars"] = setting(
+        "neurons", "What k1 is a share of; scalars: equal counts at all granularities")
+    kinds: str | list[str] = setting(
+        "all", "Of tensors that are ranked; k1 is a share of these")
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
             raise MaetError(f"ratio: {self.ratio} is not above 0 and at most 1")
         if self.training.mode != "dense":
             raise MaetError("training.mode: key neurons are located by dense training")
-        if self.share not in ("neurons", "scalars"):
-            raise MaetError(f"share: {self.share!r} is neither neurons nor scalars")
+        check_rules(self)
         neurons_of((), self.granularity)  # refuses what it does not know
         of_kinds("", self.kinds)          # so does this
 
@@ -91,13 +94,11 @@ class Locate:
 class Extract:
     """Algorithm 1, lines 5-7.
     `minus`: "general" as in 4.1 and 4.3, or "ability" as Algorithm 1 is printed."""
-    alpha: float = 0.8        # Table 5
-    beta: float = 0.2         # Table 5
-    minus: str = "general"    # corpus of line 6
+    alpha: float = setting(0.8, "Of the first difference (Table 5)")
+    beta: float = setting(0.2, "Of the second one (Table 5)")
+    minus: Literal["general", "ability"] = setting("general", "Corpus of line 6")
 
-    def __post_init__(self):
-        if self.minus not in ("general", "ability"):
-            raise MaetError(f"minus: {self.minus!r} is neither general nor ability")
+    def __post_init__(self): check_rules(self)
 
 # %% ../../nbs/60_study.recipes.ipynb #91032ad7
 END = "<|end|>"  # stands between documents
@@ -172,13 +173,13 @@ def make_backbone(out: Path, texts: Iterable[str], vocabulary: int, model: dict,
 @dataclass
 class Ability:
     "What is to be transferred. `general` is not stated in the paper; Table 6 has 0.58 and 0.50."
-    tasks: list[str]          # its exams (evaluation)
-    select_ratio: float       # k2: 0.8 for mathematics, 0.6 for science (Table 5)
-    general: float = 0.5      # share of general text in line 5's mixture
+    tasks: list[str] = setting(..., "Its exams", min_length=1)
+    select_ratio: float = setting(..., "k2: 0.8 for mathematics, 0.6 for science (Table 5)")
+    general: float = setting(0.5, "Share of general text in line 5's mixture, from 0 to 1")
 
     def __post_init__(self):
         select_count(1, self.select_ratio)
-        if not self.tasks: raise MaetError("tasks: none is given")
+        check_rules(self)
         if not 0 <= self.general <= 1:
             raise MaetError(f"general: {self.general} is no share, from 0 to 1")
 
@@ -186,15 +187,14 @@ class Ability:
 @dataclass
 class ExamSettings:
     "Which questions are asked, and how."
-    data: str | None = None   # a folder of exams; without it the mini world's test part
-    mgsm: str | None = None   # or the folder of MGSM as it is published
-    batch_size: int = 128
-    limit: int | None = None  # first so many items only
-    shots: int | None = None  # worked examples before each item; None: as many as the exam has
+    data: str | None = setting(None, "A folder of exams; without it the mini world's test part")
+    mgsm: str | None = setting(None, "Or the folder of MGSM as it is published")
+    batch_size: int = setting(128, "Questions at once", ge=1)
+    limit: int | None = setting(None, "First so many items only", ge=1)
+    shots: int | None = setting(
+        None, "Worked examples before each item; none: as many as the exam has", ge=0)
 
-    def __post_init__(self):
-        at_least(1, batch_size=self.batch_size, limit=self.limit)
-        at_least(0, shots=self.shots)
+    def __post_init__(self): check_rules(self)
 
 # %% ../../nbs/60_study.recipes.ipynb #17ba0791
 @dataclass
@@ -202,9 +202,9 @@ class Rivals:
     """How what MAET is compared with (rivals) is trained: only what differs from `training`.
     Their tokens are no choice: each gets what MAET gets. `sft` has `whole_documents` unless
     said otherwise: an answer is not cut off from its question."""
-    dense: dict = field(default_factory=dict)
-    lora: dict = field(default_factory=dict)
-    sft: dict = field(default_factory=dict) # dense, on pairs
+    dense: dict = setting(dict, "All weights are trained")
+    lora: dict = setting(dict, "Adapters are trained")
+    sft: dict = setting(dict, "Dense, on pairs")
 
     def training(self, how: str, of: Training) -> Training: # how: a field of this class
         "`of` trained this way. Raises MaetError for a key that is unknown, or not to be chosen."
@@ -223,26 +223,26 @@ class Rivals:
 @dataclass
 class Recipe:
     "A whole run. What has a default has the paper's."
-    scale: str
-    base: Base | str          # a checkpoint, or how to make one
-    languages: list[str]      # L1..Ln
-    abilities: dict[str, Ability]
-    training: Training        # of every expert
-    locate: Locate
-    reference: str = "en"     # L0
-    workers: int = 1          # side by side, of one thread each; 1: this process, torch's own threads
-    extract: Extract = field(default_factory=Extract)
-    transfer: Transfer = field(default_factory=Transfer)
-    rivals: Rivals = field(default_factory=Rivals)
-    # rows of the main table (rivals)
-    methods: list[str] = field(default_factory=lambda: ["base", "ability-cpt", "f-cpt-la", "maet"])
-    exam: ExamSettings = field(default_factory=ExamSettings)
-    launch: Launch = field(default_factory=Launch)            # where each training runs
-    world: World | None = None
-    corpora: dict[str, Source] = field(default_factory=dict)  # by name
+    scale: str = setting(..., "What the ledger calls the size of it")
+    base: Base | str = setting(..., "A checkpoint, or how to make one")
+    languages: list[str] = setting(..., "L1..Ln")
+    abilities: dict[str, Ability] = setting(..., "What is transferred, by name")
+    training: Training = setting(..., "Of every expert")
+    locate: Locate = setting(..., "Algorithm 1, lines 1-4")
+    reference: str = setting("en", "L0")
+    workers: int = setting(1, "Trainings side by side, a thread each; 1: in this process", ge=1)
+    extract: Extract = setting(Extract, "Algorithm 1, lines 5-7")
+    transfer: Transfer = setting(Transfer, "Algorithm 1, lines 8-12")
+    rivals: Rivals = setting(Rivals, "How what MAET is compared with is trained")
+    methods: list[str] = setting(
+        lambda: ["base", "ability-cpt", "f-cpt-la", "maet"], "Rows of the main table")
+    exam: ExamSettings = setting(ExamSettings, "Which questions are asked, and how")
+    launch: Launch = setting(Launch, "Where each training runs")
+    world: World | None = setting(None, "Texts and exams from the mini world")
+    corpora: dict[str, Source] = setting(dict, "Texts by name")
 
     def __post_init__(self):
-        at_least(1, workers=self.workers)
+        check_rules(self)
         plain_names("languages", [self.reference, *plain_names("languages", self.languages)])
         plain_names("abilities", self.abilities)
         plain_names("corpora", self.corpora or ["none"], ".+")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..weights.tensors import MaetError, one_line
 from ..weights.files import sync
+from ..weights.refusals import refused_by_system
 
 # %% ../../nbs/61_study.stages.ipynb #bd307a3e
 FORMAT = 1  # of the stages; a new number makes every stage anew
@@ -54,9 +55,6 @@ def worth_keeping(error: Exception, work: Path) -> bool:
     return any(path.is_file() and path.suffix != ".lock" for path in work.rglob("*"))
 
 # %% ../../nbs/61_study.stages.ipynb #18b3bc15
-# how safetensors and torch.save say what the system refuses
-REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed")
-
 @contextmanager
 def on_disk(place: Path):
     """What the system refuses inside, a full disk for one, becomes a MaetError
@@ -64,11 +62,10 @@ def on_disk(place: Path):
     try: yield
     except (MaetError, ConnectionError): raise  # the hub's is not about this disk
     except Exception as error:
-        of_system = isinstance(error, OSError)
-        if not of_system and not REFUSED.search(str(error)): raise
+        if not refused_by_system(error): raise
         where = getattr(error, "filename", None) or place
         said = getattr(error, "strerror", None) or one_line(error, 300)
-        cause = error if of_system else OSError(said)
+        cause = error if isinstance(error, OSError) else OSError(said)
         raise MaetError(f"{where}: {said}; mend that or choose another place") from cause
 
 # %% ../../nbs/61_study.stages.ipynb #98219f26

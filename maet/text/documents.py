@@ -27,6 +27,10 @@ def _names(form: str) -> list[str]:
         raise MaetError(f"{form!r}: {e}; a brace that is text is written twice") from None
 
 # %% ../../nbs/10_text.documents.ipynb #dc993e4c
+def _check_path(path) -> None:
+    "Raises MaetError for a path that no system has."
+    if "\0" in str(path): raise MaetError(f"{str(path)!r}: a path has no zero byte in it")
+
 def _check_where(where: Mapping, path) -> None:
     "Raises MaetError for a key that nobody reads."
     for column, wanted in where.items():
@@ -39,13 +43,13 @@ def _check_where(where: Mapping, path) -> None:
 @dataclass
 class Source:
     "Documents, and their part of a mixture."
-    path: str | Path              # .jsonl, .txt (.gz), .parquet; folder or pattern; "hf://owner/name"
+    path: str | Path              # file, folder or pattern of files, or "hf://owner/name"
     share: float = 1.0            # of the tokens; only ratios between sources count
     text: str = "text"            # column or form
     name: str | None = None       # the hub's configuration, such as "spa_Latn"
     split: str = "train"          # of a hub dataset
     revision: str | None = None   # commit or tag of a hub dataset: fixed, others see the same text
-    where: dict | None = None     # column -> value, list of values or {min: , max: } of what is kept
+    where: dict | None = None     # column -> what is kept: a value, a list, or {min: , max: }
     messages: str | None = None   # column of chats: [{"role": "user", "content": "..."}, ...]
     prompt: str | None = None     # column or form
     completion: str | None = None # column or form
@@ -53,7 +57,7 @@ class Source:
     def __post_init__(self):
         fault = _fault_of(self)
         if fault: raise MaetError(f"{self.path}: {fault}")
-        if "\0" in str(self.path): raise MaetError(f"{str(self.path)!r}: a path has no zero byte in it")
+        _check_path(self.path)
         for form in (self.text, self.prompt, self.completion): _names(form or "")
         _check_where(self.where or {}, self.path)
 
@@ -148,7 +152,9 @@ FROM = {  # ShareGPT's -> the role
     "bard": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function_response": "tool",
 }
-BESIDE = ("tool_calls", "function_call", "reasoning_content")  # what an assistant may say without a text
+# what an assistant may say without a text
+BESIDE = ("tool_calls", "function_call", "reasoning_content")
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a part of a content
 
 # %% ../../nbs/10_text.documents.ipynb #5530c3b2
 def _from_sharegpt(message: Mapping, where: str) -> dict:
@@ -165,9 +171,9 @@ def _joined_parts(parts: list, where: str) -> str:
     "The text parts of a content as one text. Raises MaetError for any other part."
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        is_text = kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str)
-        if not is_text:
-            raise MaetError(f"{where} has a part that is no text ({kind!r:.40}); only texts can be learnt")
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str): continue
+        raise MaetError(f"{where} has a part that is no text ({kind!r:.40}); "
+                        "only texts can be learnt")
     return "".join(part["text"] for part in parts)
 
 # %% ../../nbs/10_text.documents.ipynb #7b6353dc
@@ -250,7 +256,8 @@ def lacks(row: Mapping, source: Source) -> str:
 
 # %% ../../nbs/10_text.documents.ipynb #0be4b31d
 def settled(source: Source, row: Mapping) -> Source:
-    "A source of which no column was named: where its first row has no text but one chat, it is that."
+    """The source as its first row shows it: one of which no column was named is a chat where the
+    row has no text but one chat."""
     named = source.masked or source.text != Source.text
     if named or there(row, source.text): return source
     chats = chats_of(row)

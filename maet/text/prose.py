@@ -6,7 +6,7 @@
 __all__ = ['LANGUAGES', 'ABILITIES']
 
 # %% ../../nbs/14b_text.prose.ipynb #b46796ab
-import random, re
+import random, re, unicodedata
 from functools import lru_cache
 from importlib.resources import files
 
@@ -107,3 +107,12 @@ def prose(language: str, rng: random.Random) -> str:
         pattern = rng.choice(lex["patterns"][name])
         sentences.append(render(pattern, cast))
     return _joined(language, sentences)
+
+# %% ../../nbs/14b_text.prose.ipynb #674c74eb
+# of each language's letters, by the first word of their names in Unicode
+SCRIPTS = {"en": "LATIN", "es": "LATIN", "zh": "CJK", "bn": "BENGALI", "te": "TELUGU"}
+
+def scripts_in(text: str) -> set[str]:
+    "The scripts of all letters of a text; signs and digits have none."
+    letters = filter(str.isalpha, set(text))
+    return {unicodedata.name(letter).split()[0] for letter in letters}

@@ -34,10 +34,13 @@ FORMAT = "maet tokens 1"
 
 # %% ../../nbs/14_text.tables.ipynb #b058f6f3
 class Table:
-    """A table that is being written. `note` says what is there of it: what it is made from, rows, their
-    hash, tokens that are learnt, and where the reader stood behind the last row."""
+    """A table that is being written. `note` says what is there of it: what it is made from, rows,
+    their hash, tokens that are learnt, and where the reader stood behind the last row."""
     def __init__(self, out: str | Path, shape: tuple[int, int], masked: bool, made: str):
-        self.out, self.shape, self.masked, self.made = Path(out), shape, masked, made
+        self.out = Path(out)
+        self.shape = shape
+        self.masked = masked
+        self.made = made
         self.part = self.out.parent / f".{self.out.name}.part"
         self.noted = self.out.parent / f".{self.out.name}.position"
         pages = math.ceil((4096 + 4 * len(made)) / 4096)
@@ -54,13 +57,15 @@ class Table:
     def append(self, ids: np.ndarray, trained: np.ndarray, position: dict | None = None) -> None:
         "Write rows, then note that they are there and the position behind them."
         hashed = _write_rows(self, ids, trained)
-        rows, learnt = self.note["rows"] + len(ids), self.note["trained"] + int(trained.sum())
+        rows = self.note["rows"] + len(ids)
+        learnt = self.note["trained"] + int(trained.sum())
         self.note |= dict(rows=rows, hash=hashed, trained=learnt, position=position)
         with whole(self.noted) as new: new.write_text(json.dumps(self.note), encoding="utf-8")
 
 # %% ../../nbs/14_text.tables.ipynb #94ccc543
 def _found(table: Table) -> dict | None:
-    "The note that an earlier process left of the same table; None if there is none, or a damaged one."
+    """The note that an earlier process left of the same table; None if there is none, or a damaged
+    one."""
     try: note = json.loads(table.noted.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return None
     if not isinstance(note, dict) or note.keys() != table.fresh().keys(): return None
@@ -76,9 +81,10 @@ def _begin(table: Table) -> None:
     with open(table.part, "wb") as file: file.truncate(table.size)
 
 # %% ../../nbs/14_text.tables.ipynb #777cb031
-def _write_rows(table: Table, ids: np.ndarray, trained: np.ndarray) -> str: # hash of all rows up to these
-    "Force rows to the disk, behind those that are there."
-    rows, (many, length) = table.note["rows"], table.shape
+def _write_rows(table: Table, ids: np.ndarray, trained: np.ndarray) -> str:
+    "Force rows to the disk, behind those that are there; the hash of all rows up to these."
+    rows = table.note["rows"]
+    many, length = table.shape
     if not rows: _begin(table)
     pieces = [(table.begin + rows * length * 4, ids.tobytes())]  # place in the file, bytes
     if table.masked:
@@ -105,7 +111,8 @@ def _used(position: dict | None) -> list[dict]: # documents, tokens, epochs
 # %% ../../nbs/14_text.tables.ipynb #67941887
 def _header(table: Table) -> bytes:
     "The header of a safetensors file and its length before it, filled with blanks up to the ids."
-    note, shape = table.note, list(table.shape)
+    note = table.note
+    shape = list(table.shape)
     scalars = shape[0] * shape[1]
     meta = dict(
         format=FORMAT, identity=note["hash"], made=table.made,
@@ -153,7 +160,8 @@ def read_meta(path: str | Path) -> dict[str, str]:
 
 # %% ../../nbs/14_text.tables.ipynb #a4f863a9
 def open_tokens(path: str | Path) -> Tokens:
-    "A table, mapped into memory: a row is read from the disk when it is asked for. Raises MaetError."
+    """A table, mapped into memory: a row is read from the disk when it is asked for. Raises
+    MaetError."""
     from safetensors import safe_open
     identity = read_meta(path)["identity"]
     with safe_open(path, "pt") as file:
@@ -231,7 +239,8 @@ def identity(source: Source) -> str:
     what = {field: value for field, value in asdict(source).items() if value is not None}
     del what["path"], what["share"]
     if source.remote:
-        content, place = source.path, Path(str(source.path).removeprefix("hf://"))
+        content = source.path
+        place = Path(str(source.path).removeprefix("hf://"))
         if place.is_dir(): what["files"] = _sizes(place)
     else:
         files = local_files(source)
@@ -251,7 +260,8 @@ def fingerprint(tokenizer) -> str:
 
 # %% ../../nbs/14_text.tables.ipynb #f71d7d3e
 def _fill(table: Table, rows: Iterator[Encoded], position: Position, progress: Callable | None):
-    "Append rows, a piece at a time, until the table is full. A bar shows it, or `progress` is told."
+    """Append rows, a piece at a time, until the table is full. A bar shows it, or `progress` is
+    told."""
     many, length = table.shape
     step = max(1, CHUNK // length)
     shown = dict(initial=table.note["rows"] * length, disable=progress is not None)
@@ -270,11 +280,11 @@ def write_tokens(out: str | Path, sources: list[Source],
                  tokens: int, # the budget, padding included
                  length: int, # of a sequence
                  seed: int, whole_documents: bool = False,
-                 progress: Callable[[int, int], None] | None = None, # gets tokens written and to write
+                 progress: Callable[[int, int], None] | None = None, # gets tokens written, to write
                  ) -> Path:
     """Read, mix and pack into a table, in memory that does not grow with it. A table of the same
-    sources and settings that is there is kept; one that was begun is gone on with. Raises MaetError for
-    a bad source or budget, ConnectionError when the hub is lost on the way."""
+    sources and settings that is there is kept; one that was begun is gone on with. Raises MaetError
+    for a bad source or budget, ConnectionError when the hub is lost on the way."""
     many = _many(tokens, length)
     made = json.dumps(dict(
         format=FORMAT, sources=[[identity(source), source.share] for source in sources],

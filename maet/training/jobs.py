@@ -9,7 +9,7 @@ __all__ = ['Launch', 'machines', 'world_size', 'read_config', 'Job']
 import json, os, re, shutil, subprocess, time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..weights.tensors import MaetError
@@ -17,7 +17,7 @@ from ..weights.files import whole
 from ..weights.checkpoints import Checkpoint
 from ..weights.packs import Keys
 from ..text.tables import digest
-from .settings import strict
+from .settings import setting, strict
 from .schedule import Training, total_tokens
 from .resuming import DEEPSPEED
 from .train import peak_memory
@@ -51,12 +51,13 @@ def _check_values(launch):
 @dataclass
 class Launch:
     "Where a job runs. A value that cannot be is a MaetError that names the key."
-    devices: int = 1                # ranks on each machine
-    hosts: list | str | None = None # machines' names, a hostfile, or "slurm"; none: this machine
-    zero: int | None = None         # ZeRO stage; none: without DeepSpeed, in this process
-    offload: bool = False           # optimizer states, at stage 3 weights too, in CPU memory
-    port: int | None = None         # where the ranks meet; none: one that is free
-    config: str | None = None       # a DeepSpeed config of one's own, used as it is
+    devices: int = setting(1, "Ranks on each machine")
+    hosts: list | str | None = setting(
+        None, "Machines' names, a hostfile, or slurm; none: this machine")
+    zero: int | None = setting(None, "ZeRO stage; none: without DeepSpeed, in this process")
+    offload: bool = setting(False, "Optimizer states, at stage 3 weights too, in CPU memory")
+    port: int | None = setting(None, "Where the ranks meet; none: one that is free")
+    config: str | None = setting(None, "A DeepSpeed config of one's own, used as it is")
 
     def __post_init__(self): _check_values(self)
 
@@ -189,13 +190,13 @@ def _absolute(path): return str(Path(path).absolute())
 @dataclass
 class Job:
     "One training run. Paths become absolute."
-    base: str                 # checkpoint folder, or a model of the hub
-    tokens: str               # what it reads: a file of write_tokens (documents)
-    out: str                  # what is made (train)
-    work: str                 # folder of the run; on many machines one that all of them see
-    training: Training
-    keys: list = field(default_factory=list)  # keys files; the union of their neurons is trained
-    held_out: str | None = None               # another file of write_tokens
+    base: str = setting(..., "Checkpoint folder, or a model of the hub")
+    tokens: str = setting(..., "What it reads: a file of write_tokens (documents)")
+    out: str = setting(..., "What is made (train)")
+    work: str = setting(..., "Folder of the run; on many machines one that all of them see")
+    training: Training = setting(..., "Every hyper-parameter")
+    keys: list = setting(list, "Keys files; the union of their neurons is trained")
+    held_out: str | None = setting(None, "Another file of write_tokens")
 
     def __post_init__(self):
         if os.path.exists(self.base): self.base = _absolute(self.base)

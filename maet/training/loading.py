@@ -92,20 +92,32 @@ def _read_config(path):
     return config
 
 # %% ../../nbs/24_training.loading.ipynb #c34ec326
-def _from_files(path, dtype, attention, deepspeed): # -> model, what was missing
+def _from_files(path, dtype, attention, deepspeed): # -> model, transformers' report
     from transformers import AutoModelForCausalLM
     options = {
         "config": _read_config(path), "dtype": dtype, "attn_implementation": attention,
         "local_files_only": True, "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in the report, and refused by name
     }
     try:
         with reading(path, AGAIN), _no_bars(), _in_shards(deepspeed, dtype):
-            model, found = AutoModelForCausalLM.from_pretrained(path, **options, **NO_ADAPTER)
+            return AutoModelForCausalLM.from_pretrained(path, **options, **NO_ADAPTER)
     except (ImportError, MaetError) as error:
         if not attention: raise
         why = " ".join(str(error).split())
         raise MaetError(f"{path}: cannot use attention {attention}: {why}") from None
-    return model, sorted(found["missing_keys"])
+
+# %% ../../nbs/24_training.loading.ipynb #61fec514
+def _refuse_random(path, report: dict):
+    "MaetError where transformers gave a tensor random numbers: it is missing, or has another shape."
+    missing = sorted(report["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:5])
+        raise MaetError(f"{path}: lacks {names}; it is not a whole checkpoint of its config.json")
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise MaetError(f"{path}: {name} has the shape {tuple(stored)} where config.json wants "
+                        f"{tuple(wanted)}; {AGAIN}")
 
 # %% ../../nbs/24_training.loading.ipynb #8d8b264b
 def load_base(path, # checkpoint folder
@@ -113,11 +125,9 @@ def load_base(path, # checkpoint folder
               attention: str | None = None,
               deepspeed: Mapping | None = None): # under ZeRO-3 each rank holds its shard
     """The model with the checkpoint's weights.
-    MaetError if one is missing (it would be random) or not finite."""
-    model, missing = _from_files(path, dtype, attention, deepspeed)
-    if missing:
-        names = ", ".join(missing[:5])
-        raise MaetError(f"{path}: lacks {names}; it is not a whole checkpoint of its config.json")
+    MaetError if one is missing or of another shape (it would be random), or not finite."""
+    model, report = _from_files(path, dtype, attention, deepspeed)
+    _refuse_random(path, report)
     for name, p in model.named_parameters():
         with gathered(p): finite(p.data, name, path)
     # transformers knows no loss for GPT-2's head: its Trainer counts a token a sequence too many

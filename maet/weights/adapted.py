@@ -8,7 +8,7 @@ __all__ = ['NO_ADAPTER', 'Adapted', 'is_adapted', 'open_checkpoint']
 # %% ../../nbs/08b_weights.adapted.ipynb #44be3a8a
 import os
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .tensors import MaetError
-from .streams import FLOATS, PIECE, Shard, exactly, finite, note, pieces, some
+from .streams import FLOATS, PIECE, Shard, finite, note, pieces, some
+from .direct import exactly
 from .checkpoints import Checkpoint, identity, local
 from .names import Run, layout
 from maet.weights.adapters import (
@@ -26,75 +27,109 @@ from maet.weights.adapters import (
 
 # %% ../../nbs/08b_weights.adapted.ipynb #a750214d
 class Adapted(Checkpoint):
-    """An adapter on its base: has what a Checkpoint has for reading. MaetError for what does not fit.
+    """An adapter on its base: has what a Checkpoint has for reading. MaetError: it does not fit.
 
-    base, folder (of the adapter), changes (by parameter), touched (the tensors that it changes)."""
+    base, folder (of the adapter), shard (its file), layout (of the base), changes (by parameter),
+    touched (the tensors that it changes), factors (of a change; the last ones are kept)."""
     def __init__(self, folder: str | Path, base: Checkpoint):
         self.__dict__.update(base.__dict__)
-        self.base, self.folder, self.digests, self.claims = base, Path(folder), {}, []
-        said, self.shard = read_config(self.folder), Shard(adapter_file(self.folder))
-        self.here, self.factors = layout(base), lru_cache(16)(self._factors)  # of what threads work on
-        self.changes = Gathered(self.shard, said, base).changes
-        direct, others = self.tensors_changed(direct=True), self.tensors_changed(direct=False)
-        self.touched, twice = direct | others, direct & others
-        if twice:
-            raise MaetError(f"{self.shard.path}: changes {some(twice)} under two names; "
-                            "save the adapter again")
-        exotic = sorted(name for name in self.touched if base.dtype(name) not in FLOATS)
-        if exotic:
-            raise MaetError(f"{base.path}: {exotic[0]} is {base.dtype(exotic[0])}; dequantize it")
-        self.tie()
+        self.base, self.folder, self.layout = base, Path(folder), layout(base)
+        self.digests, self.claims = {}, []
+        config = read_config(self.folder)
+        self.shard = Shard(adapter_file(self.folder))
+        self.changes = Gathered(self.shard, config, base).changes
+        self.factors = lru_cache(16)(partial(read_factors, self))  # of what threads work on
+        self.touched = tensors_touched(self)
+        join_twins(self)
 
     def __repr__(self):
-        return f"Adapted({self.folder.name!r} on {self.base.path.name!r}: {len(self.touched)} changed)"
+        place, base = self.folder.name, self.base.path.name
+        return f"Adapted({place!r} on {base!r}: {len(self.touched)} changed)"
 
-    def runs(self, change: Change, start: int, stop: int) -> list[Run]:
-        "Where a run of a changed parameter lies in the base."
-        if change.direct: return [Run(change.name, start, stop)]
-        return self.here.places(change.name, start, stop)
+    @property
+    def identity(self) -> str:
+        return identity("adapted", self.base, self.folder/CONFIG, self.shard.path)
+
+    def read(self, name: str) -> Tensor:
+        return self.piece(name, 0, self.size(name)).view(self.shape(name))
+
+    def piece(self, name, start, stop) -> Tensor: return changed_piece(self, name, start, stop)
+    def change(self, name, start, stop) -> Tensor: return change_of_piece(self, name, start, stop)
+    def into(self, model) -> None: put_into(self, model)
 
 # %% ../../nbs/08b_weights.adapted.ipynb #2e1979dd
-def _tensors_changed(self, direct: bool) -> set[str]:
+def runs_of(adapted: Adapted, change: Change, start: int, stop: int) -> list[Run]:
+    "Where a run of a changed parameter lies in the base."
+    if change.direct: return [Run(change.name, start, stop)]
+    return adapted.layout.places(change.name, start, stop)
+
+def tensors_changed(adapted: Adapted, direct: bool) -> set[str]:
     "Tensors that are changed by their own names, or by those of parameters."
     found = set()
-    for change in self.changes.values():
+    for change in adapted.changes.values():
         if change.direct != direct: continue
-        found |= {self.aliases.get(run.name, run.name) for run in self.runs(change, 0, change.size)}
+        for run in runs_of(adapted, change, 0, change.size):
+            found.add(adapted.aliases.get(run.name, run.name))
     return found
 
-def _identity(self) -> str:
-    return identity("adapted", self.base, self.folder/CONFIG, self.shard.path)
+# %% ../../nbs/08b_weights.adapted.ipynb #2e1979de
+def tensors_touched(adapted: Adapted) -> set[str]:
+    "All tensors that are changed. MaetError if one is changed twice, or is no plain float."
+    direct = tensors_changed(adapted, direct=True)
+    others = tensors_changed(adapted, direct=False)
+    twice, touched = direct & others, direct | others
+    if twice:
+        raise MaetError(f"{adapted.shard.path}: changes {some(twice)} under two names; "
+                        "save the adapter again")
 
-Adapted.tensors_changed, Adapted.identity = _tensors_changed, property(_identity)
+    base = adapted.base
+    exotic = sorted(name for name in touched if base.dtype(name) not in FLOATS)
+    if exotic:
+        raise MaetError(f"{base.path}: {exotic[0]} is {base.dtype(exotic[0])}; dequantize it")
+    return touched
 
 # %% ../../nbs/08b_weights.adapted.ipynb #7a3ac100
-def _own(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+def own_numbers(adapted: Adapted, key: str, start: int = 0, stop: int | None = None) -> Tensor:
     "A run of one of the adapter's own tensors, or all of it: flat, float32 or wider, finite."
-    stop = prod(self.shard.stored[key].shape) if stop is None else stop
-    numbers = self.shard.piece(key, start, stop)
+    shard = adapted.shard
+    if stop is None: stop = prod(shard.stored[key].shape)
+    numbers = shard.piece(key, start, stop)
     wide = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-    return finite(wide, key, self.shard.path, start)
+    return finite(wide, key, shard.path, start)
 
-def _factors(self, change: Change) -> Factors:
-    b = self.own(change.b).view(self.shard.stored[change.b].shape)
+def read_factors(adapted: Adapted, change: Change) -> Factors:
+    "The thin matrices of a change, from the adapter's file."
+    stored = adapted.shard.stored
+    b = own_numbers(adapted, change.b).view(stored[change.b].shape)
     if not change.a: return factors_of(torch.ones(1, 1), b.view(-1, 1), change.scale)  # of a bias
-    a = self.own(change.a).view(self.shard.stored[change.a].shape)
+    a = own_numbers(adapted, change.a).view(stored[change.a].shape)
     return factors_of(a, b, change.scale, change.experts, change.turned)
 
-# %% ../../nbs/08b_weights.adapted.ipynb #fe915144
-def _replaced(self, change: Change, old: Tensor, start: int, stop: int) -> Tensor: # flat, as wide as `old`
-    "The base's numbers, or those that the adapter has in their place."
-    if change.stored: old = self.own(change.stored, start, stop).to(old.dtype)
-    if not change.rows: return old
-    new, columns = old.clone(), change.shape[-1]
-    for at, token in enumerate(change.tokens):
-        low, high = max(start, token * columns), min(stop, (token + 1) * columns)
-        if low >= high: continue
-        first = (at - token) * columns
-        new[low - start:high - start] = self.own(change.rows, first + low, first + high)
-    return new
+# %% ../../nbs/08b_weights.adapted.ipynb #70266da8
+def base_numbers(adapted: Adapted, change: Change, start: int, stop: int) -> Tensor:
+    "A run of a parameter of the base: flat, float32 or wider."
+    with exactly():
+        parts = [adapted.base.piece(*run) for run in runs_of(adapted, change, start, stop)]
+        found = torch.cat(parts)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
-Adapted.own, Adapted._factors, Adapted.replaced = _own, _factors, _replaced
+# %% ../../nbs/08b_weights.adapted.ipynb #fe915144
+def replaced(adapted: Adapted, change: Change,
+             old: Tensor, start: int, stop: int, # the base's numbers: a run of the parameter
+             ) -> Tensor: # flat, as wide as `old`
+    "The base's numbers, or those that the adapter has in their place."
+    if change.stored: old = own_numbers(adapted, change.stored, start, stop).to(old.dtype)
+    if not change.rows: return old
+
+    new, columns = old.clone(), change.shape[-1]
+    for position, token in enumerate(change.tokens):
+        low = max(start, token * columns)
+        high = min(stop, (token + 1) * columns)
+        if low >= high: continue
+        first = (position - token) * columns
+        row = own_numbers(adapted, change.rows, first + low, first + high)
+        new[low - start:high - start] = row
+    return new
 
 # %% ../../nbs/08b_weights.adapted.ipynb #4b9fac39
 def along(vector: Tensor,     # (rows,), or (columns,) if `turned`
@@ -107,115 +142,127 @@ def along(vector: Tensor,     # (rows,), or (columns,) if `turned`
     return rows.reshape(-1)[start - first * columns:][:stop - start]
 
 # %% ../../nbs/08b_weights.adapted.ipynb #d013a2f5
-def _factor_of(self, change: Change) -> Tensor: # (rows,), or (columns,) if turned
-    "f of DoRA: wanted lengths by the lengths that are there. Found once, by reading the parameter once."
+def dora_factor(adapted: Adapted, change: Change) -> Tensor: # (rows,), or (columns,) if turned
+    """f of DoRA: wanted lengths by the lengths that are there.
+
+    Found once, by reading the parameter once."""
     with change.lock:
-        if change.factor is None: change.factor = self.measured(change)
+        if change.factor is None: change.factor = measure_factor(adapted, change)
         return change.factor
 
 # %% ../../nbs/08b_weights.adapted.ipynb #081c858e
-def _measured(self, change: Change) -> Tensor:
+def measure_factor(adapted: Adapted, change: Change) -> Tensor: # as `dora_factor`
     rows, columns = change.matrix
     squares = torch.zeros(columns if change.turned else rows, dtype=torch.float64)
     step = max(1, PIECE // columns)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         run = first * columns, last * columns
-        new = self.replaced(change, self.before(change, *run), *run) + product(self.factors(change), *run)
+        old = replaced(adapted, change, base_numbers(adapted, change, *run), *run)
+        new = old + product(adapted.factors(change), *run)
         found = new.view(-1, columns).double().square_()
         if change.turned: squares += found.sum(0)
         else: squares[first:last] = found.sum(1)
-    factor = self.own(change.magnitude).double() / squares.sqrt_()
-    return finite(factor.float(), change.magnitude, self.shard.path)
 
-# %% ../../nbs/08b_weights.adapted.ipynb #70266da8
-def _before(self, change: Change, start: int, stop: int) -> Tensor: # flat, float32 or wider
-    "A run of a parameter of the base."
-    with exactly():
-        found = torch.cat([self.base.piece(*run) for run in self.runs(change, start, stop)])
-    return found.to(torch.promote_types(found.dtype, torch.float32))
-
-Adapted.factor_of, Adapted.measured, Adapted.before = _factor_of, _measured, _before
+    wanted = own_numbers(adapted, change.magnitude).double()
+    return finite((wanted / squares.sqrt_()).float(), change.magnitude, adapted.shard.path)
 
 # %% ../../nbs/08b_weights.adapted.ipynb #13c681ce
-def _added(self, change: Change, new: Tensor, start: int, stop: int) -> Tensor: # float32
+def low_rank_part(adapted: Adapted, change: Change,
+                  new: Tensor, start: int, stop: int, # of `replaced`: a run of the parameter
+                  ) -> Tensor: # flat, float32
     "What the low-rank matrices add to a run of a parameter."
-    moved = product(self.factors(change), start, stop)
+    moved = product(adapted.factors(change), start, stop)
     if not change.magnitude: return moved
-    factor = along(self.factor_of(change), change.shape[-1], change.turned, start, stop)
+    factor = dora_factor(adapted, change)
+    factor = along(factor, change.shape[-1], change.turned, start, stop)
     return moved.mul_(factor).add_((factor - 1) * new)
 
-# %% ../../nbs/08b_weights.adapted.ipynb #a329e57e
-def _changed(self, name: str, start: int, stop: int) -> Iterator[tuple[Change, slice, int, int]]:
-    "The changes in a run of a tensor: which, where in the run, and to which run of the parameter."
-    if name not in self.touched: return
-    at, direct = 0, self.changes.get(name)
-    runs = [Run(name, start, stop)] if direct and direct.direct else self.here.parts(name, start, stop)
-    for run in runs:
-        end = at + run.stop - run.start
-        if run.name in self.changes: yield self.changes[run.name], slice(at, end), run.start, run.stop
-        at = end
+def new_numbers(adapted: Adapted, change: Change, old: Tensor, start: int, stop: int) -> Tensor:
+    "What the adapter makes of the base's numbers `old`, a run of the parameter."
+    new = replaced(adapted, change, old, start, stop)
+    if not change.b: return new
+    return new + low_rank_part(adapted, change, new, start, stop)
 
-Adapted.added, Adapted.changed = _added, _changed
+# %% ../../nbs/08b_weights.adapted.ipynb #a329e57e
+def changes_in(adapted: Adapted, name: str, start: int, stop: int,
+               ) -> Iterator[tuple[Change, slice, int, int]]:
+    "The changes in a run of a tensor: which, where in the run, and to which run of the parameter."
+    if name not in adapted.touched: return
+    own = adapted.changes.get(name)
+    if own and own.direct: runs = [Run(name, start, stop)]
+    else: runs = adapted.layout.parts(name, start, stop)
+
+    begin = 0
+    for run in runs:
+        end = begin + run.stop - run.start
+        change = adapted.changes.get(run.name)
+        if change: yield change, slice(begin, end), run.start, run.stop
+        begin = end
 
 # %% ../../nbs/08b_weights.adapted.ipynb #1b5d62e7
-def _piece(self, name: str, start: int, stop: int) -> Tensor:
+def changed_piece(adapted: Adapted, name: str, start: int, stop: int) -> Tensor:
     """The scalars from `start` to `stop` in C order, flat.
 
     Where they change, they are float32 or wider and not rounded."""
-    name = self.aliases.get(name, name)
-    old = self.base.piece(name, start, stop)
-    if name not in self.touched: return old
+    name = adapted.aliases.get(name, name)
+    old = adapted.base.piece(name, start, stop)
+    if name not in adapted.touched: return old
     result = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
-    for change, place, *run in self.changed(name, start, stop):
-        new = self.replaced(change, result[place], *run)
-        result[place] = new + self.added(change, new, *run) if change.b else new
+    for change, place, *run in changes_in(adapted, name, start, stop):
+        result[place] = new_numbers(adapted, change, result[place], *run)
     return result
 
 # %% ../../nbs/08b_weights.adapted.ipynb #fa81adc3
-def _change(self, name: str, start: int, stop: int) -> Tensor: # float32
+def change_of_piece(adapted: Adapted, name: str, start: int, stop: int) -> Tensor: # float32
     "The same without the base's numbers: what the adapter adds to them."
-    name, moved = self.aliases.get(name, name), torch.zeros(stop - start)
-    for change, place, *run in self.changed(name, start, stop):
+    name = adapted.aliases.get(name, name)
+    moved = torch.zeros(stop - start)
+    for change, place, *run in changes_in(adapted, name, start, stop):
         if change.plain:
-            moved[place] = self.added(change, moved[place], *run)
+            moved[place] = low_rank_part(adapted, change, moved[place], *run)
             continue
-        old = self.before(change, *run)
-        new = self.replaced(change, old, *run)
-        moved[place] = (new - old).float() + (self.added(change, new, *run) if change.b else 0)
+        old = base_numbers(adapted, change, *run)
+        new = replaced(adapted, change, old, *run)
+        moved[place] = (new - old).float()
+        if change.b: moved[place] += low_rank_part(adapted, change, new, *run)
     return moved
 
-def _read(self, name: str) -> Tensor: return self.piece(name, 0, self.size(name)).view(self.shape(name))
-
-Adapted.piece, Adapted.change, Adapted.read = _piece, _change, _read
-
 # %% ../../nbs/08b_weights.adapted.ipynb #f6cc2a01
-def _tie(self) -> None:
-    "Let all names of a parameter lead to its change. If one of them changes apart from another: MaetError."
-    for name, change in list(self.changes.items()):
-        if self.changes[name] is not change: continue  # it was found to be like an earlier one
-        for twin in self.twins(name) if not change.direct else []:
-            other = self.changes.get(twin)
-            if not (change.rows if other is None else other is change or self.alike(change, other)):
-                said = f"{self.folder}: changes {name} apart from {twin}, one tensor in {self.base.path}"
-                raise MaetError(f"{said}; merge it with peft into a model whose head is not tied")
-            self.changes[twin] = change
+def join_twins(adapted: Adapted) -> None:
+    """Let all names of a parameter lead to its change.
+
+    If one of them changes apart from another: MaetError."""
+    for name, change in list(adapted.changes.items()):
+        was_joined = adapted.changes[name] is not change  # it was found to be like an earlier one
+        if was_joined or change.direct: continue
+        for twin in names_of_parameter(adapted, name):
+            if not may_join(adapted, change, adapted.changes.get(twin)):
+                where = f"{name} apart from {twin}, one tensor in {adapted.base.path}"
+                raise MaetError(f"{adapted.folder}: changes {where}; "
+                                "merge it with peft into a model whose head is not tied")
+            adapted.changes[twin] = change
 
 # %% ../../nbs/08b_weights.adapted.ipynb #c5abad0d
-def _twins(self, name: str) -> list[str]:
+def names_of_parameter(adapted: Adapted, name: str) -> list[str]:
     "All names of a parameter. A head that is stored apart and differs has its own."
-    twins = self.here.tied[name]
-    apart = sum(twin in self.here.parameters for twin in twins) > 1 and not self.aliases
-    return [name] if apart else twins
+    twins = adapted.layout.tied[name]
+    stored = [twin for twin in twins if twin in adapted.layout.parameters]
+    return [name] if len(stored) > 1 and not adapted.aliases else twins
 
-def _alike(self, a: Change, b: Change) -> bool:
+def may_join(adapted: Adapted, change: Change, other: Change | None) -> bool:
+    "May a change be that of another name, too, which has its own or none?"
+    if other is None: return bool(change.rows)  # the head shares the rows of new tokens
+    return other is change or same_numbers(adapted, change, other)
+
+# %% ../../nbs/08b_weights.adapted.ipynb #c5abad0e
+def same_numbers(adapted: Adapted, one: Change, other: Change) -> bool:
     "Do two changes of one parameter come to the same numbers?"
-    def numbers(change, at):
-        new = self.replaced(change, self.before(change, *at), *at)
-        return new + self.added(change, new, *at) if change.b else new
-    return all(torch.equal(numbers(a, at), numbers(b, at)) for at in pieces(a.size))
-
-Adapted.tie, Adapted.twins, Adapted.alike = _tie, _twins, _alike
+    for run in pieces(one.size):
+        first = new_numbers(adapted, one, base_numbers(adapted, one, *run), *run)
+        second = new_numbers(adapted, other, base_numbers(adapted, other, *run), *run)
+        if not torch.equal(first, second): return False
+    return True
 
 # %% ../../nbs/08b_weights.adapted.ipynb #7595b47e
 def named_base(folder: Path) -> Checkpoint:
@@ -233,7 +280,8 @@ def say_base(folder: Path, base: Checkpoint) -> None:
     named = read_config(folder).get("base_model_name_or_path", "")
     here = os.path.isdir(named) and Path(named).resolve() != base.path.resolve()
     there = "/" in base.id and not os.path.exists(named) and named != base.id.partition("@")[0]
-    if named and (here or there): note(f"{folder}: names {named} as its base; it is put on {base.path}")
+    if named and (here or there):
+        note(f"{folder}: names {named} as its base; it is put on {base.path}")
 
 # %% ../../nbs/08b_weights.adapted.ipynb #ed732845
 def is_adapted(model: str | Path) -> bool:
@@ -241,34 +289,37 @@ def is_adapted(model: str | Path) -> bool:
     return is_adapter(local(model)) or "+" in str(model) and not os.path.exists(model)
 
 # %% ../../nbs/08b_weights.adapted.ipynb #38ac5aa3
-def open_checkpoint(model: str | Path, # a checkpoint, an adapter, or BASE+ADAPTER: folders or hub ids
-                    base: Checkpoint | None = None, # of an adapter that comes alone; None: the one it names
+def open_checkpoint(model: str | Path, # a checkpoint, an adapter or BASE+ADAPTER: folders, hub ids
+                    base: Checkpoint | None = None, # of an adapter that comes alone
                     ) -> Checkpoint:
-    "A model to read from. Raises MaetError for what is none."
+    """A model to read from. Raises MaetError for what is none.
+
+    Without `base`, an adapter that comes alone goes on the base that it names."""
     whole, plus, part = str(model).partition("+")
     if not plus or os.path.exists(model): whole, part = "", model
     path = local(part)
     if not is_adapter(path):
-        if whole:
-            raise MaetError(f"{model}: {part} is no adapter: it has no {CONFIG}, or is a whole model")
-        return Checkpoint(model)
+        if not whole: return Checkpoint(model)
+        raise MaetError(f"{model}: {part} is no adapter: it has no {CONFIG}, or is a whole model")
+
     if whole: return Adapted(path, Checkpoint(whole))
     if base: say_base(path, base)
     return Adapted(path, base or named_base(path))
 
 # %% ../../nbs/08b_weights.adapted.ipynb #09296aa2
-NO_ADAPTER = {"adapter_kwargs": {"subfolder": "config.json"}}  # of from_pretrained: look where none can be
+# of from_pretrained: look for an adapter where none can be
+NO_ADAPTER = {"adapter_kwargs": {"subfolder": "config.json"}}
 
 # %% ../../nbs/08b_weights.adapted.ipynb #a3ed05af
-def _into(self, model) -> None: # of transformers, with the base's numbers
+def put_into(adapted: Adapted, model) -> None: # of transformers, with the base's numbers
     "Put the changed numbers into a loaded model of the base."
     state = model.state_dict()
-    for name in sorted(self.touched):
-        for start, stop in pieces(self.size(name)):
-            values, at = self.piece(name, start, stop), 0
-            for run in self.here.parts(name, start, stop):
-                last = at + run.stop - run.start
-                state[run.name].view(-1)[run.start:run.stop] = values[at:last].to(state[run.name])
-                at = last
-
-Adapted.into = _into
+    for name in sorted(adapted.touched):
+        for start, stop in pieces(adapted.size(name)):
+            values = adapted.piece(name, start, stop)
+            begin = 0
+            for run in adapted.layout.parts(name, start, stop):
+                end = begin + run.stop - run.start
+                parameter = state[run.name]
+                parameter.view(-1)[run.start:run.stop] = values[begin:end].to(parameter)
+                begin = end

@@ -74,7 +74,8 @@ _READ = {"peft_type": is_text, "base_model_name_or_path": is_place,
          "alpha_pattern": partial(is_table_of, is_number),
          "target_parameters": partial(is_list_of, is_text), "trainable_token_indices": are_tokens,
          "bias": is_text, **dict.fromkeys(_FLAGS, is_flag), **dict.fromkeys(_TARGETS, is_targets)}
-_OF_TRAINING = set("""auto_mapping corda_config enable_lora ensure_weight_tying eva_config inference_mode
+_OF_TRAINING = set("""
+    auto_mapping corda_config enable_lora ensure_weight_tying eva_config inference_mode
     init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config
     megatron_core merge_weights peft_version qalora_group_size revision runtime_config task_type
     velora_config""".split())
@@ -134,12 +135,14 @@ class Factors(NamedTuple):
     scale: float
 
 # %% ../../nbs/08_weights.adapters.ipynb #fab175a0
-def factors_of(a: Tensor,      # (experts * r, columns), as peft stores it; turned: (experts * r, rows)
-               b: Tensor,      # (rows, r * experts); turned: (columns, r * experts)
+def factors_of(a: Tensor, # (experts * r, columns), as peft stores it
+               b: Tensor, # (rows, r * experts)
                scale: float, experts: int = 1,
                turned: bool = False, # is the parameter stored as (inputs, outputs)?
                ) -> Factors:
-    "Both as stacks whose product has the layout of the parameter."
+    """Both as stacks whose product has the layout of the parameter.
+
+    If that is turned, a is (experts * r, rows) and b is (columns, r * experts)."""
     a = a.float().reshape(experts, -1, a.shape[-1])
     b = b.float().reshape(b.shape[0], -1, experts).permute(2, 0, 1)
     left, right = (a.mT, b.mT) if turned else (b, a)

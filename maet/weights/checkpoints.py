@@ -20,10 +20,12 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from .tensors import MaetError, place, reading
 from .files import plain_name, read_json
+from . import direct
 from maet.weights.streams import (
-    DTYPES, PAGE, PIECE, Last, Shard, Stored, as_bytes, find_tensors, in_order, note, pieces,
-    progress_bar, some,
+    DTYPES, PIECE, Shard, Stored, as_bytes, find_tensors, in_order, note, pieces, progress_bar,
+    some,
 )
+from .direct import PAGE, Last
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #fc074d50
 def read_index(file: Path, # model.safetensors.index.json
@@ -58,7 +60,8 @@ def _why_no_model(path: Path) -> str:
                 "give its base here, or BASE+ADAPTER to read from")
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        return f"{path/pickles[0]}: a pickle, which may run a program when opened; save it as safetensors"
+        return (f"{path/pickles[0]}: a pickle, which may run a program when opened; "
+                "save it as safetensors")
     return (f"{path}: has neither model.safetensors nor model.safetensors.index.json; "
             "give a checkpoint folder")
 
@@ -141,7 +144,8 @@ class _Opened:
             files, self.index = find_shards(self.path)
         self.config = read_json(self.path/"config.json")
         if (self.path/"adapter_config.json").exists():
-            note(f"{self.path}: is a whole model; the adapter that was left beside it is not applied")
+            note(f"{self.path}: is a whole model; "
+                 "the adapter that was left beside it is not applied")
 
         self.files = {file: Shard(self.path/file) for file in files}
         self.stored = find_tensors(self.path, self.files.values(), self.index)
@@ -177,7 +181,7 @@ class _Numbers(_Opened):
         return shard.read(name)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
-        "The scalars from `start` to `stop` in C order, flat, of the stored dtype. Do not write into it."
+        "The scalars from `start` to `stop` in C order, flat, as stored. Do not write into it."
         _, name, header = self.where(name)
         read = partial(_read_run, self)
         first, run = self.last.reading(read, name, start, stop, prod(header.shape))
@@ -210,12 +214,15 @@ class Checkpoint(_Numbers):
     Raises MaetError if it is not whole.
 
     id (what people call it), path, config (dict), index (dict or None),
-    names (sorted, a tied head not among them), stored (name -> Stored), aliases (tied head -> embedding),
-    shards (file -> names stored in it), files (file -> Shard), digests ((name, start) -> of a piece)."""
+    names (sorted, a tied head not among them), stored (name -> Stored),
+    aliases (tied head -> embedding), shards (file -> names stored in it), files (file -> Shard),
+    digests ((name, start) -> of a piece)."""
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.digests, self.claims, self.last = {}, [], Last()
-        for shard in self.files.values(): shard.direct = self.bytes > memory_size() / 10
+        direct.keep_memory()
+        if self.bytes <= memory_size() / 10: return
+        for shard in self.files.values(): shard.read_bytes = direct.read_bytes
 
     def __repr__(self):
         size = f"{len(self.names)} tensors, {len(self.shards)} shards"

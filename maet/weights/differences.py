@@ -22,8 +22,9 @@ from torch import Tensor
 from .tensors import MaetError, place
 from .files import whole
 from maet.weights.streams import (
-    FLOATS, PIECE, RUN, all_finite, finite, in_order, pieces, progress_bar, some,
+    FLOATS, PIECE, all_finite, finite, in_order, pieces, progress_bar, some,
 )
+from .direct import RUN
 from .checkpoints import Checkpoint, identity, local, same_tensors
 from .saving import write_checkpoint
 from .names import aligned, complete, unquantised
@@ -39,8 +40,8 @@ from .packs import Pack, bits_of, fits, made, pack_file, shaped
 class Difference(Lazy):
     """Tuned minus base: name -> float32 Part, computed when asked for.
 
-    With `keys` only what is at the key neurons, Packed. Other tensors or shapes than the base's,
-    another meaning (unless `allow_mismatch`), NaN, integers or 8-bit floats that differ: MaetError."""
+    With `keys` only what is at the key neurons, Packed. MaetError: other tensors or shapes than the
+    base's, another meaning (unless `allow_mismatch`), NaN, integers or 8-bit floats that differ."""
     def __init__(self, tuned: Checkpoint, base: Checkpoint,
                  keys: Mapping[str, Tensor] | None = None, allow_mismatch: bool = False):
         for checkpoint in (base, tuned): complete(unquantised(checkpoint))
@@ -190,7 +191,7 @@ class Statistic(NamedTuple):
     """A sum over the pieces of one or two deltas.
 
     `measure(part, [part,] where)` gives a number or a tensor to add. Where each piece adds to its
-    part of a vector, `measure` gives (position, tensor), and `length(shape)` is the vector's length."""
+    part of a vector, `measure` gives (position, tensor), and `length(shape)` its length."""
     of: int  # deltas that it looks at: 1 or 2
     measure: Callable
     length: Callable | None = None

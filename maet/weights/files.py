@@ -120,10 +120,10 @@ def _withdraw(part: Path, new: list[Path]) -> None:
 def whole(path: str | Path,   # a file or folder to be
           identity: str = "", # what determines all of the content; "" if that cannot be said
           ) -> Iterator[Path]: # a hidden sibling to write instead; it exists if it was inherited
-    """Write beside, then rename: `path` gets all of it or stays as it was. A file there is replaced.
+    """Write beside, then rename: `path` gets all of it or stays as it was.
 
-    Raises MaetError if `path` is a folder with something in it, or if the system cannot write
-    (no right, no space ...)."""
+    A file there is replaced. Raises MaetError if `path` is a folder with something in it,
+    or if the system cannot write (no right, no space ...)."""
     path = Path(os.path.abspath(path))
     try:
         new = _prepare(path)

@@ -22,17 +22,19 @@ def _words(table: str) -> re.Pattern:
 
 # %% ../../nbs/07b_weights.meaning.ipynb #fa80ee56
 NOTHING = _words("""
-_name_or_path name_or_path model_name _commit_hash .*version auto_map custom_pipelines tokenizer_class
-unsloth.*
-id2label label2id num_labels problem_type task_specific_params finetuning_task classifier_.* summary_.*
+_name_or_path name_or_path model_name _commit_hash .*version auto_map custom_pipelines
+tokenizer_class unsloth.*
+id2label label2id num_labels problem_type task_specific_params finetuning_task
+classifier_.* summary_.*
 (bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_ids?
 .*dtype .*fp32.* .*float32 use_bfloat16 pretraining_tp torchscript .*use_cache cache_implementation
 _?attn_impl(ementation)?.* _?experts_implementation.* .*flash_att.* chunk_size_feed_forward
 _?output_(attentions|hidden_states|router_logits) return_dict.* gradient_checkpointing
 .*dropout.* .*drop .*aux_loss.* .*loss_(coef.*|weight) .*jitter.* rescale_prenorm_residual
 initializer.* init_std embed_init_std .*init_(std|scheme|floor|device|method|variance_scale)
-do_sample temperature top_[kp] typical_p num_beams num_beam_groups num_return_sequences early_stopping
-m(ax|in)_length max_new_tokens prefix .*repetition_penalty length_penalty diversity_penalty bad_words_ids
+do_sample temperature top_[kp] typical_p num_beams num_beam_groups num_return_sequences
+early_stopping m(ax|in)_length max_new_tokens prefix
+.*repetition_penalty length_penalty diversity_penalty bad_words_ids
 .*no_repeat_ngram_size remove_invalid_values exponential_decay_length_penalty
 """)
 
@@ -47,7 +49,8 @@ apply_residual_connection_post_layernorm use_sandwich_norm mamba_rms_norm
 .*parallel_(attn|attention|residual).* new_decoder_architecture
 alibi position_embedding_type learned_pos_emb rope_interleaved? rotary_(pct|dim|value)
 partial_rotary_factor no_rope_layer.*
-.*multipliers? .*scal(e|ing|ar)(_.*)? .*(alpha|beta)_factor dim_model_base mup_.* rescale_.* (.*_)?bias
+.*multipliers? .*scal(e|ing|ar)(_.*)? .*(alpha|beta)_factor dim_model_base
+mup_.* rescale_.* (.*_)?bias
 """)
 
 # %% ../../nbs/07b_weights.meaning.ipynb #bbe88075

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .tensors import MaetError, UnknownModel, meta_model, not_quantised
-from .streams import Stored, exactly, note, some
+from .streams import Stored, note, some
+from .direct import exactly
 from .checkpoints import LARGE, Checkpoint, hashed, remember, remembered, same_tensors
 
 # %% ../../nbs/07_weights.names.ipynb #03d17c0f

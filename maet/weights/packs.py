@@ -20,8 +20,9 @@ from torch import Tensor
 from .tensors import MaetError
 from .files import whole
 from maet.weights.streams import (
-    PIECE, RUN, Last, Shard, finite, in_order, narrow, pieces, progress_bar, some,
+    PIECE, Shard, finite, in_order, narrow, pieces, progress_bar, some,
 )
+from .direct import RUN, Last
 from .writers import Writer, header_room
 from .checkpoints import Checkpoint, identity, local
 from maet.weights.deltas import (
@@ -64,7 +65,9 @@ def read_label(shard: Shard, what: str, base: Checkpoint | None) -> dict:
     if version != VERSION:
         raise MaetError(f"{path}: has version {version}, this maet reads {VERSION}; "
                         "write it again with it")
-    if base is not None: base.belongs(str(meta.get("base")), path)
+    if not isinstance(meta.get("base"), str) or not isinstance(meta.get("counts"), dict):
+        raise MaetError(f"{path}: its metadata name no base, or no counts; write it again")
+    if base is not None: base.belongs(meta["base"], path)
     return meta
 
 # %% ../../nbs/09b_weights.packs.ipynb #d278e71a
@@ -315,7 +318,7 @@ def save_pack(path: str | Path,          # the file to be
               delta: Mapping[str, Part], # by tensor name; every piece is asked for once, in threads
               base: Checkpoint,          # what the delta belongs to
               dtype: torch.dtype | None = None, # of the values; None: as they come
-              **meta,                    # what it is, recipe, licence ...: anything that JSON can say
+              **meta, # what it is, recipe, licence ...: anything that JSON can say
               ) -> None:
     """Write a delta, each tensor dense or packed as it comes: all of it or nothing.
 
@@ -325,7 +328,8 @@ def save_pack(path: str | Path,          # the file to be
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     longest = label("pack", base, shapes, sizes, meta, draft=True)
     entries = []  # room for both, whatever comes
-    for name, shape in shapes.items(): entries += [(name + "#mask", shape), (name + "#values", shape)]
+    for name, shape in shapes.items():
+        entries += [(name + "#mask", shape), (name + "#values", shape)]
     room, counts = header_room(entries, longest), {}
 
     def make(name, start, stop):

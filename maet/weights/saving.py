@@ -22,9 +22,9 @@ from xxhash import xxh3_128_digest
 from .tensors import MaetError
 from .files import plain_name, whole
 from maet.weights.streams import (
-    FLOATS, PIECE, RUN, as_bytes, cores, finite, in_one_go, in_order, narrow, pieces,
-    progress_bar,
+    FLOATS, PIECE, as_bytes, cores, finite, in_order, narrow, pieces, progress_bar,
 )
+from .direct import RUN, in_one_go
 from .writers import Sink, lay_out
 from .checkpoints import LARGE, Checkpoint
 
@@ -160,7 +160,7 @@ def _one_piece(name: str) -> int: return PIECE # scalars that `piece` is asked f
 
 def _compute(run: Job, like: Checkpoint, piece: Callable, out: str | Path,
              step: Callable[[str], int]) -> tuple[list[Tensor], dict]:
-    "The numbers of a run, in the dtype of the file, and the digests of its pieces by (name, start)."
+    "The numbers of a run, in the file's dtype, and the digests of its pieces by (name, start)."
     size = step(like.aliases.get(run.name, run.name))
     tensors = []
     for start, stop in in_one_go(run.start, run.stop, size):

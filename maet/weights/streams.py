@@ -6,16 +6,14 @@
 __all__ = ['FLOATS', 'PIECE', 'finite', 'narrow', 'pieces', 'cores', 'in_order', 'progress_bar', 'some']
 
 # %% ../../nbs/03_weights.streams.ipynb #c70d9230
-import errno, json, mmap, os, struct, sys, threading, weakref
-from collections import defaultdict, deque
+import json, os, struct, sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from math import isfinite, prod
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -37,7 +35,9 @@ def finite(tensor: Tensor,    # any shape, any float dtype
            path: str | Path,  # the file or folder that it comes from
            start: int = 0,    # where a piece begins in its flat tensor
            ) -> Tensor:       # `tensor` itself
-    "Pass on a tensor or a piece of one. MaetError: path, tensor and place of the first NaN or infinity."
+    """Pass on a tensor or a piece of one.
+
+    MaetError: path, tensor and place of the first NaN or infinity."""
     if all_finite(tensor): return tensor
     flat = tensor.flatten()
     where = int((~torch.isfinite(flat)).nonzero()[0])
@@ -73,14 +73,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
-# %% ../../nbs/03_weights.streams.ipynb #880114c6
-def keep_memory() -> None:
-    """Let malloc keep blocks of some MiB that a piece needed for the next piece.
-
-    Without, each is given back and zeroed again. glibc keeps what is smaller
-    than the largest block that it saw freed."""
-    torch.empty((1 << 25) - (1 << 13), dtype=torch.uint8)
-
 # %% ../../nbs/03_weights.streams.ipynb #240cc079
 def in_order(work: Callable,            # of one job, in some thread
              jobs: Iterable,
@@ -94,7 +86,6 @@ def in_order(work: Callable,            # of one job, in some thread
     window = window or 2 * workers
     waiting = deque()  # futures, in the order of the jobs
     threads = torch.get_num_threads()
-    keep_memory()
     one_core_each = dict(initializer=torch.set_num_threads, initargs=(1,))
     with ThreadPoolExecutor(workers, **one_core_each) as pool:
         try:
@@ -105,47 +96,6 @@ def in_order(work: Callable,            # of one job, in some thread
         finally:
             for future in waiting: future.cancel()
             torch.set_num_threads(threads)
-
-# %% ../../nbs/03_weights.streams.ipynb #91032ad7
-RUN = 4 * PIECE  # scalars
-
-class _Going(threading.local):
-    stop = 0  # how far this thread will go on reading the tensor that it begins to read
-
-_going = _Going()
-
-def in_one_go(start: int, stop: int, step: int = PIECE) -> Iterator[tuple[int, int]]:
-    "The pieces of a run. Who asks for the first of them, in this thread, may read all."
-    _going.stop = stop
-    try:
-        for first, last in pieces(stop - start, step): yield start + first, start + last
-    finally: _going.stop = 0
-
-# %% ../../nbs/03_weights.streams.ipynb #38e45969
-@contextmanager
-def exactly():
-    "Inside, this thread reads what it asks for and nothing beyond: its run is of another tensor."
-    begun, _going.stop = _going.stop, 0
-    try: yield
-    finally: _going.stop = begun
-
-# %% ../../nbs/03_weights.streams.ipynb #3dd42b6f
-class Last(threading.local):
-    "What each thread read last of a source."
-    name, start, stop, run = None, 0, 0, None
-
-    def reading(self, read: Callable, name: str, start: int, stop: int, # what is wanted of a tensor
-                size: int,       # of the tensor
-                ) -> tuple:      # where the run that holds it begins in the tensor; the run
-        "What was read last if it holds this; otherwise read(name, start, stop or farther)."
-        held = self.name == name and self.start <= start <= stop <= self.stop
-        if held: return self.start, self.run
-        self.name = self.run = None  # its memory is free for the next one
-        self.start = start
-        self.stop = max(stop, min(_going.stop, size))
-        self.run = read(name, self.start, self.stop)
-        self.name = name
-        return self.start, self.run
 
 # %% ../../nbs/03_weights.streams.ipynb #d435a6cd
 def progress_bar(total: int, # bytes
@@ -190,31 +140,6 @@ def open_shard(file: Path): # one safetensors file
         why, help = f"not a whole safetensors file ({error})", "copy or download it again"
     raise MaetError(f"{file}: {why}; {help}")
 
-# %% ../../nbs/03_weights.streams.ipynb #bc33ea4e
-PAGE = 4096     # bytes: of a disk's and a memory's units, a multiple
-HUGE = 1 << 21  # bytes of a huge page
-DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
-_stock = defaultdict(lambda: deque(maxlen=64))  # bytes -> blocks that nobody uses
-
-def _block(huge: int) -> mmap.mmap:
-    "Memory for `huge` bytes that begin at a huge page, from the stock if it has some."
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # only private memory can be huge
-    try: return _stock[huge].pop()
-    except IndexError: return mmap.mmap(-1, huge + HUGE + PAGE, flags=private)
-
-# %% ../../nbs/03_weights.streams.ipynb #8b417c08
-def disk_memory(size: int) -> Tensor: # uint8, (size, rounded up to pages,)
-    "Memory for a disk to fill or to empty. It goes back into the stock when nobody looks at it."
-    size = -(-size // PAGE) * PAGE
-    doublings = (size - PAGE - 1).bit_length() - HUGE.bit_length() + 1
-    huge = HUGE << max(1, doublings)  # of few sizes, so that the stock stays small
-    block = _block(huge)
-    seen = np.frombuffer(block, np.uint8)
-    if huge <= 4 * HUGE: weakref.finalize(seen, _stock[huge].append, block)
-    first = -seen.ctypes.data % HUGE
-    if hasattr(mmap, "MADV_HUGEPAGE"): block.madvise(mmap.MADV_HUGEPAGE, first, huge)
-    return torch.from_numpy(seen)[first:first + size]
-
 # %% ../../nbs/03_weights.streams.ipynb #7719a1c7
 def as_bytes(tensor: Tensor): # any shape and dtype -> flat numpy array of uint8
     "The bytes of a tensor in C order, without a copy where it is contiguous."
@@ -225,42 +150,21 @@ def file_state(handle: int) -> tuple[int, ...]: # device, inode, bytes, ns of th
     status = os.fstat(handle)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-# %% ../../nbs/03_weights.streams.ipynb #37121e05
-def read_bytes(file: Path, start: int, size: int, # which bytes
-               known: tuple,         # the file's `file_state`
-               direct: bool = False, # past the page cache
-               ) -> Tensor:          # uint8, (size,)
-    "Bytes of a file, in memory of their own. A file that is gone or was changed: MaetError."
-    if not direct or not DIRECT:
-        block = torch.empty(size, dtype=torch.uint8)
-        _fill(file, memoryview(block.numpy()), 0, start, known)
-        return block
-
-    before = start % PAGE  # the disk gives whole pages
-    block = disk_memory(before + size)
-    room = memoryview(block.numpy())
-    came = _read_once(file, DIRECT, room, start - before, known)
-    _fill(file, room[:before + size], max(before, came), start - before, known)
-    return block[before:before + size]
-
-def _fill(file: Path, room: memoryview, done: int, start: int, known: tuple) -> None:
-    "Read until `room` is full, of which `done` bytes are; it begins at byte `start` of the file."
-    while done < len(room): done += _read_once(file, 0, room[done:], start + done, known)
-
 # %% ../../nbs/03_weights.streams.ipynb #4801d2ff
-def _read_once(file: Path, flags: int, room: memoryview, start: int, known: tuple) -> int:
-    "How many bytes came. With DIRECT it may be none, for not every file system can do that."
-    came = -1
+def read_bytes(file: Path, start: int, size: int, # which bytes
+               known: tuple, # the file's `file_state`
+               ) -> Tensor:  # uint8, (size,)
+    "Bytes of a file, in memory of their own. A file that is gone or was changed: MaetError."
+    block = torch.empty(size, dtype=torch.uint8)
     try:
-        handle = os.open(file, os.O_RDONLY | flags)
-        try:
-            if file_state(handle) == known: came = os.preadv(handle, [room], start)
-        finally: os.close(handle)
+        with open(file, "rb") as opened:
+            same = file_state(opened.fileno()) == known
+            opened.seek(start)
+            came = opened.readinto(block.numpy())
     except OSError as error:
-        if flags and error.errno == errno.EINVAL: return 0
         why = f"cannot be read ({error.strerror})"
         raise MaetError(f"{file}: {why}; copy or download it again") from None
-    if came > 0 or (came == 0 and flags): return came
+    if same and came == size: return block
     raise MaetError(f"{file}: was changed while it was read; leave it alone and try again")
 
 # %% ../../nbs/03_weights.streams.ipynb #4c1a8e2f
@@ -277,9 +181,10 @@ def read_header(path: Path, file) -> dict[str, Stored]: # by tensor name
 
 # %% ../../nbs/03_weights.streams.ipynb #22d200f8
 class Shard:
-    "A safetensors file, open for reading pieces; threads may share it. MaetError if it is not whole."
+    "A safetensors file, open for reading pieces; threads may share it. MaetError: it is not whole."
     def __init__(self, path: str | Path):
-        self.path, self.direct = Path(path), False
+        self.path = Path(path)
+        self.read_bytes = read_bytes  # that of maet.weights.direct may take its place
         with open_shard(self.path) as file: self.metadata = file.metadata() or {}
         with open(self.path, "rb") as file:
             self.state = file_state(file.fileno())
@@ -297,9 +202,8 @@ class Shard:
         dtype = self.dtype(name)
         first = self.stored[name].start + start * dtype.itemsize
         size = (stop - start) * dtype.itemsize
-        data = read_bytes(self.path, first, size, self.state, self.direct)
-        aligned = data.storage_offset() % dtype.itemsize == 0  # a header may be of any length
-        if not aligned: data = data.clone()
+        data = self.read_bytes(self.path, first, size, self.state)
+        if data.storage_offset() % dtype.itemsize: data = data.clone()  # a header has any length
         return data.view(dtype)
 
     def read(self, name: str) -> Tensor:

@@ -135,7 +135,8 @@ o    attentions : out_lin
 """
 
 # %% ../../nbs/01_weights.tensors.ipynb #b3f0c7f6
-_BLOCKS = "mlp feed_forward ffn mlp_block shared_mlp experts shared_expert shared_experts block_sparse_moe"
+_BLOCKS = ("mlp feed_forward ffn mlp_block shared_mlp "
+           "experts shared_expert shared_experts block_sparse_moe")
 
 # %% ../../nbs/01_weights.tensors.ipynb #c504df2f
 _WIDENING = f"""

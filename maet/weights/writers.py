@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .tensors import MaetError
-from .streams import CODES, DIRECT, PAGE, as_bytes, disk_memory
+from .streams import CODES, as_bytes
+from .direct import DIRECT, PAGE, disk_memory
 
 # %% ../../nbs/04_weights.writers.ipynb #3c26dffc
 def header_bytes(entries: Mapping, metadata: Mapping[str, str]) -> bytes: # a multiple of 8 long
@@ -31,7 +32,9 @@ def header_bytes(entries: Mapping, metadata: Mapping[str, str]) -> bytes: # a mu
 def lay_out(tensors: Mapping[str, tuple[tuple, torch.dtype]], # name -> (shape, dtype)
             metadata: Mapping[str, str],                      # of the file
             ) -> tuple[bytes, list[str]]:
-    "Plan a safetensors file whose tensors are all known: its head, and names in the order of their bytes."
+    """Plan a safetensors file whose tensors are all known.
+
+    Its head, and the names in the order of their bytes."""
     def widest_first(name): return -tensors[name][1].itemsize, name
     order = sorted(tensors, key=widest_first)
     entries, end = {}, 0
@@ -181,10 +184,10 @@ class _Places:
 
 # %% ../../nbs/04_weights.writers.ipynb #812ed456
 class Writer(_Places):
-    """One safetensors file, written tensor by tensor and piece by piece; in a `with` inside `whole`.
+    """One safetensors file, written tensor by tensor and piece by piece.
 
-    room: bytes for the header, from `header_room`. metadata: may be changed until the end.
-    unit: item size that must stay aligned, bytes."""
+    For a `with` block inside `whole`. room: bytes for the header, from `header_room`.
+    metadata: may be changed until the end. unit: item size that must stay aligned, bytes."""
     def add(self, name: str, shape: tuple, dtype: torch.dtype, tensors: Iterable[Tensor]) -> None:
         "Append a tensor, given as pieces of `dtype` in C order that together fill `shape`."
         file, start, late = self.reserve(name, dtype, prod(shape))
