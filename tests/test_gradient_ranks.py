@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 def keys_of(folder: Path, name: str) -> dict:
     base, keys = Checkpoint(folder/"base"), folder/f"{name}.keys.safetensors"
-    found = locate(base, open_pack(folder/f"{name}.safetensors", base), .05, "element", keys)
+    found = locate(base, open_pack(folder/f"{name}.safetensors"), .05, "element", keys)
     assert found["threshold"] > 0
     return read_keys(keys, base)
 

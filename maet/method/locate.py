@@ -6,7 +6,7 @@
 __all__ = ['locate']
 
 # %% ../../nbs/33_method.locate.ipynb #b6135e54
-import copy, os, tempfile
+import os, tempfile
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -275,7 +275,7 @@ class LineMasks(Lazy):
     def piece(self, name: str, start: int, stop: int) -> Tensor: # bool, (stop - start,)
         return spread_piece(self.masks[name], self.shapes[name], self.granularity, start, stop)
 
-# %% ../../nbs/33_method.locate.ipynb #28857fce
+# %% ../../nbs/33_method.locate.ipynb #99af80f6
 class Ranking(NamedTuple):
     "Where the cut lies."
     threshold: float # the least importance of a key neuron
@@ -335,11 +335,11 @@ def nameless(out: Path, # the file to be
         raise MaetError(f"{out}: cannot be written ({error.strerror or error}); "
                         "mend that or choose another place") from error
 
-# %% ../../nbs/33_method.locate.ipynb #8be01aee
+# %% ../../nbs/33_method.locate.ipynb #ddd3698c
 def _of_kinds(tuned, base, kinds, allow_mismatch) -> Difference | Pack:
     "What moved, with the tensors of some kinds alone."
-    whole = copy.copy(tuned)
-    if not isinstance(tuned, Pack): whole = Difference(tuned, base, allow_mismatch=allow_mismatch)
+    if isinstance(tuned, Pack): whole = Pack(tuned.path, base)  # of this base, or an error
+    else: whole = Difference(tuned, base, allow_mismatch=allow_mismatch)
     whole.shapes = {name: shape for name, shape in whole.shapes.items() if of_kinds(name, kinds)}
     if not whole.shapes: raise MaetError(f"kinds: {base.path} has no tensor of {kinds}")
     return whole
