@@ -14,8 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from . import estimates, ledger, plots
 from ..weights.tensors import MaetError
 from ..training.settings import read_yaml, strict
@@ -78,7 +76,7 @@ def catalogue(source: str | Path | None = None, # YAML; None: the one that ships
     return claims
 
 # %% ../../nbs/54_record.claims.ipynb #fe5dbbce
-def _one(rows: pd.DataFrame, where: dict, over: str | None) -> dict | None: # where: field -> value
+def _one(rows, where: dict, over: str | None) -> dict | None: # a frame; field -> value
     """What the row that fits says, or the mean of those that differ in `over`; None where none fits.
 
     Raises MaetError for two that fit."""
@@ -93,7 +91,7 @@ def _one(rows: pd.DataFrame, where: dict, over: str | None) -> dict | None: # wh
             "n": found.n.min()}
 
 # %% ../../nbs/54_record.claims.ipynb #669c51a9
-def _paired(rows: pd.DataFrame, about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
+def _paired(rows, about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
     "A difference that the study took question by question, in either direction."
     for side, other, sign in ((of, minus, 1), (minus, of, -1)):
         taken_off = {"setting.minus": next(iter(other.values()))}
@@ -102,8 +100,7 @@ def _paired(rows: pd.DataFrame, about: dict, of: dict, minus: dict, over: str | 
     return None
 
 # %% ../../nbs/54_record.claims.ipynb #b3f59806
-def _difference(rows: pd.DataFrame, about: dict, of: dict, minus: dict, over: str | None,
-                ) -> dict | None:
+def _difference(rows, about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
     """`of` minus `minus` at one seed, and whether it is paired; None where a row is missing.
 
     Rows without an error over items are paired by their seed alone."""
@@ -190,7 +187,7 @@ def _named(of: dict, minus: dict, about: dict) -> str:
     return ", ".join(filter(None, [name, *shared]))
 
 # %% ../../nbs/54_record.claims.ipynb #73bf8468
-def _measured(name: str, seeds: pd.DataFrame, region: tuple[float, float]) -> Measured:
+def _measured(name: str, seeds, region: tuple[float, float]) -> Measured: # seeds: a frame
     "The estimate of a difference from what there is of it; `missing` says what is not."
     missing = list(seeds.missing.dropna())
     there = seeds[seeds.missing.isna()]
@@ -206,6 +203,7 @@ def differences(evidence: Evidence,
     """Every difference of some evidence, over the seeds that there are.
 
     Raises MaetError for a broken ledger, or rows that cannot be told apart."""
+    import pandas as pd
     region = evidence.region()
     path = Path(folder) / f"{evidence.study}.jsonl"
     rows = ledger.read(path, **evidence.rows) if path.is_file() else ledger.frame([])
@@ -364,6 +362,7 @@ def _cells(difference: Measured) -> list:
 # %% ../../nbs/54_record.claims.ipynb #069234cc
 def as_csv(found: Iterable[Finding]) -> str:
     "A line a difference; `place` is 1 where its interval lies wholly inside the region, -1 wholly outside."
+    import pandas as pd
     lines = []
     for finding in found:
         for difference in finding.differences:

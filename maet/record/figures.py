@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 from tqdm import tqdm
 
 from . import estimates, ledger, pictures, plots
@@ -91,8 +90,9 @@ def _key(values: dict) -> str:
 # %% ../../nbs/53_record.figures.ipynb #ee7fe24f
 def chosen(entry: Entry,
            folder: str | Path, # of the ledgers
-           ) -> tuple[pd.DataFrame, list[str]]: # rows that are there, rows that are not
+           ): # a frame of the rows that are there, and a list of those that are not
     "The rows of an entry, and what is missing, in words. Raises MaetError for a broken ledger."
+    import pandas as pd
     parts, lacking = [ledger.frame([])], []
     for block in entry.rows:
         block = {"setting.minus": [None]} | block  # a difference is shown only where it is asked for
@@ -128,8 +128,9 @@ def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 # %% ../../nbs/53_record.figures.ipynb #803a05e9
 def paper_rows(paper: Paper,
                folder: str | Path, # data/paper
-               ) -> pd.DataFrame:  # as ledger rows
+               ):                  # a frame, as of ledger rows
     "The cells of one of the paper's tables. Raises MaetError: no such file, a cell that is no number."
+    import pandas as pd
     path = Path(folder) / paper.file
     columns = {"method", "language", "task", "value", "unit", *paper.where, *paper.fields.values()}
     lines = pd.DataFrame(read_table(path, columns), columns=sorted(columns))
@@ -173,8 +174,9 @@ def _digits_as_printed(values: list[float]) -> int:
     return 8
 
 # %% ../../nbs/53_record.figures.ipynb #70910723
-def _cells(rows: pd.DataFrame, down: str, across: str) -> pd.DataFrame:
+def _cells(rows, down: str, across: str): # a frame; gives a frame
     "Estimates as text: a line for each value of `down`, a column for each of `across`."
+    import pandas as pd
     metric = rows.metric.iloc[0]
     _, factor, digits = estimates.unit(metric)
     found = estimates.estimates(rows, down, across, factor=factor)
@@ -197,7 +199,7 @@ def grids(rows: Iterable[dict],        # ledger rows, or a frame of them
             for value, of in estimates.split(rows, panels).items()]
 
 # %% ../../nbs/53_record.figures.ipynb #f3c7e15d
-def _grid(title, rows: pd.DataFrame, paper: pd.DataFrame, down: str, across: str) -> list[list[str]]:
+def _grid(title, rows, paper, down: str, across: str) -> list[list[str]]: # rows, paper: frames
     "One table, the header first."
     label, _, _ = estimates.unit(rows.metric.iloc[0])
     header = [f"{estimates.named(title)}, {label}"]
@@ -224,7 +226,7 @@ class Drawn(NamedTuple):
     "A figure of the catalogue, and what it was made of."
     figure: object | None  # a matplotlib Figure
     grids: list            # its tables
-    rows: pd.DataFrame     # the rows that it shows, the paper's last
+    rows: object           # a frame of the rows that it shows, the paper's last
     missing: list[str]     # rows that it lacks, in words
     caption: str
 
@@ -237,6 +239,7 @@ def draw(entry: Entry,
     """A figure of the catalogue; None and no grids where rows are missing and `partial` is not set.
 
     Raises MaetError for an option that its form does not take."""
+    import pandas as pd
     rows, missing = chosen(entry, ledgers)
     if rows.empty or (missing and not partial):
         return Drawn(None, [], ledger.frame([]), missing, entry.caption)

@@ -14,8 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
 from . import claim_figures, claims, figures, ledger, pictures
 from ..weights.tensors import MaetError, parse_json, reading
 from ..training.settings import recipes
@@ -155,7 +153,7 @@ def of_claims(ledgers: Path, papers: Path) -> str:
     return "\n".join(parts)
 
 # %% ../../nbs/55_record.report.ipynb #bd307a3e
-def of_recipes(rows: pd.DataFrame) -> str:
+def of_recipes(rows) -> str: # rows: a frame
     "The recipes of the scales that the rows name."
     shipped, parts = recipes(), []
     for scale in rows.scale.unique():
@@ -166,7 +164,7 @@ def of_recipes(rows: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 # %% ../../nbs/55_record.report.ipynb #3c4ca52d
-def of_versions(rows: pd.DataFrame) -> str:
+def of_versions(rows) -> str: # rows: a frame
     "With which code and packages the studies were measured."
     def listed(versions):
         return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
@@ -178,7 +176,7 @@ def of_versions(rows: pd.DataFrame) -> str:
     return as_html("\n\n".join(lines))
 
 # %% ../../nbs/55_record.report.ipynb #85322ce1
-def of_cost(rows: pd.DataFrame) -> str:
+def of_cost(rows) -> str: # rows: a frame
     "Rows, seeds and seconds of exams by study. All languages of an exam share one measurement of its time."
     lines = [["study", "rows", "seeds", "seconds of exams"]]
     exam = ["method", "task", "seed", "setting"]  # what tells exams of a study apart
@@ -192,6 +190,7 @@ def of_cost(rows: pd.DataFrame) -> str:
 # %% ../../nbs/55_record.report.ipynb #910780e3
 def study_page(ledgers: Path, papers: Path) -> str:
     "The page of the study."
+    import pandas as pd
     rows = pd.concat([ledger.read(path) for path in sorted(ledgers.glob("*.jsonl"))])
     drawn, lacking = of_figures(ledgers, papers)
     missing = "".join(f"<li>{words(line)}</li>" for line in lacking)
