@@ -6,13 +6,12 @@
 __all__ = ['verdict', 'findings', 'by_paper']
 
 # %% ../../nbs/54_record.claims.ipynb #f2f7e23f
-import csv, io, json, math
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from . import estimates, ledger, plots
@@ -76,58 +75,47 @@ def catalogue(source: str | Path | None = None, # YAML; None: the one that ships
             evidence.region()  # raises where there is no such region
     return claims
 
-# %% ../../nbs/54_record.claims.ipynb #83f0ef08
-def _has(row: dict, where: dict) -> bool: # where: field -> value
-    "Whether a row has these values."
-    return all(ledger.field(row, name) == value for name, value in where.items())
-
-# %% ../../nbs/54_record.claims.ipynb #c0e1613c
-def _mean(rows: list[dict]) -> dict:
-    "One row for several: the mean of their values, its error, and the fewest items."
-    errors = [row["stderr"] or 0 for row in rows]
-    return rows[0] | {"value": fmean(row["value"] for row in rows),
-                      "stderr": math.hypot(*errors) / len(rows),
-                      "n": min(row["n"] for row in rows)}
-
 # %% ../../nbs/54_record.claims.ipynb #fe5dbbce
-def _one(rows: list[dict], where: dict, over: str | None) -> dict | None: # where: field -> value
-    "The row that fits, or the mean of those that differ in `over`. Raises MaetError for two that fit."
-    found = [row for row in rows if _has(row, where)]
-    if not found: return None
-    points = {json.dumps(ledger.field(row, over)) for row in found} if over else {None}
-    if len(points) < len(found):
+def _one(rows, where: dict, over: str | None) -> dict | None: # a frame; field -> value
+    """What the row that fits says, or the mean of those that differ in `over`; None where none fits.
+
+    Raises MaetError for two that fit."""
+    found = ledger.matching(rows, {name: [value] for name, value in where.items()})
+    if found.empty: return None
+    points = ledger.field(found, over).nunique() if over else 1
+    if points < len(found):
         raise MaetError(f"{len(found)} rows for {said(where)}: choose among them")
-    return _mean(found)
+    return {"metric": found.metric.iloc[0],
+            "value": math.fsum(found.value) / len(found),
+            "stderr": math.hypot(*found.stderr.fillna(0)) / len(found),
+            "n": found.n.min()}
 
 # %% ../../nbs/54_record.claims.ipynb #669c51a9
-def _paired(rows: list[dict], about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
-    "The row of a difference that the study took question by question, in either direction."
+def _paired(rows, about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
+    "A difference that the study took question by question, in either direction."
     for side, other, sign in ((of, minus, 1), (minus, of, -1)):
         taken_off = {"setting.minus": next(iter(other.values()))}
-        row = _one(rows, about | side | taken_off, over)
-        if row: return row | {"value": sign * row["value"]}
+        one = _one(rows, about | side | taken_off, over)
+        if one: return one | {"value": sign * one["value"]}
     return None
 
 # %% ../../nbs/54_record.claims.ipynb #b3f59806
-def _difference(rows: list[dict], about: dict, of: dict, minus: dict, over: str | None,
-                ) -> tuple[dict, bool] | None: # row, paired or not
-    """`of` minus `minus` at one seed; None where a row is missing.
+def _difference(rows, about: dict, of: dict, minus: dict, over: str | None) -> dict | None:
+    """`of` minus `minus` at one seed, and whether it is paired; None where a row is missing.
 
     Rows without an error over items are paired by their seed alone."""
     alone = {"setting.minus": None}
-    if not minus:
-        row = _one(rows, alone | about | of, over)
-        return (row, True) if row else None
-
-    row = _paired(rows, about, of, minus, over)
-    if row: return row, True
+    if minus: whole = _paired(rows, about, of, minus, over)
+    else: whole = _one(rows, alone | about | of, over)
+    if whole: return whole | {"paired": True}
+    if not minus: return None
 
     a = _one(rows, about | of | alone, over)
     b = _one(rows, about | minus | alone, over)
     if not (a and b): return None
     error = math.hypot(a["stderr"], b["stderr"])
-    row = a | {"value": a["value"] - b["value"], "stderr": error, "n": min(a["n"], b["n"])}
-    return row, not error
+    return a | {"value": a["value"] - b["value"], "stderr": error, "n": min(a["n"], b["n"]),
+                "paired": not error}
 
 # %% ../../nbs/54_record.claims.ipynb #17ba0791
 class Measured(NamedTuple):
@@ -199,15 +187,13 @@ def _named(of: dict, minus: dict, about: dict) -> str:
     return ", ".join(filter(None, [name, *shared]))
 
 # %% ../../nbs/54_record.claims.ipynb #73bf8468
-def _measured(name: str,
-              there: list[tuple[dict, bool]], # a row for each seed, and whether it is paired
-              missing: list[str],
-              region: tuple[float, float]) -> Measured:
-    "The estimate of a difference from what there is of it."
-    if not there: return Measured(name, None, "", region, True, missing)
-    rows = [row for row, _ in there]
-    paired = all(paired for _, paired in there)
-    return Measured(name, estimate(rows), rows[0]["metric"], region, paired, missing)
+def _measured(name: str, seeds, region: tuple[float, float]) -> Measured: # seeds: a frame
+    "The estimate of a difference from what there is of it; `missing` says what is not."
+    missing = list(seeds.missing.dropna())
+    there = seeds[seeds.missing.isna()]
+    if there.empty: return Measured(name, None, "", region, True, missing)
+    found = estimate(there.value, there.stderr, there.n.min())
+    return Measured(name, found, there.metric.iloc[0], region, bool(there.paired.all()), missing)
 
 # %% ../../nbs/54_record.claims.ipynb #7bcd2348
 def differences(evidence: Evidence,
@@ -217,23 +203,22 @@ def differences(evidence: Evidence,
     """Every difference of some evidence, over the seeds that there are.
 
     Raises MaetError for a broken ledger, or rows that cannot be told apart."""
+    import pandas as pd
     region = evidence.region()
     path = Path(folder) / f"{evidence.study}.jsonl"
-    pairs = list(product(wanted(evidence.of), wanted(evidence.minus)))
-    rows = ledger.read(path, **evidence.rows) if path.is_file() else []
-    found = {}  # name -> (what is there, what is missing)
-    for about in wanted(evidence.rows):
-        candidates = [row for row in rows if _has(row, about)]
-        naming = set(varying) - {"seed"}
-        shared = {name: value for name, value in about.items() if name in naming}
-        for of, minus in pairs:
-            if of and of == minus: continue  # nothing is taken off itself
-            name = _named(of, minus, shared)
-            there, missing = found.setdefault(name, ([], []))
-            one = _difference(candidates, about, of, minus, evidence.over)
-            if one: there.append(one)
-            else: missing.append(f"{name}, {said(about)} in {path}")
-    return [_measured(name, *parts, region) for name, parts in found.items()]
+    rows = ledger.read(path, **evidence.rows) if path.is_file() else ledger.frame([])
+    naming = set(varying) - {"seed"}
+    found = []
+    sides = wanted(evidence.of), wanted(evidence.minus)
+    for about, of, minus in product(wanted(evidence.rows), *sides):
+        if of and of == minus: continue  # nothing is taken off itself
+        shared = {field: value for field, value in about.items() if field in naming}
+        name = _named(of, minus, shared)
+        one = _difference(rows, about, of, minus, evidence.over)
+        found.append({"name": name} | (one or {"missing": f"{name}, {said(about)} in {path}"}))
+    columns = ["name", "metric", "value", "stderr", "n", "paired", "missing"]
+    groups = pd.DataFrame(found, columns=columns).groupby("name", sort=False)
+    return [_measured(name, seeds, region) for name, seeds in groups]
 
 # %% ../../nbs/54_record.claims.ipynb #15c3a393
 def _varying(claim: Claim) -> set[str]:
@@ -360,8 +345,8 @@ def by_paper(found: dict[str, Finding]) -> dict[str, list[Finding]]:
     return {title: part for title, part in parts.items() if part}
 
 # %% ../../nbs/54_record.claims.ipynb #771c6a0b
-HEADER = ("claim", "verdict", "difference", "metric", "value", "margin", "low", "high",
-          "claimed_from", "claimed_to", "seeds", "paired", "place")
+HEADER = ["claim", "verdict", "difference", "metric", "value", "margin", "low", "high",
+          "claimed_from", "claimed_to", "seeds", "paired", "place"]
 
 # %% ../../nbs/54_record.claims.ipynb #aa7f8e8c
 def _cells(difference: Measured) -> list:
@@ -377,10 +362,9 @@ def _cells(difference: Measured) -> list:
 # %% ../../nbs/54_record.claims.ipynb #069234cc
 def as_csv(found: Iterable[Finding]) -> str:
     "A line a difference; `place` is 1 where its interval lies wholly inside the region, -1 wholly outside."
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(HEADER)
+    import pandas as pd
+    lines = []
     for finding in found:
         for difference in finding.differences:
-            table.writerow([finding.id, finding.verdict, *_cells(difference)])
-    return text.getvalue()
+            lines.append([finding.id, finding.verdict, *_cells(difference)])
+    return pd.DataFrame(lines, columns=HEADER, dtype=object).to_csv(index=False, lineterminator="\n")

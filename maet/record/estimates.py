@@ -7,10 +7,12 @@ __all__ = ['look', 'style', 'estimate', 'estimates']
 
 # %% ../../nbs/51_record.estimates.ipynb #b6e41b18
 import math
+from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from ..weights.tensors import KINDS, MaetError
-from .ledger import field
+from .ledger import field, frame, matching
 
 # %% ../../nbs/51_record.estimates.ipynb #c1dfd96e
 class Look(NamedTuple):
@@ -94,16 +96,18 @@ class Estimate(NamedTuple):
         return Estimate(factor * self.value, factor * self.error, seeds, factor * self.margin)
 
 # %% ../../nbs/51_record.estimates.ipynb #1574bddb
-def estimate(rows: list[dict], # ledger rows that differ in their seed only
+def estimate(values: Iterable[float],        # of one thing, one for each seed
+             errors: Iterable[float | None], # their standard errors over items; None: not known
+             n: int,                         # items behind a value
              ) -> Estimate:
     "Mean, standard error and 95 % interval over items and seeds."
-    S, n = len(rows), min(row["n"] for row in rows)
-    values = [row["value"] for row in rows]
+    values = list(values)
+    S = len(values)
     mean = sum(values) / S
 
-    items = sum((row["stderr"] or 0) ** 2 for row in rows) / S  # A, the first term of SE²
-    seeds = 0                                                   # B, the second
-    denominator = items ** 2 / max(n - 1, 1)                    # of the degrees of freedom
+    items = sum((error or 0) ** 2 for error in errors) / S  # A, the first term of SE²
+    seeds = 0                                               # B, the second
+    denominator = items ** 2 / max(n - 1, 1)                # of the degrees of freedom
     if S > 1:
         seeds = sum((value - mean) ** 2 for value in values) / (S - 1) / S
         denominator += seeds ** 2 / (S - 1)
@@ -114,25 +118,30 @@ def estimate(rows: list[dict], # ledger rows that differ in their seed only
     return Estimate(mean, error, values, error * t975(freedom))
 
 # %% ../../nbs/51_record.estimates.ipynb #fb16055c
-def estimates(rows: list[dict], # ledger rows
-              *by: str,         # fields, or "setting.<key>"
-              ) -> dict[tuple, Estimate]: # the fields' values -> seeds together
-    """An estimate for each combination.
+def estimates(rows: Iterable[dict], # ledger rows, or a frame of them
+              *by: str,             # fields, or "setting.<key>"
+              factor: float = 1,    # from the ledger's unit to another
+              ):                    # a frame: index `by`, columns value, error, seeds, margin
+    """An estimate for each combination of the fields, as they come.
 
     Raises MaetError if two rows are about the same seed of the same thing, or metrics are mixed."""
-    metrics = sorted({row["metric"] for row in rows})
+    import pandas as pd
+    rows, by = frame(rows), list(by)
+    metrics = sorted(rows.metric.unique())
     if len(metrics) != 1 and "metric" not in by:
         shown = ", ".join(metrics) or "none"
         raise MaetError(f"one panel shows one metric, not {shown}: choose among the rows")
-    found = {}  # the fields' values -> {seed: row}
-    for row in rows:
-        key, seed = tuple(field(row, name) for name in by), row["seed"]
-        of_key = found.setdefault(key, {})
-        if seed in of_key:
-            thing = " ".join(map(str, key))
-            raise MaetError(f"two rows for {thing}, seed {seed}: choose a setting")
-        of_key[seed] = row
-    return {key: estimate(list(seeds.values())) for key, seeds in found.items()}
+    rows = rows.assign(**{name: field(rows, name) for name in by})
+    twice = rows[rows.duplicated([*by, "seed"])]
+    if len(twice):
+        *thing, seed = twice[[*by, "seed"]].iloc[0]
+        raise MaetError(f"two rows for {' '.join(map(str, thing))}, seed {seed}: choose a setting")
+
+    found = []
+    for key, of in rows.groupby(by, sort=False, dropna=False):
+        e = estimate(of.value, of.stderr, of.n.min())
+        found.append([*key, *e.times(factor)])
+    return pd.DataFrame(found, columns=[*by, *Estimate._fields]).set_index(by)
 
 # %% ../../nbs/51_record.estimates.ipynb #472b07b9
 METRICS = {"exact_match": ("accuracy (%)", 100, 1),
@@ -173,7 +182,7 @@ def ordered(values, # of one field, as they come
             listed = names.index(value) if value in names else len(names)
             return value == "average", listed
         return sorted(found, key=place)
-    numbers = all(isinstance(value, (int, float)) for value in found)
+    numbers = all(isinstance(value, Real) for value in found)
     return sorted(found) if numbers else found
 
 # %% ../../nbs/51_record.estimates.ipynb #da7c75c1
@@ -182,55 +191,45 @@ def named(value) -> str:
     if isinstance(value, str):
         known = METHODS | LANGUAGES
         return known.get(value, value.replace("_", " "))
-    if isinstance(value, float): return f"{value:g}"
-    if isinstance(value, int) and value >= 10_000: return f"{value:,}"
+    if isinstance(value, Integral): return f"{value:,}" if value >= 10_000 else str(value)
+    if isinstance(value, Real): return f"{value:g}"
     return str(value)
 
 # %% ../../nbs/51_record.estimates.ipynb #4d134bc0
-def split(rows: list[dict], # ledger rows
-          by: str | None,   # field; None: all in one
+def split(rows,            # a frame
+          by: str | None,  # field; None: all in one
           values: list | None = None, # which, and in which order
-          ) -> dict:        # value -> rows
+          ) -> dict:       # value -> a frame
     "The rows of each panel. Raises MaetError where there is none."
-    if not rows: raise MaetError("no row to draw")
+    if rows.empty: raise MaetError("no row to draw")
     if by is None: return {None: rows}
-    values = values or ordered(field(row, by) for row in rows)
-    panels = {value: [] for value in values}
-    for row in rows:
-        value = field(row, by)
-        if value in panels: panels[value].append(row)
-    empty = [str(value) for value, of in panels.items() if not of]
+    values = values or ordered(field(rows, by))
+    panels = {value: matching(rows, {by: [value]}) for value in values}
+    empty = [str(value) for value, of in panels.items() if of.empty]
     if empty: raise MaetError(f"no row to draw for {', '.join(empty)}")
     return panels
 
 # %% ../../nbs/51_record.estimates.ipynb #902d9528
-def filled(rows: list[dict], by: str) -> list[dict]:
+def filled(rows, by: str): # frames
     """Rows that lack a setting stand under their method's name.
 
     So the base is a line of a table of MAET's settings."""
-    found = []
-    for row in rows:
-        if field(row, by) is None:
-            name = {by.removeprefix("setting."): row["method"]}
-            row = row | {"setting": row["setting"] | name}
-        found.append(row)
-    return found
+    return rows.assign(**{by: field(rows, by).fillna(rows.method)})
 
 # %% ../../nbs/51_record.estimates.ipynb #5165d523
-def _intervals(rows: list[dict]) -> str:
+def _intervals(rows) -> str: # rows: a frame
     "What the intervals of a figure are over; empty where there are none."
-    seeds = len({row["seed"] for row in rows})
-    known = any(row["stderr"] is not None for row in rows)
+    seeds = rows.seed.nunique()
+    known = rows.stderr.notna().any()
     if seeds > 1: return f"95 % intervals over {'items and ' if known else ''}{seeds} seeds"
     return "95 % intervals over items; one seed" if known else ""
 
 # %% ../../nbs/51_record.estimates.ipynb #3732cbd5
-def foot(figure, rows: list[dict], *more: str):
+def foot(figure, rows, *more: str): # rows: a frame
     "The line under a figure that says what its intervals are."
     text = "; ".join(filter(None, (_intervals(rows), *more)))
     figure.supxlabel(text, fontsize=7, color="#555555")
 
-def seeds_shown(rows: list[dict]) -> str:
+def seeds_shown(rows) -> str: # rows: a frame
     "What the small dots of a figure are; empty where there is one seed."
-    seeds = {row["seed"] for row in rows}
-    return "small dots: single seeds" if len(seeds) > 1 else ""
+    return "small dots: single seeds" if rows.seed.nunique() > 1 else ""

@@ -90,20 +90,22 @@ def _key(values: dict) -> str:
 # %% ../../nbs/53_record.figures.ipynb #ee7fe24f
 def chosen(entry: Entry,
            folder: str | Path, # of the ledgers
-           ) -> tuple[list[dict], list[str]]: # rows that are there, rows that are not
+           ): # a frame of the rows that are there, and a list of those that are not
     "The rows of an entry, and what is missing, in words. Raises MaetError for a broken ledger."
-    found, lacking = {}, []
+    import pandas as pd
+    parts, lacking = [ledger.frame([])], []
     for block in entry.rows:
         block = {"setting.minus": [None]} | block  # a difference is shown only where it is asked for
         study, *_ = block.get("study") or [entry.study]
         path = Path(folder) / f"{study}.jsonl"
-        rows = ledger.read(path, **block) if path.is_file() else []
-        there = set()
-        for row in rows:
-            found[_key(row)] = row
-            there.add(_key({name: ledger.field(row, name) for name in block}))
+        rows = ledger.read(path, **block) if path.is_file() else ledger.frame([])
+        parts.append(rows)
+        fields = pd.DataFrame({name: ledger.field(rows, name) for name in block})
+        there = {_key(row) for row in fields.to_dict("records")}
         lacking += [f"{said(row)} in {path}" for row in wanted(block) if _key(row) not in there]
-    return list(found.values()), lacking
+    rows = pd.concat(parts, ignore_index=True)
+    asked_twice = rows[list(ledger.IDENTITY)].astype(str).duplicated()
+    return rows[~asked_twice], lacking
 
 # %% ../../nbs/53_record.figures.ipynb #9acb237f
 UNITS = {"percent": 100, "fraction": 1, "points": 100}  # unit of data/paper -> how many make ours
@@ -126,33 +128,25 @@ def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 # %% ../../nbs/53_record.figures.ipynb #803a05e9
 def paper_rows(paper: Paper,
                folder: str | Path, # data/paper
-               ) -> list[dict]:    # as ledger rows
+               ):                  # a frame, as of ledger rows
     "The cells of one of the paper's tables. Raises MaetError: no such file, a cell that is no number."
+    import pandas as pd
     path = Path(folder) / paper.file
     columns = {"method", "language", "task", "value", "unit", *paper.where, *paper.fields.values()}
-    lines = read_table(path, columns)
-    return [_paper_row(line, paper, path) for line in lines if _is_shown(line, paper)]
-
-# %% ../../nbs/53_record.figures.ipynb #460aa673
-def _is_shown(line: dict, paper: Paper) -> bool:
-    "Whether a line has a number that the figure asks for."
-    if line["unit"] not in UNITS or not line["value"]: return False
+    lines = pd.DataFrame(read_table(path, columns), columns=sorted(columns))
+    shown = lines.unit.isin(UNITS) & (lines.value != "")
     for column, values in paper.where.items():
-        if not isinstance(values, list): values = [values]
-        if line[column] not in values: return False
-    return True
+        shown &= lines[column].isin(values if isinstance(values, list) else [values])
+    lines = lines[shown].replace(paper.names)  # our words for the paper's
+    return ledger.frame(_paper_row(line, paper, path) for line in lines.to_dict("records"))
 
 # %% ../../nbs/53_record.figures.ipynb #10f63dd1
 def _paper_row(line: dict, paper: Paper, path: Path) -> dict:
     "A line of the paper as a ledger row."
-    def our(column): # our word for the paper's
-        word = line[column]
-        return paper.names.get(column, {}).get(word, word)
-    setting = {name.removeprefix("setting."): our(column) for name, column in paper.fields.items()}
+    setting = {name.removeprefix("setting."): line[column] for name, column in paper.fields.items()}
     value = _printed(line, path) / UNITS[line["unit"]]
-    return dict(study=paper.title, scale=paper.model, method=our("method"), setting=setting,
-                language=line["language"], task=our("task"), metric=paper.metric,
-                value=value, stderr=None, n=1, seed=None)
+    return dict(study=paper.title, scale=paper.model, method=line["method"], setting=setting,
+                language=line["language"], task=line["task"], metric=paper.metric, value=value, n=1)
 
 # %% ../../nbs/53_record.figures.ipynb #5c938dde
 def _printed(line: dict, path: Path) -> float:
@@ -165,9 +159,8 @@ def _printed(line: dict, path: Path) -> float:
 # %% ../../nbs/53_record.figures.ipynb #fa35e192
 LESS = ("bits_per_byte", "loss")  # metrics of which less is better
 
-def _cell(e: estimates.Estimate | None, digits: int, best: float) -> str: # best: of its column
+def _cell(e, digits: int, best: float) -> str: # e: an estimate; best: of its column
     "An estimate as text."
-    if e is None: return "–"
     text = f"{e.value:.{digits}f}"
     if e.value == best: text = f"**{text}**"
     if e.margin: text += f" ± {e.margin:.{digits}f}"
@@ -181,51 +174,44 @@ def _digits_as_printed(values: list[float]) -> int:
     return 8
 
 # %% ../../nbs/53_record.figures.ipynb #70910723
-def _columns(rows: list[dict], down: str, across: str, names: list, keys: list) -> list[list[str]]:
-    "A column for each of `keys`, a cell for each of `names`."
-    if not rows: return []
-    metric = rows[0]["metric"]
+def _cells(rows, down: str, across: str): # a frame; gives a frame
+    "Estimates as text: a line for each value of `down`, a column for each of `across`."
+    import pandas as pd
+    metric = rows.metric.iloc[0]
     _, factor, digits = estimates.unit(metric)
-    found = {key: {} for key in keys}  # a column -> {name: estimate}
-    for (name, key), e in estimates.estimates(rows, down, across).items():
-        found[key][name] = e.times(factor)
-    if rows[0]["seed"] is None:  # the paper's
-        values = [e.value for column in found.values() for e in column.values()]
-        digits = _digits_as_printed(values)
-
-    columns = []
-    for column in found.values():
-        values = [e.value for e in column.values()]
-        best = min(values) if metric in LESS else max(values)
-        columns.append([_cell(column.get(name), digits, best) for name in names])
-    return columns
+    found = estimates.estimates(rows, down, across, factor=factor)
+    if rows.seed.isna().all(): digits = _digits_as_printed(found.value)  # the paper's
+    best = found.value.groupby(level=across).transform("min" if metric in LESS else "max")
+    texts = [_cell(e, digits, top) for e, top in zip(found.itertuples(), best)]
+    return pd.Series(texts, found.index).unstack(across)
 
 # %% ../../nbs/53_record.figures.ipynb #0eca5769
-def grids(rows: list[dict],        # ledger rows
-          paper: list[dict] = (),  # the paper's, for further columns
-          down: str = "method",    # field with a line for each of its values
-          across: str = "language", # field with a column for each of its values
-          panels: str = "task",    # field with a table for each of its values
-          ) -> list[list[list[str]]]: # grids: lines of cells, the header first
+def grids(rows: Iterable[dict],        # ledger rows, or a frame of them
+          paper: Iterable[dict] = (),  # the paper's, for further columns
+          down: str = "method",        # field with a line for each of its values
+          across: str = "language",    # field with a column for each of its values
+          panels: str = "task",        # field with a table for each of its values
+          ) -> list[list[list[str]]]:  # grids: lines of cells, the header first
     "Tables in the paper's layout, the paper's numbers beside ours."
-    theirs = estimates.split(estimates.filled(paper, down), panels) if paper else {}
-    ours = estimates.split(estimates.filled(rows, down), panels)
-    return [_grid(value, of, theirs.get(value, []), down, across) for value, of in ours.items()]
+    rows = estimates.filled(ledger.frame(rows), down)
+    paper = estimates.filled(ledger.frame(paper), down)
+    return [_grid(value, of, ledger.matching(paper, {panels: [value]}), down, across)
+            for value, of in estimates.split(rows, panels).items()]
 
 # %% ../../nbs/53_record.figures.ipynb #f3c7e15d
-def _grid(title, rows: list[dict], paper: list[dict], down: str, across: str) -> list[list[str]]:
+def _grid(title, rows, paper, down: str, across: str) -> list[list[str]]: # rows, paper: frames
     "One table, the header first."
-    names = estimates.ordered(ledger.field(row, down) for row in [*rows, *paper])
-    ours = estimates.ordered(ledger.field(row, across) for row in rows)
-    theirs = estimates.ordered(ledger.field(row, across) for row in paper)
-    columns = _columns(rows, down, across, names, ours)
-    columns += _columns(paper, down, across, names, theirs)
-
-    label, _, _ = estimates.unit(rows[0]["metric"])
+    label, _, _ = estimates.unit(rows.metric.iloc[0])
     header = [f"{estimates.named(title)}, {label}"]
-    header += [estimates.named(key) for key in ours]
-    header += [f"{paper[0]['study']}: {estimates.named(key)}" for key in theirs]
-    lines = [[estimates.named(name), *cells] for name, *cells in zip(names, *columns)]
+    names = estimates.ordered([*ledger.field(rows, down), *ledger.field(paper, down)])
+    lines = [[estimates.named(name)] for name in names]
+    for part in (rows, paper):
+        if part.empty: continue
+        keys = estimates.ordered(ledger.field(part, across))
+        source = "" if part is rows else f"{part.study.iloc[0]}: "
+        header += [source + estimates.named(key) for key in keys]
+        cells = _cells(part, down, across).reindex(index=names, columns=keys).fillna("–")
+        for line, more in zip(lines, cells.values.tolist()): line += more
     return [header, *lines]
 
 # %% ../../nbs/53_record.figures.ipynb #c2bbf4de
@@ -240,7 +226,7 @@ class Drawn(NamedTuple):
     "A figure of the catalogue, and what it was made of."
     figure: object | None  # a matplotlib Figure
     grids: list            # its tables
-    rows: list[dict]       # the rows that it shows, the paper's last
+    rows: object           # a frame of the rows that it shows, the paper's last
     missing: list[str]     # rows that it lacks, in words
     caption: str
 
@@ -253,41 +239,36 @@ def draw(entry: Entry,
     """A figure of the catalogue; None and no grids where rows are missing and `partial` is not set.
 
     Raises MaetError for an option that its form does not take."""
+    import pandas as pd
     rows, missing = chosen(entry, ledgers)
-    if not rows or (missing and not partial): return Drawn(None, [], [], missing, entry.caption)
-    paper = paper_rows(entry.paper, papers) if entry.paper else []
+    if rows.empty or (missing and not partial):
+        return Drawn(None, [], ledger.frame([]), missing, entry.caption)
+    paper = paper_rows(entry.paper, papers) if entry.paper else ledger.frame([])
     options = dict(entry.draw)
-    if paper and entry.form == "dots": options["paper"] = _only(paper, entry.only)
+    if entry.paper and entry.form == "dots": options["paper"] = ledger.matching(paper, entry.only)
     try:
-        figure = FORMS[entry.form](_only(rows, entry.only), **options) if entry.form else None
+        shown = ledger.matching(rows, entry.only)
+        figure = FORMS[entry.form](shown, **options) if entry.form else None
         tables = [] if entry.table is None else grids(rows, paper, **entry.table)
     except (TypeError, MaetError) as e: raise MaetError(f"{entry.title}: {e}") from None
     caption = entry.caption
     if missing:
         many = sum(len(wanted(block)) for block in entry.rows)
         caption += f" Incomplete: {len(missing)} of {many} rows are missing."
-    return Drawn(figure, tables, rows + paper, missing, caption)
-
-# %% ../../nbs/53_record.figures.ipynb #909fe39c
-def _only(rows: list[dict], only: dict[str, list]) -> list[dict]:
-    "Rows whose fields have one of these values."
-    for name, values in only.items():
-        rows = [row for row in rows if ledger.field(row, name) in values]
-    return rows
+    return Drawn(figure, tables, pd.concat([rows, paper], ignore_index=True), missing, caption)
 
 # %% ../../nbs/53_record.figures.ipynb #88e0379b
 def standing(done: Drawn) -> str:
     "What a figure has and lacks, in words. The paper's rows are not counted."
-    ours = [row for row in done.rows if row["seed"] is not None]
-    commits = sorted({str(row["commit"]) for row in ours})
-    seeds = {}  # method -> its seeds
-    for row in ours: seeds.setdefault(row["method"], set()).add(row["seed"])
+    ours = done.rows[done.rows.seed.notna()]
+    commits = ", ".join(sorted(set(ours.commit.map(str))))
+    seeds = ours.groupby("method", sort=False).seed.unique()
     each = []
-    for method in estimates.ordered(seeds):
+    for method in estimates.ordered(seeds.index):
         numbers = ", ".join(map(str, sorted(seeds[method])))
         each.append(f"{estimates.named(method)} {numbers}")
     return (f"{len(ours)} rows are there, {len(done.missing)} of those that it needs are missing; "
-            f"made by commits {', '.join(commits) or '-'}; seeds: {'; '.join(each) or 'none yet'}")
+            f"made by commits {commits or '-'}; seeds: {'; '.join(each) or 'none yet'}")
 
 # %% ../../nbs/53_record.figures.ipynb #91032ad7
 def figures(out: str | Path = "figures/mini",      # folder to be

@@ -6,27 +6,27 @@
 __all__ = ['drawn', 'save']
 
 # %% ../../nbs/51b_record.pictures.ipynb #4e7abb05
-import csv, io, json
+import io, json
+from collections.abc import Iterable
 from pathlib import Path
 
 from .estimates import style
+from .ledger import frame
 from ..weights.files import whole
 
 # %% ../../nbs/51b_record.pictures.ipynb #c5b76da3
-COLUMNS = ("study", "scale", "method", "setting", "language", "task", "metric",
-           "value", "stderr", "n", "seed")
+COLUMNS = ["study", "scale", "method", "setting", "language", "task", "metric",
+           "value", "stderr", "n", "seed"]
 
-def as_csv(rows: list[dict], # ledger rows
-           ) -> str:         # COLUMNS, then a line a row; numbers in full
+def as_csv(rows: Iterable[dict], # ledger rows, or a frame of them
+           ) -> str:             # COLUMNS, then a line a row; numbers in full
     "The rows of a figure as text."
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    for row in rows:
-        cells = {column: row[column] for column in COLUMNS}
-        if isinstance(row["setting"], dict): cells["setting"] = json.dumps(row["setting"], sort_keys=True)
-        table.writerow(cells.values())
-    return text.getvalue()
+    table = frame(rows)[COLUMNS]
+    table = table.assign(setting=table.setting.map(_setting_text))
+    return table.to_csv(index=False, lineterminator="\n")
+
+def _setting_text(setting: str | dict) -> str:
+    return json.dumps(setting, sort_keys=True) if isinstance(setting, dict) else setting
 
 # %% ../../nbs/51b_record.pictures.ipynb #54ceb912
 def drawn(figure, kind: str) -> bytes: # png or svg
@@ -55,7 +55,7 @@ def put(path: Path, data: bytes) -> Path:
 # %% ../../nbs/51b_record.pictures.ipynb #c7cdaf1f
 def save(figure,             # a matplotlib Figure
          stem: str | Path,   # path without its ending, e.g. figures/main
-         rows: list[dict],   # the ledger rows that it shows
+         rows: Iterable[dict], # the ledger rows that it shows, or a frame of them
          ) -> list[Path]:    # <stem>.png, <stem>.svg and <stem>.csv
     """Write a figure and its numbers. The same versions of matplotlib give the same bytes.
 

@@ -7,11 +7,10 @@ __all__ = ['scores', 'dots', 'side', 'forest']
 
 # %% ../../nbs/52_record.plots.ipynb #930d20e8
 import math
-
-import numpy as np
+from collections.abc import Iterable
 
 from ..weights.tensors import MaetError
-from .ledger import field
+from .ledger import field, frame
 from maet.record.estimates import (
     Estimate, Look, difference, estimates, filled, foot, look, named, ordered, seeds_shown,
     split, style, unit,
@@ -49,16 +48,16 @@ def _places(languages: list[str]) -> dict[str, float]:
     return places
 
 # %% ../../nbs/52_record.plots.ipynb #431ecc67
-def _draw_groups(ax, rows: list[dict], methods: list[str], languages: list[str]):
+def _draw_groups(ax, rows, methods: list[str], languages: list[str]):
     "A group of bars for each language; a method without a row leaves its place empty."
-    label, factor, digits = unit(rows[0]["metric"])
-    found = estimates(rows, "method", "language")
+    label, factor, digits = unit(rows.metric.iloc[0])
+    found = estimates(rows, "method", "language", factor=factor)
     places, width = _places(languages), 0.8 / len(methods)
     for k, method in enumerate(methods):
         offset = (k - (len(methods) - 1) / 2) * width  # from the middle of the group
         for language in languages:
-            if (method, language) not in found: continue
-            e = found[method, language].times(factor)
+            if (method, language) not in found.index: continue
+            e = found.loc[method, language]
             text = f"{e.value:.{digits}f}" if language == "average" else None
             _draw_bar(ax, places[language] + offset, width * 0.92, e, look(method, methods), text)
     ax.set_xticks(list(places.values()), [named(language) for language in languages])
@@ -74,7 +73,7 @@ def _chance(ax, metric: str, chance: float | None, across: str = "y"):
     draw(factor * chance, color="#555555", lw=0.8, ls=(0, (4, 3)), zorder=2, label="chance")
 
 # %% ../../nbs/52_record.plots.ipynb #b6692ea5
-def scores(rows: list[dict],                # ledger rows
+def scores(rows: Iterable[dict],            # ledger rows, or a frame of them
            methods: list[str] | None = None, # in this order; default: all, in the order of METHODS
            languages: list[str] | None = None, # default: all, `average` last
            tasks: list[str] | None = None,  # a panel each, from top to bottom; default: all
@@ -84,19 +83,20 @@ def scores(rows: list[dict],                # ledger rows
 
     Raises MaetError where there is nothing to draw or too much."""
     from matplotlib.figure import Figure
-    methods = methods or ordered(row["method"] for row in rows)
-    languages = languages or ordered(row["language"] for row in rows)
+    rows = frame(rows)
+    methods = methods or ordered(rows.method)
+    languages = languages or ordered(rows.language)
     if len(methods) > 6:
         given = f"{len(methods)} were given"
         raise MaetError(f"bars have room for 6 methods, and {given}; `dots` takes more")
-    chosen = [row for row in rows if row["method"] in methods and row["language"] in languages]
-    panels = split(chosen, "task", tasks)
+    shown = rows[rows.method.isin(methods) & rows.language.isin(languages)]
+    panels = split(shown, "task", tasks)
     with style():
         figure = Figure(figsize=(6.5, 0.6 + 2.1 * len(panels)))
         axes = figure.subplots(len(panels), squeeze=False)[:, 0]
         for ax, (task, of) in zip(axes, panels.items()):
             _draw_groups(ax, of, methods, languages)
-            _chance(ax, of[0]["metric"], (chance or {}).get(task))
+            _chance(ax, of.metric.iloc[0], (chance or {}).get(task))
             ax.set_title(named(task))
         foot(figure, rows, seeds_shown(rows))
         _legend(figure, methods)
@@ -117,9 +117,9 @@ def _legend(figure, methods: list[str]):
                   handlelength=1.6, columnspacing=1.4)
 
 # %% ../../nbs/52_record.plots.ipynb #5b0ea364
-def _with_margin(text: str, margin: float, digits: int) -> str:
+def _with_margin(text: str, margin: float, digits: int, between: str = " ± ") -> str:
     "A number in print, with its margin if that is known."
-    return f"{text} ± {margin:.{digits}f}" if margin else text
+    return f"{text}{between}{margin:.{digits}f}" if margin else text
 
 # %% ../../nbs/52_record.plots.ipynb #fc074d50
 MARKER_SIZES = {"*": 9, "D": 4.5, "s": 5}  # points; others 6, so that all look equally large
@@ -149,30 +149,30 @@ def _named_lines(ax, names: list):
     ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/52_record.plots.ipynb #fbae1959
-def _draw_dots(ax, rows: list[dict], by: str, names: list[str], chance: float | None):
+def _draw_dots(ax, rows, by: str, names: list[str], chance: float | None):
     "One line for each name; one that has no row here keeps an empty line."
-    label, factor, digits = unit(rows[0]["metric"])
-    found = {name: e.times(factor) for (name,), e in estimates(rows, by).items()}
+    metric = rows.metric.iloc[0]
+    label, factor, digits = unit(metric)
+    found = estimates(rows, by, factor=factor)
     for y, name in enumerate(names):
-        if name in found: _draw_dot(ax, y, found[name], look(name, names), digits)
-    if "base" in found: ax.axvline(found["base"].value, color="#8C8C8C", lw=0.8, ls=":", zorder=1)
-    _chance(ax, rows[0]["metric"], chance, "x")
+        if name in found.index: _draw_dot(ax, y, found.loc[name], look(name, names), digits)
+    if "base" in found.index: ax.axvline(found.value["base"], color="#8C8C8C", lw=0.8, ls=":", zorder=1)
+    _chance(ax, metric, chance, "x")
     ax.set(xlabel=label, ylim=(len(names) - 0.4, -0.6))
     _named_lines(ax, names)
     for tick in ax.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() == "MAET" else "normal")
 
 # %% ../../nbs/52_record.plots.ipynb #e78ace2d
-def _sorted(rows: list[dict], paper: list[dict], by: str, lowest_first: bool) -> list:
+def _sorted(rows, paper, by: str, lowest_first: bool) -> list:
     "The values of a field by our estimates, those that only the paper has at the end."
-    found = {name: e.value for (name,), e in estimates(rows, by).items()}
-    theirs = ordered(field(row, by) for row in paper)
-    ours = sorted(found, key=found.get, reverse=not lowest_first)
-    return ours + [name for name in theirs if name not in found]
+    means = estimates(rows, by).value
+    ours = list(means.sort_values(ascending=lowest_first, kind="stable").index)
+    return ours + [name for name in ordered(field(paper, by)) if name not in ours]
 
 # %% ../../nbs/52_record.plots.ipynb #5b384ce3
-def dots(rows: list[dict],             # ledger rows, one for each name and seed of a panel
-         paper: list[dict] = (),       # rows of the paper's numbers, for a second column
+def dots(rows: Iterable[dict],         # ledger rows, one for each name and seed of a panel
+         paper: Iterable[dict] = (),   # rows of the paper's numbers, for a second column
          by: str = "method",           # field with a line a value; who lacks it is named by its method
          panels: str = "task",         # field with a panel for each of its values
          chance: dict[str, float] | None = None, # value of `panels` -> what guessing scores
@@ -180,30 +180,30 @@ def dots(rows: list[dict],             # ledger rows, one for each name and seed
          ):                            # a matplotlib Figure, 6.5 inches wide
     "A dot with its 95 % interval for each method, sorted; the paper's beside it."
     from matplotlib.figure import Figure
-    rows, paper = filled(rows, by), filled(paper, by)
+    rows, paper = filled(frame(rows), by), filled(frame(paper), by)
     ours = split(rows, panels)
-    theirs = split(paper, panels) if paper else {}
-    order = {value: _sorted(of, theirs.get(value, ()), by, lowest_first)
-             for value, of in ours.items()}
+    theirs = {value: paper[field(paper, panels) == value] for value in ours}
+    order = {value: _sorted(of, theirs[value], by, lowest_first) for value, of in ours.items()}
     heights = [0.55 + 0.155 * len(names) for names in order.values()]
     with style():
         figure = Figure(figsize=(6.5, 0.2 + sum(heights)))
-        grid = figure.subplots(len(ours), 2 if paper else 1, squeeze=False, height_ratios=heights)
+        across = 1 if paper.empty else 2
+        grid = figure.subplots(len(ours), across, squeeze=False, height_ratios=heights)
         for (left, *right), (value, names) in zip(grid, order.items()):
             _draw_dots(left, ours[value], by, names, (chance or {}).get(value))
-            left.set_title(f"{named(value)}: here, {rows[0]['scale']}", loc="left")
-            for ax in right: _draw_beside(ax, theirs.get(value), paper[0], value, by, names)
-        dotted = any(row["method"] == "base" for row in rows)
+            left.set_title(f"{named(value)}: here, {rows.scale.iloc[0]}", loc="left")
+            for ax in right: _draw_beside(ax, theirs[value], value, by, names)
+        dotted = (rows.method == "base").any()
         foot(figure, rows, seeds_shown(rows), "dotted: the base" if dotted else "")
     return figure
 
 # %% ../../nbs/52_record.plots.ipynb #6d4e2100
-def _draw_beside(ax, rows: list[dict] | None, source: dict, value, by: str, names: list[str]):
+def _draw_beside(ax, rows, value, by: str, names: list[str]):
     "The paper's dots on the lines of ours; nothing where it has none of this panel."
-    if rows:
+    if rows.empty: ax.set_axis_off()
+    else:
         _draw_dots(ax, rows, by, names, None)
-        ax.set_title(f"{named(value)}: {source['study']}, {source['scale']}", loc="left")
-    else: ax.set_axis_off()
+        ax.set_title(f"{named(value)}: {rows.study.iloc[0]}, {rows.scale.iloc[0]}", loc="left")
     ax.set_yticklabels([])
 
 # %% ../../nbs/52_record.plots.ipynb #761f22b2
@@ -237,17 +237,14 @@ def _level(ax, e: Estimate, look: Look):
     ax.axhspan(low, high, facecolor=look.colour, alpha=0.25, lw=0, zorder=0)
 
 # %% ../../nbs/52_record.plots.ipynb #f5be5a81
-def _curve(ax, points: dict[float, Estimate], look: Look):
+def _curve(ax, points, look: Look): # points: estimates by place on the x axis
     "One line over the setting with its band."
-    xs = list(points)
-    values = [e.value for e in points.values()]
-    low = [e.value - e.margin for e in points.values()]
-    high = [e.value + e.margin for e in points.values()]
-    ax.fill_between(xs, low, high, facecolor=look.colour, alpha=0.2, lw=0)
-    ax.plot(xs, values, "--" if look.second else "-", color=look.colour, lw=1.4)
+    low, high = points.value - points.margin, points.value + points.margin
+    ax.fill_between(points.index, low, high, facecolor=look.colour, alpha=0.2, lw=0)
+    ax.plot(points.value, "--" if look.second else "-", color=look.colour, lw=1.4)
     size = MARKER_SIZES.get(look.marker, 6) - 1
     fill = "white" if look.second else look.colour
-    ax.plot(xs, values, look.marker, ms=size, mfc=fill, mec="#333333", mew=0.5)
+    ax.plot(points.value, look.marker, ms=size, mfc=fill, mec="#333333", mew=0.5)
 
 # %% ../../nbs/52_record.plots.ipynb #73a3070a
 def _name_ends(ax, ends: dict[str, float]):
@@ -261,27 +258,33 @@ def _name_ends(ax, ends: dict[str, float]):
     ax.set_ylim(low, high)
 
 # %% ../../nbs/52_record.plots.ipynb #0286dd55
-def _draw_lines(ax, rows: list[dict], x: str, by: str, chance: float | None):
+def _draw_lines(ax, rows, x: str, by: str, chance: float | None):
     "Curves, levels, and a name at the right end of each."
-    label, factor, _ = unit(rows[0]["metric"])
-    found = {}  # name -> {place on the x axis: estimate}; the place of a level is None
-    for (name, place), e in estimates(rows, by, x).items():
-        found.setdefault(name, {})[place] = e.times(factor)
-    names, ends = ordered(found), {}
+    metric = rows.metric.iloc[0]
+    label, factor, _ = unit(metric)
+    found = estimates(rows, by, x, factor=factor)
+    names, ends = ordered(found.index.unique(by)), {}
     for name in names:
-        level = found[name].pop(None, None)
-        curve = dict(sorted(found[name].items()))
-        if curve: _curve(ax, curve, look(name, names))
-        else: _level(ax, level, look(name, names))
-        last = list(curve.values())[-1] if curve else level
+        of = found.loc[name]
+        curve = of[of.index.notna()].sort_index()  # a level has no place on the x axis
+        if len(curve): _curve(ax, curve, look(name, names))
+        else: _level(ax, of.iloc[0], look(name, names))
+        last = of.iloc[0] if curve.empty else curve.iloc[-1]
         ends[name] = last.value
-    _chance(ax, rows[0]["metric"], chance)
+    _chance(ax, metric, chance)
     if chance is not None: ends["chance"] = factor * chance
     _name_ends(ax, ends)
     ax.set_ylabel(label)
 
+# %% ../../nbs/52_record.plots.ipynb #55adb1c5
+def _panels(figure, down: int, across: int, count: int) -> list: # the first `count` axes
+    "Axes of one size, line by line; places without a panel stay empty."
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for ax in axes[count:]: ax.set_axis_off()
+    return axes[:count]
+
 # %% ../../nbs/52_record.plots.ipynb #610f3437
-def lines(rows: list[dict],           # ledger rows
+def lines(rows: Iterable[dict],       # ledger rows, or a frame of them
           x: str,                     # field with a number; rows without it are levels
           xlabel: str,                # of that number, with its unit
           by: str = "method",         # field with a line for each of its values
@@ -291,38 +294,32 @@ def lines(rows: list[dict],           # ledger rows
           ):                          # a matplotlib Figure, 6.5 inches wide
     "Estimates over a numeric setting, with bands of 95 %."
     from matplotlib.figure import Figure
+    rows = frame(rows)
     parts = split(rows, panels)
     across = min(len(parts), 2)
     down = math.ceil(len(parts) / across)
     with style():
         figure = Figure(figsize=(6.5, 0.3 + 2.1 * down))
-        axes = list(figure.subplots(down, across, squeeze=False).flat)
-        for ax, (value, of) in zip(axes, parts.items()):
+        for ax, (value, of) in zip(_panels(figure, down, across, len(parts)), parts.items()):
             _draw_lines(ax, of, x, by, (chance or {}).get(value))
             ax.set(title=named(value), xlabel=xlabel, xscale="log" if log else "linear")
-        for ax in axes[len(parts):]: ax.set_axis_off()
         foot(figure, rows)
     return figure
 
 # %% ../../nbs/52_record.plots.ipynb #fe2ef495
-def _written(e: Estimate, digits: int, margins: bool) -> str:
-    "A cell's number."
-    text = f"{e.value:.{digits}f}"
-    return f"{text} ±{e.margin:.{digits}f}" if margins and e.margin else text
-
-def _draw_heat(ax, cells: dict[tuple, Estimate], shades: dict, digits: int, margins: bool):
+def _draw_heat(ax, cells, shades: dict, digits: int, margins: bool): # cells: estimates by x and y
     "Cells of one panel; a combination without a row stays empty. `shades`: colour map and its ends."
     import seaborn as sns
-    xs, ys = (ordered(values) for values in zip(*cells))
-    values = np.full((len(ys), len(xs)), np.nan)
-    texts = np.full(values.shape, "", dtype=object)
-    for (x, y), e in cells.items():
-        place = ys.index(y), xs.index(x)
-        values[place], texts[place] = e.value, _written(e, digits, margins)
+    x, y = cells.index.names
+    xs, ys = ordered(cells.index.unique(x)), ordered(cells.index.unique(y))
+    texts = [_with_margin(f"{e.value:.{digits}f}", e.margin if margins else 0, digits, " ±")
+             for e in cells.itertuples()]
+    cells = cells.assign(text=texts).reset_index().pivot(index=y, columns=x).reindex(ys)
     size = 7 if len(xs) < 10 else 5
     if margins: size = 6
-    sns.heatmap(values, annot=texts, fmt="", annot_kws={"size": size}, cbar=False, ax=ax, linewidths=0.5,
-                xticklabels=[named(x) for x in xs], yticklabels=[named(y) for y in ys], **shades)
+    sns.heatmap(cells.value[xs], annot=cells.text[xs], fmt="", annot_kws={"size": size}, cbar=False,
+                ax=ax, linewidths=0.5, xticklabels=[named(x) for x in xs],
+                yticklabels=[named(y) for y in ys], **shades)
     ax.invert_yaxis()
     ax.grid(visible=False)
     ax.tick_params(length=0)
@@ -330,28 +327,32 @@ def _draw_heat(ax, cells: dict[tuple, Estimate], shades: dict, digits: int, marg
     ax.tick_params("x", rotation=0)
 
 # %% ../../nbs/52_record.plots.ipynb #85b6ff0c
-def _shades(every: list[Estimate], centre: float | None) -> dict:
+def _shades(every, centre: float | None) -> dict: # every: estimates
     "A colour map and its ends. With a centre, colours run both ways from it."
-    values = [e.value for e in every]
-    if centre is None: return dict(cmap="cividis", vmin=min(values), vmax=max(values))
-    widest = max(e.margin for e in every)  # what is no more than noise stays pale
-    far = max(widest, *(abs(value - centre) for value in values)) or 1
+    if centre is None: return dict(cmap="cividis", vmin=every.value.min(), vmax=every.value.max())
+    widest = every.margin.max()  # what is no more than noise stays pale
+    far = max(widest, (every.value - centre).abs().max()) or 1
     return dict(cmap="PuOr", vmin=centre - far, vmax=centre + far)
 
 # %% ../../nbs/52_record.plots.ipynb #c8e5a9cf
-def _numbers(every: list[Estimate], what: str, digits: int) -> str:
+def _numbers(every, what: str, digits: int) -> str: # every: estimates
     "The line under a heat map: what its numbers are, and how sure."
-    counts = [len(e.seeds) for e in every]
-    least, most = min(counts), max(counts)
+    counts = every.seeds.map(len)
+    least, most = counts.min(), counts.max()
     seeds = f"mean of {least} to {most} seeds"
     if least == most: seeds = f"mean of {most} seeds"
     if most < 2: seeds = "one seed"
-    widest = max(e.margin for e in every)
+    widest = every.margin.max()
     sure = f"; 95 % intervals up to ±{widest:.{digits}f}" if widest else ""
     return f"numbers: {what}, {seeds}{sure}"
 
+# %% ../../nbs/52_record.plots.ipynb #8194155a
+def _most(parts: dict, name: str) -> int: # parts: value -> estimates
+    "How many values of a field the largest panel has."
+    return max(len(cells.index.unique(name)) for cells in parts.values())
+
 # %% ../../nbs/52_record.plots.ipynb #827bfc45
-def heat(rows: list[dict],           # ledger rows
+def heat(rows: Iterable[dict],       # ledger rows, or a frame of them
          x: str, y: str,             # fields: columns from left to right, rows from bottom to top
          xlabel: str, ylabel: str,
          panels: str | None = None,  # field with a panel for each of its values, side by side
@@ -360,39 +361,27 @@ def heat(rows: list[dict],           # ledger rows
          across: int = 3,            # panels side by side
          ):                          # a matplotlib Figure, 6.5 inches wide
     "A number for each combination of two fields, as colour and text; all panels share one scale."
+    import pandas as pd
     from matplotlib.figure import Figure
+    rows = frame(rows)
     parts = split(rows, panels)
-    label, factor, digits = unit(rows[0]["metric"])
-    parts = {value: _cells(of, x, y, factor) for value, of in parts.items()}
-    every = [e for cells in parts.values() for e in cells.values()]
+    label, factor, digits = unit(rows.metric.iloc[0])
+    parts = {value: estimates(of, x, y, factor=factor) for value, of in parts.items()}
+    every = pd.concat(parts.values())
     shades = _shades(every, None if centre is None else factor * centre)
     across = min(across, len(parts))
     down = math.ceil(len(parts) / across)
-    wide, tall = _most(parts, 0), _most(parts, 1)
-    margins = any(e.margin > 0 for e in every) and across * wide <= 8
+    wide, tall = _most(parts, x), _most(parts, y)
+    margins = every.margin.any() and across * wide <= 8
     with style():
         figure = Figure(figsize=(6.5, 0.4 + down * (0.75 + 0.21 * tall)))
-        axes = list(figure.subplots(down, across, squeeze=False).flat)
-        for ax, (value, cells) in zip(axes, parts.items()):
+        for ax, (value, cells) in zip(_panels(figure, down, across, len(parts)), parts.items()):
             _draw_heat(ax, cells, shades, digits, margins)
             name = "" if value is None else title.format(named(value))
             ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
-        for ax in axes[len(parts):]: ax.set_axis_off()
         what = label if centre is None else difference(label)
         figure.supxlabel(_numbers(every, what, digits), fontsize=7, color="#555555")
     return figure
-
-# %% ../../nbs/52_record.plots.ipynb #480a73e8
-def _cells(rows: list[dict], x: str, y: str, factor: float) -> dict[tuple, Estimate]:
-    "The values of two fields -> an estimate in the unit of print."
-    return {key: e.times(factor) for key, e in estimates(rows, x, y).items()}
-
-def _most(parts: dict[str, dict[tuple, Estimate]], axis: int) -> int:
-    "How many places along an axis the largest panel has."
-    most = 0
-    for cells in parts.values():
-        most = max(most, len({key[axis] for key in cells}))
-    return most
 
 # %% ../../nbs/52_record.plots.ipynb #e1822db4
 VERDICTS = {1: ("above", "#12284C", ">"),
@@ -406,12 +395,12 @@ def side(e: Estimate) -> int: # 1, 0, -1
     return 1 if e.value > 0 else -1
 
 # %% ../../nbs/52_record.plots.ipynb #a0c6f462
-def _draw_forest(ax, rows: list[dict], label: str):
+def _draw_forest(ax, rows, label: str):
     "One line for each difference, in the order of the rows."
-    name, factor, digits = unit(rows[0]["metric"])
-    found = {value: e.times(factor) for (value,), e in estimates(rows, label).items()}
+    name, factor, digits = unit(rows.metric.iloc[0])
+    found = estimates(rows, label, factor=factor)
     edge = dict(xycoords=ax.get_yaxis_transform(), va="center", fontsize=6.5)
-    for y, e in enumerate(found.values()):
+    for y, e in enumerate(found.itertuples()):
         word, colour, marker = VERDICTS[side(e)]
         look = dict(fmt=marker, ms=5, color=colour, elinewidth=1.2, capsize=2, zorder=3)
         ax.errorbar(e.value, y, xerr=e.margin, **look)
@@ -421,23 +410,19 @@ def _draw_forest(ax, rows: list[dict], label: str):
         ax.annotate(f"{amount}  {word}", (1.01, y), **edge)
     ax.axvline(0, color="black", lw=0.8, zorder=2)
     ax.set(xlabel=difference(name), ylim=(len(found) - 0.4, -0.6))
-    _named_lines(ax, list(found))
-
-# %% ../../nbs/52_record.plots.ipynb #bf6c8413
-def _count(rows: list[dict], name: str) -> int:
-    "How many values a field takes."
-    return len({field(row, name) for row in rows})
+    _named_lines(ax, list(found.index))
 
 # %% ../../nbs/52_record.plots.ipynb #f95b8a1c
-def forest(rows: list[dict],             # ledger rows whose value is a difference
+def forest(rows: Iterable[dict],         # ledger rows whose value is a difference
            label: str = "setting.minus", # field that names a line
            panels: str | None = "task",  # field with a panel for each of its values
            title: str = "{}",            # of a panel; {} is its value
            ):                            # a matplotlib Figure, 6.5 inches wide
     "Differences with 95 % intervals against zero."
     from matplotlib.figure import Figure
+    rows = frame(rows)
     parts = split(rows, panels)
-    heights = [0.6 + 0.17 * _count(of, label) for of in parts.values()]
+    heights = [0.6 + 0.17 * field(of, label).nunique() for of in parts.values()]
     with style():
         figure = Figure(figsize=(6.5, 0.2 + sum(heights)))
         axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]

@@ -9,12 +9,12 @@ __all__ = ['report']
 import base64, html, json, re
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from . import claim_figures, claims, estimates, figures, ledger, pictures
+from . import claim_figures, claims, figures, ledger, pictures
 from ..weights.tensors import MaetError, parse_json, reading
 from ..training.settings import recipes
 
@@ -153,10 +153,10 @@ def of_claims(ledgers: Path, papers: Path) -> str:
     return "\n".join(parts)
 
 # %% ../../nbs/55_record.report.ipynb #bd307a3e
-def of_recipes(rows: list[dict]) -> str:
+def of_recipes(rows) -> str: # rows: a frame
     "The recipes of the scales that the rows name."
     shipped, parts = recipes(), []
-    for scale in dict.fromkeys(row["scale"] for row in rows):
+    for scale in rows.scale.unique():
         name = f"{scale}.yml"
         if name not in shipped: continue
         text = (files("maet") / "recipes" / name).read_text(encoding="utf-8")
@@ -164,41 +164,37 @@ def of_recipes(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 # %% ../../nbs/55_record.report.ipynb #3c4ca52d
-def of_versions(rows: list[dict]) -> str:
+def of_versions(rows) -> str: # rows: a frame
     "With which code and packages the studies were measured."
-    studies = {}  # (commit, packages) -> names, each once
-    for row in rows:
-        versions = sorted(row["versions"].items())
-        packages = ", ".join(f"{name} {version}" for name, version in versions)
-        code = row["commit"] or "no commit", packages
-        studies.setdefault(code, {})[row["study"]] = None
-    lines = [f"**{', '.join(names)}** at `{commit}`: {packages}"
-             for (commit, packages), names in studies.items()]
+    def listed(versions):
+        return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+    rows = rows.assign(packages=rows.versions.map(listed), commit=rows.commit.fillna("no commit"))
+    lines = []
+    for (commit, packages), of in rows.groupby(["commit", "packages"], sort=False):
+        lines.append(f"**{', '.join(of.study.unique())}** at `{commit}`: {packages}")
     return as_html("\n\n".join(lines))
 
 # %% ../../nbs/55_record.report.ipynb #85322ce1
-def of_cost(rows: list[dict]) -> str:
+def of_cost(rows) -> str: # rows: a frame
     "Rows, seeds and seconds of exams by study. All languages of an exam share one measurement of its time."
     lines = [["study", "rows", "seeds", "seconds of exams"]]
-    for study, of in estimates.split(rows, "study").items():
-        seeds = {row["seed"] for row in of}
-        exams = {}  # what tells exams apart -> seconds
-        for row in of:
-            setting = json.dumps(row["setting"], sort_keys=True)
-            exams[row["method"], row["task"], row["seed"], setting] = row["seconds"] or 0
-        seconds = f"{sum(exams.values()):.0f}" if any(exams.values()) else "–"
-        lines.append([study, str(len(of)), str(len(seeds)), seconds])
+    exam = ["method", "task", "seed", "setting"]  # what tells exams of a study apart
+    rows = rows.assign(setting=rows.setting.map(partial(json.dumps, sort_keys=True)))
+    for study, of in rows.groupby("study", sort=False):
+        seconds = of.drop_duplicates(exam, keep="last").seconds.fillna(0).sum()
+        text = f"{seconds:.0f}" if seconds else "–"
+        lines.append([study, str(len(of)), str(of.seed.nunique(dropna=False)), text])
     return table(lines)
 
 # %% ../../nbs/55_record.report.ipynb #910780e3
 def study_page(ledgers: Path, papers: Path) -> str:
     "The page of the study."
-    rows = []
-    for path in sorted(ledgers.glob("*.jsonl")): rows += ledger.read(path)
-    studies = {row["study"] for row in rows}
+    import pandas as pd
+    rows = pd.concat([ledger.read(path) for path in sorted(ledgers.glob("*.jsonl"))])
     drawn, lacking = of_figures(ledgers, papers)
     missing = "".join(f"<li>{words(line)}</li>" for line in lacking)
-    lead = (f"{len(rows)} measurements of {len(studies)} studies. Every number on this page "
+    lead = (f"{len(rows)} measurements of {rows.study.nunique()} studies. Every number on this page "
             "is a row of a ledger, or of a paper's table, which is then said. "
             "A value is followed by half of its 95 % interval over items and seeds.")
     return page("maet: the study", lead, [

@@ -18,7 +18,7 @@ import torch
 from ..exams.asking import ask
 from ..exams.exams import exam
 from ..record.estimates import METHODS
-from ..record.ledger import append, commit, read_scores, versions
+from ..record.ledger import append, commit, frame, matching, read_scores, versions
 from .algorithm import Pipeline
 from .pupils import Piece, Pupil, SEARCHED
 from .recipes import Recipe
@@ -205,30 +205,24 @@ def tests(recipe: Recipe, rules: Rules, seed: int, store: Store) -> list[dict]:
     return [shared | row for row in found]
 
 # %% ../../nbs/69_study.search.ipynb #2d01aa89
-def _average(rows: list[dict], **setting) -> dict:
+def _average(rows, **setting): # a frame; gives its row
     "The average over languages in a setting: of a difference if `minus` is in it, else of a score."
-    for row in rows:
-        if row["language"] != "average" or "metric" not in row: continue
-        same_sort = ("minus" in row["setting"]) == ("minus" in setting)
-        if same_sort and row["setting"].items() >= setting.items(): return row
-    raise KeyError(f"no row of the average with {setting}")
+    setting = {"minus": None} | setting
+    where = {f"setting.{key}": [value] for key, value in setting.items()}
+    return matching(rows, {"language": ["average"]} | where).iloc[0]
 
-def _summary_line(rows: list[dict], rules: Rules) -> str:
-    "`rows`: of one task and one method."
+def _summary_line(rows, rules: Rules) -> str:
+    "`rows`: a frame, of one task and one method."
     scores = [_average(rows, part="dev", trial=1), _average(rows, part="dev", trial=rules.trials),
               _average(rows, constants="default"), _average(rows, constants="chosen")]
     gain = _average(rows, constants="chosen", minus="default")
-    value, stderr = gain["value"], gain["stderr"]
+    chosen = matching(rows, {"metric": ["constant"], "setting.constants": ["chosen"]})
+    constants = [f"{name} {value:g}" for name, value in zip(chosen["setting.constant"], chosen.value)]
 
-    constants = []
-    for row in rows:
-        setting = row["setting"]
-        if setting.get("constant") and setting["constants"] == "chosen":
-            constants.append(f"{setting['constant']} {row['value']:g}")
-
-    cells = [rows[0]["task"], METHODS[rows[0]["method"]]]
-    cells += [f"{100 * row['value']:.1f}" for row in scores]
-    cells.append(f"{100 * value:+.1f} ±{100 * stderr:.1f}, {compared(value, stderr)} the default")
+    cells = [gain.task, METHODS[gain.method]]
+    cells += [f"{100 * row.value:.1f}" for row in scores]
+    cells.append(f"{100 * gain.value:+.1f} ±{100 * gain.stderr:.1f}, "
+                 f"{compared(gain.value, gain.stderr)} the default")
     cells.append(", ".join(constants))
     return f"| {' | '.join(cells)} |"
 
@@ -239,9 +233,9 @@ HEAD = ("| ability | method | dev, default | dev, chosen | test, default | test,
 def summary(rows: list[dict], rules: Rules) -> str: # Markdown
     "A line for each ability and method: dev and test, default and chosen, and the constants."
     lines = [HEAD, "| --- " * 8 + "|"]
-    tasks = dict.fromkeys(row["task"] for row in rows)
-    for task, method in product(tasks, rules.methods):
-        of_both = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+    rows = frame(rows)
+    for task, method in product(rows.task.unique(), rules.methods):
+        of_both = rows[(rows.task == task) & (rows.method == method)]
         lines.append(_summary_line(of_both, rules))
     return "\n".join(lines)
 
