@@ -194,9 +194,11 @@ def plan(
 # %% ../nbs/90_cli.ipynb #eb944b4b
 @app.command()
 def locate(
-    base: Base,
-    tuned: Model,
-    out: Out,
+    base: Annotated[str, typer.Argument(
+        help="A checkpoint folder or a hub id; or RECIPE.yml with base, corpora, training.")],
+    tuned: Annotated[Optional[str], typer.Argument(
+        help="What came of it: a checkpoint, an adapter, BASE+ADAPTER or a pack.")] = None,
+    out: Out = Path("keys.safetensors"),
     ratio: Annotated[float, typer.Option(help="Share of neurons to take (k1).")] = 0.05,
     granularity: Annotated[str, typer.Option(
         help="What a neuron is: element, row or column.")] = "element",
@@ -205,14 +207,32 @@ def locate(
              "and norms.")] = "all",
     allow_mismatch: Mismatch = False,
 ):
-    """Find the key neurons: what training moved most, over the whole model (Eq. 1).
+    """Find the key neurons of a whole model (Eq. 1): what training moved most, or, from a recipe,
+    those whose gradients over a text add up to most. The recipe then says ratio, granularity, kinds.
 
-    Example: maet locate base/ tuned/ --ratio 0.05 --out keys.safetensors"""
+    Example: maet locate base/ tuned/ --ratio 0.05 --out keys.safetensors
+
+    Example: maet locate probe.yml --out keys.safetensors"""
     kinds = kinds if kinds == "all" else kinds.split(",")
     found = verbs.locate(base, tuned, out, ratio, granularity, kinds, allow_mismatch)
-    neurons = found["neurons"]
+    typer.echo(_of_keys(out, found))
+
+# %% ../nbs/90_cli.ipynb #0d26d92e
+def _of_keys(out: Path, found: dict) -> str:
+    "What there is to say of a keys file, and what to be warned of."
+    from maet.method.key_shares import describe, key_shares, warning
+    neurons, ties = found["neurons"], found["ties"]
+    kinds = key_shares(found["counts"], found["shapes"])
     count = f"{neurons['key']} of {neurons['all']} neurons"
-    typer.echo(f"{out}: {count}, importance from {found['threshold']:.3g}")
+    told = [f"{out}: {count}, importance from {found['threshold']:.3g}", describe(kinds),
+            describe(key_shares(found["counts"], found["shapes"], "layer"))]
+    drawn = f"{ties['key']} of {ties['equal']} neurons that tie at the threshold were drawn by lot"
+    if ties["key"] < ties["equal"]:
+        share = ties["key"] / neurons["key"]
+        told.append(f"{share:.1%} of the key neurons: {drawn}")
+        if share > .1: told.append("warning: a large share; rank a pack of moves in float32 instead")
+    if warning(kinds): told.append(f"warning: {warning(kinds)}")
+    return "\n".join(told)
 
 # %% ../nbs/90_cli.ipynb #93bbe2fc
 PackBase = Annotated[Optional[str], typer.Argument(

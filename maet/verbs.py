@@ -147,28 +147,54 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
     return f"{needed}\n\nevery row that `maet run` knows, at one budget:\n{cost_table(what, start)}"
 
 # %% ../nbs/89_verbs.ipynb #bc6cc6bd
-def locate(base: str | Path,              # before training
-           tuned: str | Path,             # after it: a checkpoint, an adapter or BASE+ADAPTER
-           out: str | Path,               # the keys file to be
+def locate(base: str | Path,              # before training; or a recipe: base, corpora, training
+           tuned: str | Path | None = None, # after it: a checkpoint, an adapter or a pack
+           out: str | Path = "keys.safetensors", # the keys file to be
            ratio: float = 0.05,           # k1, the share of neurons to take, in (0, 1]
            granularity: str = "element",  # what a neuron is: element, row or column
            kinds: str | list[str] = "all", # of ranked tensors, such as ["attention", "mlp"]
            allow_mismatch: bool = False,  # only warn where the same shapes have another meaning
-           ) -> dict:                     # ratio, granularity, kinds, threshold, neurons, counts
-    """Find the key neurons: what training moved most, over the whole model (Eq. 1).
+           ) -> dict: # ratio, granularity, kinds, threshold, neurons, ties, counts, shapes
+    """Find the key neurons, over the whole model (Eq. 1): what training moved most; or, from a
+    recipe, those whose gradients over a text add up to most. It then says ratio and the rest.
+
+    Called again after a kill, a recipe goes on where it was.
 
     >>> found = maet.locate("base", "tuned", "keys.safetensors", ratio=0.05)
     >>> round(found["neurons"]["key"] / found["neurons"]["all"], 2)
     0.05
     """
     from maet.method.locate import locate
-    from maet.weights.adapted import open_checkpoint
     from maet.weights.checkpoints import Checkpoint
 
-    before = Checkpoint(base)
-    after = open_checkpoint(tuned, before)
-    return locate(before, after, ratio, granularity, out,
-                  kinds=kinds, allow_mismatch=allow_mismatch)
+    if tuned is None:
+        found, before = _located(base, out)
+    else:
+        before = Checkpoint(base)
+        found = locate(before, _tuned(tuned, before), ratio, granularity, out, kinds=kinds,
+                       allow_mismatch=allow_mismatch)
+    return found | {"shapes": {name: before.shape(name) for name in before.names}}
+
+# %% ../nbs/89_verbs.ipynb #89b9612b
+def _tuned(tuned: str | Path, before):
+    "What says how far each neuron moved: a pack, or a checkpoint or adapter."
+    from maet.weights.adapted import open_checkpoint
+    from maet.weights.packs import open_pack
+
+    if Path(tuned).is_file() and Path(tuned).suffix == ".safetensors": return open_pack(tuned)
+    return open_checkpoint(tuned, before)
+
+# %% ../nbs/89_verbs.ipynb #a576b5f6
+def _located(recipe: str | Path, out: str | Path): # what `locate` found; the base
+    "Key neurons from a text."
+    from maet.study.algorithm import Probe, locate_run
+    from maet.study.plan import must_fit
+    from maet.training.settings import load
+    from maet.weights.checkpoints import Checkpoint, local
+
+    what = load(Probe, recipe)
+    must_fit(what)
+    return locate_run(what, out), Checkpoint(local(what.base))
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6
 def pack(base: str | Path,                # before training

@@ -149,7 +149,8 @@ def scores_of(difference: Difference | Pack, name: str,
         yield scores
 
 # %% ../../nbs/33_method.locate.ipynb #92cfceb3
-def over(difference: Difference | Pack, work: Callable) -> Iterator: # ((tensor, start, stop), its result)
+def over(difference: Difference | Pack,
+         work: Callable) -> Iterator: # ((tensor, start, stop), its result)
     "Do work(tensor, start, stop) for every piece, in threads; results come in order, with a bar."
     jobs = []
     for name, shape in difference.shapes.items():
@@ -353,12 +354,9 @@ def locate(base: Checkpoint,  # before training
            share: str = "neurons", # what k1 is a share of: neurons or scalars
            kinds: str | list[str] = "all", # of tensors that are ranked; others have no key neuron
            allow_mismatch: bool = False,   # of configurations that give numbers another meaning
-           ) -> dict: # the settings, threshold, neurons (all and key), counts (key scalars by tensor)
-    """Write the masks of the top k1 % of neurons by Eq. 1.
-
-    Raises MaetError for NaN, differing shapes, a wrong ratio, a kind that is not there, and where
-    fewer neurons moved than are wanted.
-    """
+           ) -> dict: # settings, threshold, neurons, ties (all, key), counts (key scalars by tensor)
+    """Write the masks of the top k1 % of neurons by Eq. 1. Raises MaetError for NaN, differing shapes,
+    a wrong ratio, a kind that is not there, and where fewer neurons moved than are wanted."""
     if share not in ("neurons", "scalars"):
         raise MaetError(f"share: {share!r} is neither neurons nor scalars")
     difference = _of_kinds(tuned, base, kinds, allow_mismatch)

@@ -173,7 +173,7 @@ def lots(name: str,      # of a tensor
 
 # %% ../../nbs/32_method.neurons.ipynb #1012984a
 class Key(NamedTuple):
-    "Key are the neurons above `threshold`; and of those that equal it `ties`, the highest lots first."
+    "Key are the neurons above `threshold`, and of those that equal it the `ties` with the highest lots."
     threshold: float
     ties: int       # how many of exactly this importance are key, at least 1
     equal: int      # how many are of exactly this importance
@@ -186,7 +186,7 @@ def equal_lots(name: str, start: int, scores: Tensor, threshold: float) -> Tenso
     return lots(name, torch.from_numpy(equal + start))
 
 # %% ../../nbs/32_method.neurons.ipynb #2c2e2ec5
-def find_key(stream: Callable[[], Iterable[tuple[str, int, Tensor]]], # name, start, scores; anew at each call
+def find_key(stream: Callable[[], Iterable], # of (name, start, scores), anew at each call
              count: int, # how many are key
              ) -> Key:
     "The exact cut below the `count` most important neurons, ties by lot."

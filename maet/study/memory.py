@@ -24,7 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..training import loading
 from ..weights.tensors import MaetError, meta_model, place, shapes
 from ..training.sparse import Block, freeze_at
-from ..training.schedule import Training, at_once, batch_sequences, check_ranks
+from ..training.schedule import GRADIENT, Training, at_once, batch_sequences, check_ranks
+from ..training.gradients import Accumulator
 
 # %% ../../nbs/64_study.memory.ipynb #c1dfd96e
 KINDS = ("weights", "values", "places", "gradients", "optimizer", "logits", "activations")
@@ -220,6 +221,8 @@ class Rehearsal(NamedTuple):
     trained: int         # scalars that are trained
     trained_bytes: int
     weight_bytes: int    # of what the forward reads
+    zero_bytes: int = 12 # of a trained scalar, its master and the optimizer's, that ZeRO holds
+    saved_bytes: int = 12 # of a trained scalar, in a checkpoint to resume from
 
     @property
     def timeline(self) -> np.ndarray: return np.concatenate(self.timelines)
@@ -233,15 +236,27 @@ def _mark_model(model, watch):
     if len(trained) < len(list(model.parameters())): watch.mark(trained, "values")
     return trained
 
-def _prepared(model, watch, accumulated: bool):
+# %% ../../nbs/64_study.memory.ipynb #2d8cf57f
+def _optimizer(trained: list, training: Training, spread: bool):
+    "As the Trainer makes it, with its numbers there already."
+    for parameter in trained: parameter.grad = torch.zeros_like(parameter)
+    if training.mode != GRADIENT:
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer.step()
+        return optimizer
+    optimizer = Accumulator(trained, alone=not spread)
+    for parameter in trained:
+        optimizer.take(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    return optimizer
+
+# %% ../../nbs/64_study.memory.ipynb #8b2b785b
+def _prepared(model, watch, accumulated: bool, training: Training, spread: bool):
     "The optimizer with its moments, everything marked by its kind."
     trained = _mark_model(model, watch)
-    optimizer = torch.optim.AdamW(trained, fused=True)
     def mark_gradient(parameter): watch.mark([parameter.grad], "gradients")
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-        parameter.register_post_accumulate_grad_hook(mark_gradient)
-    optimizer.step()
+    for parameter in trained: parameter.register_post_accumulate_grad_hook(mark_gradient)
+    optimizer = _optimizer(trained, training, spread)
     for state in optimizer.state.values(): watch.mark(state.values(), "optimizer")
     watch.mark((parameter.grad for parameter in trained), "gradients")
     if not accumulated: optimizer.zero_grad()
@@ -272,9 +287,10 @@ def _watched(config, training, sequences, accumulated, ratio, granularity, sprea
     laps = []
     with FakeTensorMode(), Watch(of_text(config).vocab_size) as watch, _blind():
         def lap(): laps.append(len(watch.timeline))
-        optimizer = _prepared(_without_storage(model), watch, accumulated)
+        optimizer = _prepared(_without_storage(model), watch, accumulated, training, spread)
         ids = torch.zeros((sequences, training.sequence_length), dtype=torch.long)
-        _step(model, optimizer, ids, training.max_grad_norm, autocast, lap)
+        clip = 0 if training.mode == GRADIENT else training.max_grad_norm
+        _step(model, optimizer, ids, clip, autocast, lap)
     return model, watch, laps
 
 # %% ../../nbs/64_study.memory.ipynb #d9955870
@@ -290,6 +306,8 @@ def _rehearsal(config, training, sequences, accumulated, ratio, granularity, spr
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=sum(parameter.numel()*parameter.element_size() for parameter in trained),
         weight_bytes=int(watch.timeline[0][KINDS.index("weights")]),
+        zero_bytes=8 if training.mode == GRADIENT else 12,
+        saved_bytes=4 if training.mode == GRADIENT else 12,
     )
 
 # %% ../../nbs/64_study.memory.ipynb #472b07b9
@@ -359,7 +377,7 @@ def rehearse(config,              # PretrainedConfig of the base
     sequences = at_once(training, gpus)
     accumulated = batch_sequences(training) > sequences*gpus
     if training.mode != "key-neuron": ratio, granularity = 0.0, ""  # nothing differs
-    spread = spread and training.mode == "dense"
+    spread = spread and training.mode in ("dense", GRADIENT)
     return _remembered(config, training, (sequences, accumulated, ratio, granularity, spread))
 
 # %% ../../nbs/64_study.memory.ipynb #fd08bbd2

@@ -82,7 +82,7 @@ def memory(r: Rehearsal, zero: int | None = None, gpus: int = 1,
     left = shares(zero, gpus, offload)
 
     always = {}  # bytes that ZeRO holds through the whole step
-    if zero: always["optimizer"] = 12*r.trained*left["optimizer"]
+    if zero: always["optimizer"] = r.zero_bytes*r.trained*left["optimizer"]
     if zero == 3: always["gradients"] = r.trained_bytes*left["gradients"]
 
     timeline, buffers = _moments_of(r, zero, left | dict.fromkeys(always, 0.))
@@ -148,10 +148,11 @@ def disk(r: Rehearsal, training: Training, item: int = 2, keys: int = 0) -> dict
     steps = total_steps(training)
     base = r.scalars*item
     expert = _pack_bytes(r.scalars, r.trained) if sparse else base
-    experts = 1
-    if training.keep: experts = _parts(steps*batch_sequences(training), training.save_samples)
+    if training.mode not in MODES: expert = 4*r.scalars  # an accumulated gradient
+    samples = steps*batch_sequences(training)
+    experts = _parts(samples, training.save_samples) if training.keep else 1
     passes = 3 if sparse else 2  # fingerprint, load; and what the values were before
-    saves, saved = _parts(steps, training.save_every), 12*r.trained
+    saves, saved = _parts(steps, training.save_every), r.saved_bytes*r.trained
     return dict(read=passes*base + 4*total_tokens(training) + keys*_parts(r.scalars, 8),
                 write=experts*expert + saves*saved,
                 result=min(training.keep or 1, experts)*expert,

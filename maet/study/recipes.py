@@ -7,7 +7,7 @@ __all__ = ['Base', 'Recipe']
 
 # %% ../../nbs/60_study.recipes.ipynb #78780e48
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field
 from ..weights.tensors import MaetError, meta_model, of_kinds, reading
 from ..text.documents import Source
 from ..training.settings import check_rules, plain_names, setting
-from ..training.schedule import Training
+from ..training.schedule import GRADIENT, Training
 from ..training.jobs import Launch
 from ..method.neurons import neurons_of
 from ..method.transfer import select_count
@@ -79,15 +79,23 @@ class Locate:
         "neurons", "What k1 is a share of; scalars: equal counts at all granularities")
     kinds: str | list[str] = setting(
         "all", "Of tensors that are ranked; k1 is a share of these")
+    importance: Literal["movement", "gradient"] = setting(
+        "movement", "Eq. 1 as the paper approximates it (what AdamW moved), or as it defines it")
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
             raise MaetError(f"ratio: {self.ratio} is not above 0 and at most 1")
         if self.training.mode != "dense":
-            raise MaetError("training.mode: key neurons are located by dense training")
+            raise MaetError("training.mode: key neurons are located by dense training, or with "
+                            "importance: gradient by none; leave it out")
         check_rules(self)
         neurons_of((), self.granularity)  # refuses what it does not know
         of_kinds("", self.kinds)          # so does this
+
+    @property
+    def probe(self) -> Training:
+        "The run whose result is ranked."
+        return replace(self.training, mode=GRADIENT if self.importance == "gradient" else "dense")
 
 # %% ../../nbs/60_study.recipes.ipynb #9cabc6db
 @dataclass

@@ -237,9 +237,9 @@ def write_expert(out, model, base, training, keys, work,
         return _write_moves(out, model, base, training, work, whole_of, "move")
     if training.mode == "dense":
         _write_dense(out, model, base, work, identity)
-        return
+        return None
     trained = _collected(model)
-    if rank(): return
+    if rank(): return None
     if training.mode == "lora": _write_lora(out, model, base, training, trained, identity, plain)
     else: _write_key_neurons(out, model, base, training, keys, trained, plain)
 

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/24b_training.gradients.ipynb #05af8030
+def _parameters(optimizer) -> list:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+# %% ../../nbs/24b_training.gradients.ipynb #20de2090
 class Accumulator(torch.optim.Optimizer):
     "Adds gradients up in float32 and changes no parameter."
-    def __init__(self, parameters: Iterable, lr: float = 0., # for schedulers, which want one
-                 alone: bool = True): # in one process; otherwise DeepSpeed hands over shards at each step
+    def __init__(self, parameters: Iterable,
+                 lr: float = 0.,      # for schedulers, which want one
+                 alone: bool = True): # or DeepSpeed hands over shards at each step
         super().__init__(parameters, {"lr": lr})
         self.alone = alone
         if not alone: return
-        for parameter in self.parameters(): parameter.register_post_accumulate_grad_hook(self.take)
-
-    def parameters(self) -> list:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter in _parameters(self): parameter.register_post_accumulate_grad_hook(self.take)
 
     @torch.no_grad()
     def take(self, parameter) -> None:
@@ -34,13 +36,13 @@ class Accumulator(torch.optim.Optimizer):
 
     def step(self, closure=None) -> None:
         if self.alone: return
-        for parameter in self.parameters():
+        for parameter in _parameters(self):
             if parameter.grad is not None: self.take(parameter)
 
     def load_state_dict(self, state_dict) -> None:
         "As torch's, but a sum stays float32 however narrow its parameter is."
         super().load_state_dict(state_dict)
-        parameters = self.parameters()
+        parameters = _parameters(self)
         for number, state in state_dict["state"].items():
             parameter = parameters[number]
             self.state[parameter]["sum"] = state["sum"].to(parameter.device, torch.float32)
@@ -53,17 +55,18 @@ def _unwrapped(optimizer): # -> torch's optimizer; DeepSpeed's around it, or Non
         optimizer = optimizer.optimizer
     return optimizer, zero
 
-def sums_of(optimizer) -> Callable: # of a trainer; the function: parameter -> float32, all ranks together
+def sums_of(optimizer) -> Callable: # parameter -> float32; all ranks call it together
     "A function that gives the accumulated gradient of a parameter; zeros where none came."
     inner, zero = _unwrapped(optimizer)
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2 look up states when told to
-        zero._hp_optimizer_states_linked = False               # a checkpoint may have brought new ones
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        # ZeRO 1 and 2 look up states when told to; a checkpoint may have brought new ones
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
     def total(parameter) -> Tensor:
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_optimizer_state
             return safe_get_full_optimizer_state(parameter, "sum")
-        if "sum" not in inner.state[parameter]: return torch.zeros_like(parameter, dtype=torch.float32)
-        return inner.state[parameter]["sum"]
+        state = inner.state[parameter]
+        return state["sum"] if state else torch.zeros_like(parameter, dtype=torch.float32)
     return total

@@ -36,11 +36,12 @@ def weight_dtype(training: Training,
                  stored: torch.dtype, # the base's own
                  deepspeed: Mapping | None = None) -> torch.dtype:
     "What the weights of the model are loaded in."
-    in_ranks = training.mode == GRADIENT and deepspeed is not None  # there a step is as of dense training
-    if training.mode != "dense" and not in_ranks:
+    if training.mode in ("lora", "key-neuron"):
         return torch.float32 if training.precision == "float32" else stored
     has_masters = _zero(deepspeed or {}) > 0
-    return torch.bfloat16 if training.precision == "bfloat16" and has_masters else torch.float32
+    stays = training.mode == GRADIENT and deepspeed is None and stored == torch.bfloat16
+    narrow = training.precision == "bfloat16" and (has_masters or stays)
+    return torch.bfloat16 if narrow else torch.float32
 
 # %% ../../nbs/24_training.loading.ipynb #b052d8be
 def _autocast(training, stored, deepspeed, device):

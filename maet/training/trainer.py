@@ -89,8 +89,9 @@ def _after_step(trainer, loss):
     if trainer.progress and rank() == 0: trainer.progress(step, trainer.state.max_steps, loss)
 
 # %% ../../nbs/25_training.trainer.ipynb #92cfceb3
-def _trained(model): # name -> parameter
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _moved(trainer): # name -> parameter; nothing moves where gradients are only added up
+    if trainer.optimizer_cls_and_kwargs is not None: return {}
+    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 # %% ../../nbs/25_training.trainer.ipynb #d0194c43
 class Saving:
@@ -100,16 +101,12 @@ class Saving:
 
     def _save(self, output_dir=None, state_dict=None):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        trained = {name: p.data.contiguous() for name, p in self._moved().items()}
+        trained = {name: p.data.contiguous() for name, p in _moved(self).items()}
         save_file(trained, Path(output_dir)/"trained.safetensors")
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         saved = load_file(Path(checkpoint)/"trained.safetensors")
-        for name, p in self._moved().items(): p.data.copy_(saved[name])
-
-    def _moved(self): # name -> parameter; nothing moves where gradients are only added up
-        adding = self.optimizer_cls_and_kwargs is not None
-        return {} if adding else _trained(self.model)
+        for name, p in _moved(self).items(): p.data.copy_(saved[name])
 
     def _save_optimizer_and_scheduler(self, output_dir):
         engine = self.deepspeed
