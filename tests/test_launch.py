@@ -15,7 +15,8 @@ from maet.text.tables import save_tokens
 from maet.weights.differences import apply_delta
 from maet.weights.packs import open_pack, save_keys
 from maet.training.jobs import Job, Launch, curve
-from maet.training.launch import RankError, follow, run_job
+from maet.training.follow import RankError, _new_lines, follow, stop
+from maet.training.launch import run_job
 from maet.training.commands import running
 from maet.weights.tensors import MaetError
 from maet.training.schedule import Training
@@ -143,7 +144,7 @@ def reached(work, before, step):
     "Has a launch that is not `before` come to this step?"
     known = room._read(work/"launcher.json") or {}
     if known.get("id") in (None, before) or "pid" not in known: return False
-    return any(line["step"] >= step for line in launch._news(work/"progress.jsonl", known["progress_from"])[0])
+    return any(line["step"] >= step for line in _new_lines(work/"progress.jsonl", known["progress_from"])[0])
 
 
 def kill_at(work, step, victim):
@@ -237,7 +238,7 @@ def test_two_machines_by_pdsh_and_by_slurm(folder, together, cluster):
     with pytest.raises(MaetError, match="two-machines.work: another process runs a job there"): run_job(job(folder, "two-machines", "dense", seed=1), Launch(zero=1))
     with pytest.raises(MaetError, match="another process runs a job there"): launch.start(one, Launch(zero=1))
     while not reached(work, None, 6): time.sleep(.01)
-    launch.stop(work)
+    stop(work)
     assert not running(work) and not Path(one.out).exists()
 
     seen = []
