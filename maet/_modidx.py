@@ -1462,6 +1462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'maet.training.follow': { 'maet.training.follow.RankError': ('training.follow.html#rankerror', 'maet/training/follow.py'),
                                       'maet.training.follow._bar': ('training.follow.html#_bar', 'maet/training/follow.py'),
                                       'maet.training.follow._begin': ('training.follow.html#_begin', 'maet/training/follow.py'),
+                                      'maet.training.follow._broke': ('training.follow.html#_broke', 'maet/training/follow.py'),
                                       'maet.training.follow._by_step': ('training.follow.html#_by_step', 'maet/training/follow.py'),
                                       'maet.training.follow._is_echo': ('training.follow.html#_is_echo', 'maet/training/follow.py'),
                                       'maet.training.follow._killed': ('training.follow.html#_killed', 'maet/training/follow.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RankError', 'follow', 'stop']
 
-# %% ../../nbs/28c_training.follow.ipynb #b154ff89
+# %% ../../nbs/28c_training.follow.ipynb #fdf25223
 import fcntl, os, re, signal, socket, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -19,16 +19,16 @@ from .commands import LAUNCHER, RANKS, _held, _wait_for, running
 from .jobs import NUMBER, _has, _lines, _read
 from ..weights.tensors import MaetError
 
-# %% ../../nbs/28c_training.follow.ipynb #70dad9d7
+# %% ../../nbs/28c_training.follow.ipynb #6ea0d608
 def _text(path: Path | None) -> str: # of a log; "" where there is none
     if not path or not path.is_file(): return ""
     return path.read_text(encoding="utf-8", errors="replace")
 
-# %% ../../nbs/28c_training.follow.ipynb #0e1346a4
+# %% ../../nbs/28c_training.follow.ipynb #2b7d9fff
 def _newest_log(logs: Path, rank: int) -> Path | None:
     return max(logs.glob(f"*rank{rank}.log"), default=None)
 
-# %% ../../nbs/28c_training.follow.ipynb #6543624b
+# %% ../../nbs/28c_training.follow.ipynb #45990047
 def _tail(path: Path | None, count: int = 12) -> str:
     "The last lines of a log that tell something."
     chatter = re.compile(r"\] \[(INFO|WARNING)\] \[")
@@ -36,7 +36,7 @@ def _tail(path: Path | None, count: int = 12) -> str:
     telling = [line for line in lines if line.strip() and not chatter.search(line)]
     return "\n".join(telling[-count:])
 
-# %% ../../nbs/28c_training.follow.ipynb #e331f9fc
+# %% ../../nbs/28c_training.follow.ipynb #6c72e172
 def _rank_errors(logs: Path) -> list[dict]:
     "The last words of the ranks, the earliest first."
     kinds = {"at": NUMBER, "ours": bool, "kind": str, "said": str, "rank": int}
@@ -44,27 +44,32 @@ def _rank_errors(logs: Path) -> list[dict]:
     whole = [words for words in found if _has(words, **kinds)]
     return sorted(whole, key=itemgetter("at"))
 
-# %% ../../nbs/28c_training.follow.ipynb #a52a088a
+# %% ../../nbs/28c_training.follow.ipynb #6130a9c0
 def _signals(log: Path) -> set[int]: # their numbers, from what the launcher wrote
     return {int(code) for code in re.findall(r"return code = -(\d+)", _text(log))}
 
-# %% ../../nbs/28c_training.follow.ipynb #d9938690
+# %% ../../nbs/28c_training.follow.ipynb #32c7f37f
 class RankError(RuntimeError):
     "A rank ended by a fault that is no bad input; the text ends with its last lines."
 
-# %% ../../nbs/28c_training.follow.ipynb #e78b2217
+# %% ../../nbs/28c_training.follow.ipynb #c9fecad9
 # What a rank says when another one no longer answers
 SILENCE = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|timed? ?out"
     r"|process group|peer", re.IGNORECASE)
 AGAIN = "called again, it goes on from the newest whole checkpoint"
 
-# %% ../../nbs/28c_training.follow.ipynb #220428d2
+# %% ../../nbs/28c_training.follow.ipynb #7ecb45e0
 def _is_echo(words: dict) -> bool:
     "Did this rank fail only because something else did?"
     return words["kind"] == "Orphan" or SILENCE.search(words["said"]) is not None
 
-# %% ../../nbs/28c_training.follow.ipynb #271b0434
+# %% ../../nbs/28c_training.follow.ipynb #ce0cd57a
+def _broke(log: Path | None) -> bool:
+    "Is there a traceback in a log, that does not end with a complaint about another rank?"
+    return "Traceback" in _tail(log, 99) and not SILENCE.search(_tail(log, 1))
+
+# %% ../../nbs/28c_training.follow.ipynb #2b2c5c5b
 def _killed(work: Path, ranks: list[int], codes: set[int]) -> RankError:
     "One of these ranks did not end by itself; the launcher may know by which signals."
     who = " or ".join(map(str, ranks))
@@ -72,7 +77,7 @@ def _killed(work: Path, ranks: list[int], codes: set[int]) -> RankError:
     ended = f" ({names})" if codes else ""
     return RankError(f"{work}: rank {who} was killed or crashed{ended}; {AGAIN}")
 
-# %% ../../nbs/28c_training.follow.ipynb #898e6dc8
+# %% ../../nbs/28c_training.follow.ipynb #863460de
 def _unexplained(work: Path, logs: Path, ranks: int, errors: list[dict]) -> RankError:
     "Nobody said why. Say what can be known: who fell silent, and the last lines of what it left."
     if any(words["kind"] == "Orphan" for words in errors):
@@ -81,7 +86,7 @@ def _unexplained(work: Path, logs: Path, ranks: int, errors: list[dict]) -> Rank
     silent = sorted(set(range(ranks)) - {words["rank"] for words in errors})
     for rank in silent:
         log = _newest_log(logs, rank)
-        if "Traceback" in _tail(log, 99):
+        if _broke(log):
             return RankError(f"{log}: this rank failed; its last lines:\n{_tail(log)}")
 
     codes = _signals(logs/"launcher.log")
@@ -89,7 +94,7 @@ def _unexplained(work: Path, logs: Path, ranks: int, errors: list[dict]) -> Rank
     ended = f"{work}: the launcher ended before its work, or was killed; {AGAIN}"
     return RankError(f"{ended}\n{_tail(logs/'launcher.log')}".rstrip())
 
-# %% ../../nbs/28c_training.follow.ipynb #93ad744b
+# %% ../../nbs/28c_training.follow.ipynb #cc002db0
 def failure(work: Path) -> Exception:
     "Why the last launch of a folder left no report."
     known = _read(work/"launcher.json")
@@ -104,16 +109,16 @@ def failure(work: Path) -> Exception:
         return RankError(f"rank {rank} failed; its last lines:\n{_tail(_newest_log(logs, rank))}")
     return _unexplained(work, logs, known["ranks"], errors)
 
-# %% ../../nbs/28c_training.follow.ipynb #946177fb
+# %% ../../nbs/28c_training.follow.ipynb #96e80205
 Progress = Callable[[int, int, float], None] # is told (step, steps, loss)
 
-# %% ../../nbs/28c_training.follow.ipynb #90ee1d26
+# %% ../../nbs/28c_training.follow.ipynb #5d6f282a
 def _step_text(line: dict) -> str: # what the bar says of a step
     text = f"loss {line['loss']:.3f}"
     if line["tokens_per_second"]: text += f", {line['tokens_per_second']:,.0f} tokens/s"
     return f"{text}, {line['tokens_left']:,} tokens left, peak {line['peak_bytes']/2**30:.2f} GiB"
 
-# %% ../../nbs/28c_training.follow.ipynb #9f69e45d
+# %% ../../nbs/28c_training.follow.ipynb #867c515c
 def _begin(bar: tqdm, title: str, first: int, steps: int) -> None:
     "A clock becomes a bar of steps."
     bar.reset(steps)
@@ -122,7 +127,7 @@ def _begin(bar: tqdm, title: str, first: int, steps: int) -> None:
     bar.n = first - 1
     bar.set_description_str(title, refresh=False)
 
-# %% ../../nbs/28c_training.follow.ipynb #78746d16
+# %% ../../nbs/28c_training.follow.ipynb #8ea09d3d
 def _move(bar: tqdm, title: str, lines: list[dict]) -> None:
     "Set a bar to the newest of some lines."
     if lines:
@@ -132,14 +137,14 @@ def _move(bar: tqdm, title: str, lines: list[dict]) -> None:
         bar.n = newest["step"]
     if lines or bar.total is None: bar.refresh()
 
-# %% ../../nbs/28c_training.follow.ipynb #3aed2da5
+# %% ../../nbs/28c_training.follow.ipynb #f9c1ac12
 @contextmanager
 def _bar(title: str):
     "Gives a function that shows the newest lines. Before the first there is a clock."
     with tqdm(desc=f"{title}: starting", unit="step", bar_format="{desc} {elapsed}") as bar:
         yield partial(_move, bar, title)
 
-# %% ../../nbs/28c_training.follow.ipynb #735098b4
+# %% ../../nbs/28c_training.follow.ipynb #61d5b0fd
 @contextmanager
 def _shown(work: Path, progress: Progress | None):
     "The bar, or a function that tells `progress` of each line."
@@ -152,7 +157,7 @@ def _shown(work: Path, progress: Progress | None):
     title = Path(_read(work/"job.json")["out"]).name
     with _bar(title) as show: yield show
 
-# %% ../../nbs/28c_training.follow.ipynb #aab8c32a
+# %% ../../nbs/28c_training.follow.ipynb #3404926b
 def _new_lines(path: Path, seen: int) -> tuple[list[dict], int]:
     "Bytes read so far -> new whole lines, bytes read so far."
     if not path.is_file(): return [], seen
@@ -163,21 +168,21 @@ def _new_lines(path: Path, seen: int) -> tuple[list[dict], int]:
     whole_lines = data[:data.rfind(b"\n") + 1]
     return _lines(whole_lines), seen + len(whole_lines)
 
-# %% ../../nbs/28c_training.follow.ipynb #5b6604da
+# %% ../../nbs/28c_training.follow.ipynb #7e1b0b91
 def _by_step(value):
     "A mapping from steps, whose numbers JSON has made text, with numbers again. Others stay."
     if not isinstance(value, dict): return value
     if not all(key.isdecimal() for key in value): return value
     return {int(key): number for key, number in value.items()}
 
-# %% ../../nbs/28c_training.follow.ipynb #dc6d0e15
+# %% ../../nbs/28c_training.follow.ipynb #04764da0
 def _outcome(work: Path) -> dict:
     "The report of a finished run; otherwise its failure is raised."
     report = _read(work/"report.json")
     if report is None: raise failure(work)
     return {key: _by_step(value) for key, value in report.items()}
 
-# %% ../../nbs/28c_training.follow.ipynb #34371475
+# %% ../../nbs/28c_training.follow.ipynb #d1a9c8d0
 def _watch(work: Path, seen: int, show: Callable[[list], None]) -> None:
     "Show progress.jsonl from byte `seen` on, until the launcher and its ranks are gone."
     alive = True
@@ -188,7 +193,7 @@ def _watch(work: Path, seen: int, show: Callable[[list], None]) -> None:
         show(news)
         if alive: time.sleep(.2)
 
-# %% ../../nbs/28c_training.follow.ipynb #9585e0ee
+# %% ../../nbs/28c_training.follow.ipynb #fe5739f1
 def follow(work: str | Path, # folder of a job
            progress: Progress | None = None, # none: a bar
            ) -> dict: # the report
@@ -206,7 +211,7 @@ def follow(work: str | Path, # folder of a job
         raise
     return _outcome(work)
 
-# %% ../../nbs/28c_training.follow.ipynb #dbe3ca74
+# %% ../../nbs/28c_training.follow.ipynb #2860fecd
 def stop(work: str | Path) -> None:
     "End a launched job; what its newest checkpoint holds is kept. MaetError: it runs elsewhere."
     import psutil
