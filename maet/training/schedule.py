@@ -70,7 +70,7 @@ def _or_none(must, default): return must if default is not None else f"{must}, o
 
 # %% ../../nbs/22_training.schedule.ipynb #db01b7b0
 def _whole(least, default):
-    "A whole number, `least` or more, that 64 bits hold; with a default of None it may also be none."
+    "A whole number from `least` on that 64 bits hold; where the default is None, also None."
     def ok(value): return least <= value < MOST
     must = f"a whole number above {least - 1}" if least else "a whole number, 0 or more"
     return _setting(default, int, ok, _or_none(must, default))
