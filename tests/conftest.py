@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for a model or a data set
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other are slower than one
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; DeepSpeed would import the compiler in every rank
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 
 
@@ -77,6 +78,19 @@ def checkout(tmp_path) -> Path:
         (tmp_path/"project"/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT/name, tmp_path/"project"/name)
     return tmp_path/"project"
+
+
+@pytest.fixture(scope="session")
+def two_ranks_did(request, tmp_path_factory) -> dict[str, Path]: # test file -> its folder
+    "What two ranks left behind, in one launch for all files that are to be tested."
+    from ranks import two_ranks
+    folders = {}
+    for module in dict.fromkeys(item.module for item in request.session.items):
+        if not hasattr(module, "on_two_ranks"): continue
+        folders[module.__name__] = tmp_path_factory.mktemp(module.__name__)
+        module.prepare(folders[module.__name__])
+    two_ranks(folders)
+    return folders
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from maet.method import merge
 from maet.record import claim_figures, claims, figures, ledger, report
 from maet.study import plan, scores, studies, study
 from maet.study import trials as trials_room
-from maet.training import jobs, launch
+from maet.training import follow, jobs, launch
 from maet.weights.adapted import open_checkpoint
 from maet.weights.checkpoints import Checkpoint
 from maet.text.tokens import Position, Tokens, corpus, encode
@@ -537,12 +537,12 @@ def a_job() -> jobs.Job:
 
 def read_job():
     jobs.curve("work")
-    launch.follow("work", lambda *_: None)
-    launch.stop("work")
+    follow.follow("work", lambda *_: None)
+    follow.stop("work")
     jobs.read_job("work/job.json")
     launch.run_job(a_job())
 
 
 add("run_folder", run_folder, read_run_folder, "run/**/*")
 add("trials", lambda folder: tried(12), lambda: tried(13), "trials.json", imports=("optuna",))
-add("job", job, read_job, "work/**/*", may=(launch.RankError,))
+add("job", job, read_job, "work/**/*", may=(follow.RankError,))

@@ -1,5 +1,5 @@
 """Ranks for real, on CPU: the same result at every ZeRO stage, after kills, from a closed notebook, and by the commands for many machines."""
-import json, os, signal, socket, subprocess, sys, textwrap, threading, time
+import json, multiprocessing, os, signal, socket, subprocess, sys, textwrap, threading, time
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from maet.text.tables import save_tokens
 from maet.weights.differences import apply_delta
 from maet.weights.packs import open_pack, save_keys
 from maet.training.jobs import Job, Launch, curve
-from maet.training.launch import RankError, follow, run_job
+from maet.training.follow import RankError, _new_lines, follow, stop
+from maet.training.launch import run_job
 from maet.training.commands import running
 from maet.weights.tensors import MaetError
 from maet.training.schedule import Training
@@ -143,14 +144,19 @@ def reached(work, before, step):
     "Has a launch that is not `before` come to this step?"
     known = room._read(work/"launcher.json") or {}
     if known.get("id") in (None, before) or "pid" not in known: return False
-    return any(line["step"] >= step for line in launch._news(work/"progress.jsonl", known["progress_from"])[0])
+    return any(line["step"] >= step for line in _new_lines(work/"progress.jsonl", known["progress_from"])[0])
 
 
-def kill_at(work, step, victim):
-    "In the background: kill process number `victim` of the family at a step. Gives a function that waits until all of it is gone."
-    before, killed = (room._read(work/"launcher.json") or {}).get("id"), []
+def newest(work): # launch of a folder, or None
+    return (room._read(work/"launcher.json") or {}).get("id")
+
+
+def kill_at(work, step, victim, before):
+    """In the background: kill process number `victim` of the family of a launch that is not `before`, at a step.
+    Gives a function that waits until all of it is gone."""
+    killed = []
     def kill():
-        while not reached(work, before, step): time.sleep(.002)
+        while not reached(work, before, step): time.sleep(.01)
         killed.extend(family(work))
         killed[victim].kill()
     thread = threading.Thread(target=kill, daemon=True)
@@ -164,6 +170,12 @@ def kill_at(work, step, victim):
 LAUNCHER, HELPER, RANK = 0, 1, -1
 
 
+def start_and_vanish(one, how):
+    "What a notebook does that is closed at once."
+    launch.start(one, how)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("stage", OF_STAGE)
 def test_killed_and_called_again(folder, together, stage):
     """A rank is killed, then the launcher; called a third time it ends with the undisturbed run's bytes.
@@ -171,17 +183,15 @@ def test_killed_and_called_again(folder, together, stage):
     undisturbed, mode, how = together(stage)[OF_STAGE[stage]], OF_STAGE[stage], Launch(devices=2, zero=stage)
     one = job(folder, f"killed at stage {stage}", mode)
     work, rank_dies, launcher_dies = Path(one.work), KILLS[0] + stage, KILLS[1] + stage
-    gone = kill_at(work, rank_dies, RANK)
-    (folder/"killed job.json").write_text(json.dumps(launch._plain(one)))
-    program = "import os, sys\nfrom maet.training.jobs import Launch, read_job\nfrom maet.training.launch import start\n" \
-              f"start(read_job(sys.argv[1]), Launch(devices=2, zero={stage}))\nos.kill(os.getpid(), 9)"
-    root = Path(launch.__file__).parents[2]
-    closed = subprocess.run([sys.executable, "-c", program, folder/"killed job.json"], env={**os.environ, "PYTHONPATH": str(root)})
-    assert closed.returncode == -signal.SIGKILL
+    notebook = multiprocessing.get_context("fork").Process(target=start_and_vanish, args=(one, how))
+    notebook.start()
+    notebook.join()
+    assert notebook.exitcode == -signal.SIGKILL
+    gone = kill_at(work, rank_dies, RANK, None)
     with pytest.raises(RankError, match="rank (0 or )?1 was killed or crashed.*called again"): follow(work, quiet)
     gone()
 
-    gone = kill_at(work, launcher_dies, LAUNCHER if stage != 2 else HELPER)
+    gone = kill_at(work, launcher_dies, LAUNCHER if stage != 2 else HELPER, newest(work))
     with pytest.raises(RankError, match="the launcher .*called again"): run_job(one, how, quiet)
     gone()
 
@@ -236,8 +246,8 @@ def test_two_machines_by_pdsh_and_by_slurm(folder, together, cluster):
     launch.start(one, Launch(hosts=["node-1", "node-2"], zero=1, port=free_port()))
     with pytest.raises(MaetError, match="two-machines.work: another process runs a job there"): run_job(job(folder, "two-machines", "dense", seed=1), Launch(zero=1))
     with pytest.raises(MaetError, match="another process runs a job there"): launch.start(one, Launch(zero=1))
-    while not reached(work, None, 6): time.sleep(.01)
-    launch.stop(work)
+    while not reached(work, None, 6): time.sleep(.05)
+    stop(work)
     assert not running(work) and not Path(one.out).exists()
 
     seen = []

@@ -1,6 +1,6 @@
 """Two ranks against one process in what `tests/test_launch.py` leaves out: shards that are let go of after each use, offloading, recomputing,
-bfloat16, masked targets, a tied head, the best of a run. One launch does it all: this file is also the ranks' program."""
-import json, sys
+bfloat16, masked targets, a tied head, the best of a run. One launch does it all (`ranks.py`)."""
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from maet.text.tokens import Tokens
 from maet.training.schedule import Training
 from maet.training.resuming import rank
 from maet.training.train import train
-from ranks import leave, two_ranks
+from ranks import settle
 
 STEPS = dict(tokens=6*8*32, batch_tokens=8*32, sequence_length=32, device_batch=2, learning_rate=.01, eval_every=3, schedule="constant")
 BEST = dict(keep=2, save_samples=16)
@@ -38,6 +38,7 @@ def run(folder, name, ranks):
     report = train(base, Tokens(data["ids"], data["trained"]), at, training, data["keys"] if training.mode == "key-neuron" else None,
                    data["ids"][:7], deepspeed=dict(zero_optimization=zero) if ranks > 1 else None, score=last_row if training.keep else None)
     if rank() == 0: at.with_name(at.name + ".json").write_text(json.dumps(report))
+    settle()
 
 
 def content(path):
@@ -46,10 +47,9 @@ def content(path):
     return {(str(file.relative_to(path)), name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def prepare(folder):
+    "Bases and text, and what one process makes of them."
     from transformers import LlamaConfig, LlamaForCausalLM
-    folder = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                          num_key_value_heads=2, max_position_embeddings=32, initializer_range=.1, tie_word_embeddings=True))
@@ -59,8 +59,14 @@ def folder(tmp_path_factory):
     torch.save(data, folder/"data.pt")
     model.bfloat16().save_pretrained(folder/"bfloat16")
     for name in RUNS: run(folder, name, 1)
-    two_ranks(__file__, folder)
-    return folder
+
+
+def on_two_ranks(folder):
+    for name in RUNS: run(folder, name, 2)
+
+
+@pytest.fixture
+def folder(two_ranks_did): return two_ranks_did["test_training_ranks"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -86,9 +92,3 @@ def test_the_best_are_kept_in_order(folder, name):
 def test_state_is_shared(folder):
     one, two = (json.loads((folder/f"masters {ranks}.json").read_text())["bytes"] for ranks in (1, 2))
     assert two["moments"] < .51*one["moments"] and two["gradients"] < .51*one["gradients"] and two["masters"] == two["gradients"]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in RUNS: run(Path(sys.argv[1]), name, 2)
-    leave()

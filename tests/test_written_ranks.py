@@ -1,6 +1,7 @@
 """What training ends with is what is written, in one process and on two ranks under ZeRO 2 and 3, for models whose tensors go by other names on disk:
-the loss of the written checkpoint, loaded by transformers, is the run's last held-out loss. One launch does it all: this file is also the ranks' program."""
-import json, sys
+the loss of the written checkpoint, loaded by transformers, is the run's last held-out loss. One launch does it all (`ranks.py`)."""
+import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from maet.weights.packs import open_pack
 from maet.training.schedule import MODES, Training
 from maet.training.resuming import rank
 from maet.training.train import train
-from ranks import leave, two_ranks
+from ranks import settle
 
 SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64, initializer_range=.1, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)
-STEPS = dict(tokens=4*8*16, batch_tokens=8*16, sequence_length=16, device_batch=2, learning_rate=.02, schedule="constant", lora_rank=4)
+STEPS = dict(tokens=4*8*16, batch_tokens=8*16, sequence_length=16, device_batch=4, learning_rate=.02, schedule="constant", lora_rank=4)
 ZERO = {"one process": None, "ZeRO 2": 2, "ZeRO 3": 3}
 
 
@@ -35,25 +36,32 @@ def configs() -> dict:
 NAMES = ("llama", "pythia", "mixtral", "qwen3 moe", "gemma 3")
 
 
+@cache
+def data_of(folder: Path) -> dict:
+    return torch.load(folder/"data.pt", weights_only=True)
+
+
 def run(folder: Path, name: str, mode: str, where: str) -> None:
-    data, out = torch.load(folder/"data.pt", weights_only=True), folder/f"{name} {mode} {where}"
+    data, out = data_of(folder), folder/f"{name} {mode} {where}"
     keys = data[name] if mode == "key-neuron" else None
     deepspeed = dict(zero_optimization=dict(stage=ZERO[where])) if ZERO[where] else None
     report = train(folder/name, Tokens(data["ids"]), out, Training(mode=mode, **STEPS), keys, data["held out"], deepspeed=deepspeed)
     if rank() == 0: (folder/f"{out.name}.json").write_text(json.dumps(report["held_out"]))
+    settle()
 
 
-def loss(path: Path, ids: torch.Tensor) -> float:
-    "Mean loss of a token, by the model that transformers loads."
+@cache
+def loss(path: Path) -> float:
+    "Mean loss of a held-out token, by the model that transformers loads."
     from transformers import AutoModelForCausalLM
+    ids = data_of(path.parent)["held out"].long()
     with torch.no_grad(): scores = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(input_ids=ids).logits[:, :-1]
     return F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def prepare(folder: Path) -> None:
+    "Bases and text, and what one process makes of them."
     from transformers import AutoModelForCausalLM
-    folder = tmp_path_factory.mktemp("written")
     torch.manual_seed(0)
     data = {"ids": torch.randint(3, 60, (40, 16)).int(), "held out": torch.randint(3, 60, (8, 16)).int()}
     for name, config in configs().items():
@@ -63,8 +71,16 @@ def folder(tmp_path_factory):
     torch.save(data, folder/"data.pt")
     for name in NAMES:
         for mode in MODES: run(folder, name, mode, "one process")
-    two_ranks(__file__, folder)
-    return folder
+
+
+def on_two_ranks(folder: Path) -> None:
+    for name in NAMES:
+        for mode in MODES:
+            for where in ("ZeRO 2", "ZeRO 3"): run(folder, name, mode, where)
+
+
+@pytest.fixture
+def folder(two_ranks_did): return two_ranks_did["test_written_ranks"]
 
 
 @pytest.mark.parametrize("where", ZERO)
@@ -73,19 +89,11 @@ def folder(tmp_path_factory):
 def test_the_loss_that_was_reached_is_the_loss_that_was_written(folder, name, mode, where):
     said = json.loads((folder/f"{name} {mode} {where}.json").read_text())
     first, last = said[min(said, key=int)], said[max(said, key=int)]
-    written, ids = folder/f"{name} {mode} {where}", torch.load(folder/"data.pt", weights_only=True)["held out"].long()
+    written = folder/f"{name} {mode} {where}"
     if mode == "key-neuron":
         apply_delta(folder/f"{written.name} whole", base := Checkpoint(folder/name), open_pack(written))
         assert sum(part.count for part in open_pack(written).values()) > .2 * sum(base.size(n) for n in open_pack(written))
         written = folder/f"{written.name} whole"
-    assert abs(loss(folder/name, ids) - first) < 1e-5
-    assert abs(loss(written, ids) - last) < 1e-5
+    assert abs(loss(folder/name) - first) < 1e-5
+    assert abs(loss(written) - last) < 1e-5
     assert abs(last - first) > 1e-3  # otherwise an unchanged base would pass
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in NAMES:
-        for mode in MODES:
-            for where in ("ZeRO 2", "ZeRO 3"): run(Path(sys.argv[1]), name, mode, where)
-    leave()

@@ -114,7 +114,8 @@ def _at_places(rows: Tensor, # (u,) ascending numbers of the used rows, within t
 # %% ../../nbs/21_training.sparse.ipynb #dfa0a952
 def take_sparse(grad: Tensor, # sparse, (rows, columns): torch's gradient of an embedding
                 block: Block, dtype) -> Tensor: # (n,) in C order
-    "`key_values` of a gradient that only some rows have; nothing of the size of the matrix is made."
+    """`key_values` of a gradient that only some rows have.
+    Nothing of the size of the matrix is made."""
     grad = torch.sparse_coo_tensor(
         grad._indices(), grad._values().to(dtype), grad.shape, check_invariants=False).coalesce()
     total = grad.shape[0]
@@ -393,7 +394,7 @@ class TrainedSpans:
         self.counted, self.count = 0, 0  # before scalar `counted` there are `count` values
 
     def cut(self, span: Span) -> tuple[Tensor, Tensor]:
-        "The mask of a span, bool (span.size,), and its values, float32, as many as the mask has ones."
+        "A span's mask, bool (span.size,), and its values, float32, as many as the mask has ones."
         if span.parameter is not self.parameter: self._hold(span.parameter)
         if span.first < self.counted: self.counted, self.count = 0, 0
         self.count += int(self.mask[self.counted:span.first].count_nonzero())
@@ -429,7 +430,8 @@ def expert_delta(model, # after `freeze` and training
 
     parameters = TrainedSpans(find)
     delta = {}
-    names = [base.aliases.get(name, name) for name in keys]  # a tied head goes by its embedding's name
+    # a tied head goes by its embedding's name
+    names = [base.aliases.get(name, name) for name in keys]
     for name in dict.fromkeys(names):
         parts = [parameters.cut(span) for span in spans(model, name, layout)]
         mask = torch.cat([mask for mask, _ in parts])
