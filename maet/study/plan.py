@@ -147,10 +147,9 @@ def disk(r: Rehearsal, training: Training, item: int = 2, keys: int = 0) -> dict
     sparse = training.mode == "key-neuron"
     steps = total_steps(training)
     base = r.scalars*item
-    expert = _pack_bytes(r.scalars, r.trained) if sparse else base
-    if training.mode not in MODES: expert = 4*r.scalars  # an accumulated gradient
-    samples = steps*batch_sequences(training)
-    experts = _parts(samples, training.save_samples) if training.keep else 1
+    expert = _pack_bytes(r.scalars, r.trained) if training.mode in ("key-neuron", "gradient") else base
+    experts = 1
+    if training.keep: experts = _parts(steps*batch_sequences(training), training.save_samples)
     passes = 3 if sparse else 2  # fingerprint, load; and what the values were before
     saves, saved = _parts(steps, training.save_every), r.saved_bytes*r.trained
     return dict(read=passes*base + 4*total_tokens(training) + keys*_parts(r.scalars, 8),
