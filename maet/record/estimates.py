@@ -40,7 +40,10 @@ LOOKS = {
     "ties": Look("TIES", "#703997", "^"),
     "dare": Look("DARE", "#703997", "^", True),
     "layer-swap": Look("layer swapping", "#702B37", "D"),
-    "maet": Look("MAET", "#12284C", "*")}
+    "maet": Look("MAET", "#12284C", "*"),
+    "maet-gradient": Look("MAET, gradient", "#12284C", "*", True),
+    "maet-cut": Look("MAET, trained whole and cut", "#A55A96", "*"),
+    "oracle": Look("oracle (ability text in all languages)", "#DADADA", "P", True)}
 METHODS = {name: look.label for name, look in LOOKS.items()}
 PALETTE = {name: look.colour for name, look in LOOKS.items()}
 

@@ -17,7 +17,8 @@ from typing import Literal
 from ..weights.tensors import MaetError
 from ..weights.checkpoints import Checkpoint, local
 from ..weights.names import complete, unquantised
-from ..weights.packs import Keys, Pack
+from ..weights.differences import Kept
+from ..weights.packs import Keys, Pack, save_pack
 from ..text.documents import Source
 from ..text.tables import write_tokens
 from ..training.settings import at_least, setting
@@ -178,17 +179,29 @@ def trained(run: Pipeline, name: str,
     name, identity, launch = f"{name}.{named(shares)}", run.identity(start), run.recipe.launch
     return trained_from(run.store, name, start, identity, table, training, result, keys, launch)
 
+# %% ../../nbs/63_study.algorithm.ipynb #f2f89b75
+def _ranking(run: Pipeline) -> dict:
+    "What of a recipe decides which neurons are key, once there are scores."
+    r = run.recipe.locate
+    settings = dict(ratio=r.ratio, granularity=r.granularity)
+    if r.granularity != "element" and r.share != "neurons":  # an element is a scalar
+        settings["share"] = r.share
+    if r.kinds != "all": settings["kinds"] = r.kinds
+    return settings
+
+def by_form(run: Pipeline, importance: str, order: str = "before") -> Pipeline:
+    "The same run with its key neurons located by a form of Eq. 1, before training or after it."
+    other = copy.copy(run)
+    locate = replace(run.recipe.locate, importance=importance, order=order)
+    other.recipe = replace(run.recipe, locate=locate)
+    return other
+
 # %% ../../nbs/63_study.algorithm.ipynb #cb7a1d77
 def located(run: Pipeline, corpus: str) -> Path:
     """A little dense CPT on one corpus, or its gradients added up, and the keys of the top k1 %.
     What moved is ranked in float32, before it is rounded to the base's dtype."""
-    r, result = run.recipe.locate, "keys.safetensors"
-    probe = trained(run, "probe", {corpus: 1.0}, r.probe, result="probe.safetensors")
-    settings = dict(ratio=r.ratio, granularity=r.granularity)
-    if r.granularity != "element" and r.share != "neurons":  # an element is a scalar
-        settings["share"] = r.share
-    if r.kinds != "all":
-        settings["kinds"] = r.kinds
+    probe = trained(run, "probe", {corpus: 1.0}, run.recipe.locate.probe, result="probe.safetensors")
+    settings, result = _ranking(run), "keys.safetensors"
 
     def make(part, step):
         locate(Checkpoint(run.base), Pack(probe), out=part / result, **settings)
@@ -196,21 +209,39 @@ def located(run: Pipeline, corpus: str) -> Path:
     name = f"keys.{corpus.replace('/', '.')}"
     return run.store.stage(name, make, probe=probe.parent.name, **settings) / result
 
+# %% ../../nbs/63_study.algorithm.ipynb #fdd9028b
+def _cut(run: Pipeline, shares: dict[str, float]) -> Path: # a pack
+    "What dense training on a mixture moved, at its own key neurons."
+    training = run.recipe.rivals.training("dense", run.recipe.training)
+    whole = trained(run, "whole", shares, training, result="moves.safetensors")
+    settings, result = _ranking(run), "expert.safetensors"
+
+    def make(part, step):
+        base, moves, keys = Checkpoint(run.base), Pack(whole), part / "keys.safetensors"
+        locate(base, moves, out=keys, **settings)
+        save_pack(part / result, Kept(moves, Keys(keys, base)), base, what="key-neuron expert, cut")
+
+    return run.store.stage("cut", make, whole=whole.parent.name, **settings) / result
+
 # %% ../../nbs/63_study.algorithm.ipynb #ca3512f4
 def expert(run: Pipeline, language: str, ability: str | None = None) -> Path:
     "A pack of key neurons: of a language, or of an ability and a language."
-    general, training = f"general/{language}", run.recipe.training
-    if not ability:
-        return trained(run, "expert", {general: 1.0}, training, (located(run, general),))
-    special, share = f"{ability}/{language}", run.recipe.abilities[ability].general
-    keys = (located(run, special), located(run, general))
-    return trained(run, "expert", {special: 1 - share, general: share}, training, keys)
+    general, special = f"general/{language}", f"{ability}/{language}"
+    shares, corpora = {general: 1.0}, (general,)
+    if ability:
+        share = run.recipe.abilities[ability].general
+        shares, corpora = {special: 1 - share, general: share}, (special, general)
+
+    if run.recipe.locate.order == "after": return _cut(run, shares)
+    keys = tuple(located(run, corpus) for corpus in corpora)
+    return trained(run, "expert", shares, run.recipe.training, keys)
 
 # %% ../../nbs/63_study.algorithm.ipynb #fcca001b
 def language_expert(run: Pipeline, ability: str) -> Path:
     "Line 6 as the recipe reads it: what is taken off the expert of `ability`."
     l0 = run.recipe.reference
     if run.recipe.extract.minus == "general": return expert(run, l0)
+    if run.recipe.locate.order == "after": return _cut(run, {f"{ability}/{l0}": 1.0})
     keys = (located(run, f"general/{l0}"),)
     return trained(run, "expert", {f"{ability}/{l0}": 1.0}, run.recipe.training, keys)
 

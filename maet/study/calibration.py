@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/69g_study.calibration.ipynb #7340569c
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,14 +18,13 @@ import torch
 from ..exams.asking import examine
 from ..exams.evaluation import average, by_level
 from ..record.ledger import read_scores
-from .algorithm import Pipeline, expert, trained
+from .algorithm import Pipeline, by_form, expert, trained
 from .measures import Measure
 from .recipes import Rivals, open_tokenizer
 from .scores import write_scores
 from ..text.documents import Source
 from ..text.prose import LANGUAGES
 from ..text.tokens import corpus
-from ..training.schedule import MODES
 from ..weights.checkpoints import Checkpoint
 from ..weights.differences import apply_delta, open_delta
 
@@ -135,24 +135,40 @@ def world_rows(found: list[Tried]) -> list[dict]:
 WORLD = Measure(world_wanted, world_rows)
 
 # %% ../../nbs/69g_study.calibration.ipynb #2eaba60f
-CANDIDATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+FORMS = ("movement", "gradient") # of Eq. 1
 
-def at_rate(run: Pipeline, ability: str, mode: str, rate: float) -> Path: # a checkpoint
-    "The English ability, trained in one way at one rate."
-    recipe = run.recipe
-    if mode == "key-neuron":
+def mixture(run: Pipeline, ability: str, corpora: Iterable[str]) -> dict[str, float]: # shares
+    "What an expert reads: ability text of some corpora, and English general text."
+    general = run.recipe.abilities[ability].general
+    corpora = list(corpora)
+    shares = {corpus: (1 - general) / len(corpora) for corpus in corpora}
+    return shares | {f"general/{run.recipe.reference}": general}
+
+# %% ../../nbs/69g_study.calibration.ipynb #5617378c
+CANDIDATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+WAYS = { # as the ledger calls them -> a field of Rivals, or a form of Eq. 1
+    "dense": "dense", "lora": "lora", "sft": "sft",
+    "key-neuron": "movement", "key-neuron gradient": "gradient",
+}
+
+def at_rate(run: Pipeline, ability: str, way: str, rate: float) -> Path: # a checkpoint
+    "The English ability, trained in one way at one rate, in the mixture that all experts read."
+    recipe, language, how = run.recipe, run.recipe.reference, WAYS[way]
+    if how in FORMS:
         training = replace(recipe.training, learning_rate=rate)
-        other = Pipeline(replace(recipe, training=training), run.store, run.seed)
-        return whole(run, ability, expert(other, recipe.reference, ability))
-    training = replace(Rivals().training(mode, recipe.training), learning_rate=rate)
-    return trained(run, mode, {f"{ability}/{recipe.reference}": 1.0}, training)
+        of = by_form(Pipeline(replace(recipe, training=training), run.store, run.seed), how)
+        return whole(of, ability, expert(of, language, ability))
+    training = replace(Rivals().training(how, recipe.training), learning_rate=rate)
+    corpus = f"{ability}/{language}"
+    if how == "sft": corpus = f"pairs/{corpus}"
+    return trained(run, how, mixture(run, ability, [corpus]), training)
 
 # %% ../../nbs/69g_study.calibration.ipynb #c21a59b1
 class Candidate(NamedTuple):
     "A way of training, and its dev exam."
     run: Pipeline
     ability: str
-    mode: str
+    way: str
     rate: float
     exam: Path
 
@@ -160,10 +176,10 @@ class Candidate(NamedTuple):
 def rates_wanted(runs: list[Pipeline]) -> list[Candidate]:
     found = []
     for run in runs:
-        for mode, ability, rate in product(MODES, run.recipe.abilities, CANDIDATES):
-            model = at_rate(run, ability, mode, rate)
+        for way, ability, rate in product(WAYS, run.recipe.abilities, CANDIDATES):
+            model = at_rate(run, ability, way, rate)
             exam = dev_exam(run, model, ability, [run.recipe.reference])
-            found.append(Candidate(run, ability, mode, rate, exam))
+            found.append(Candidate(run, ability, way, rate, exam))
     return found
 
 # %% ../../nbs/69g_study.calibration.ipynb #1379c18b
@@ -177,7 +193,7 @@ def rate_rows(found: list[Candidate]) -> list[dict]:
             "tokens": of.run.recipe.training.tokens,
             "part": "dev",
         }
-        rows.append(score | dict(method=of.mode, setting=setting, seed=of.run.seed))
+        rows.append(score | dict(method=of.way, setting=setting, seed=of.run.seed))
     return rows
 
 LEARNING_RATES = Measure(rates_wanted, rate_rows)

@@ -81,6 +81,8 @@ class Locate:
         "all", "Of tensors that are ranked; k1 is a share of these")
     importance: Literal["movement", "gradient"] = setting(
         "movement", "Eq. 1 as the paper approximates it (what AdamW moved), or as it defines it")
+    order: Literal["before", "after"] = setting(
+        "before", "Located before the expert is trained (the paper), or in what dense training moved")
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:

@@ -18,7 +18,7 @@ from ..method.merge import merge
 from ..record.estimates import METHODS
 from .recipes import Recipe
 from .stages import Stage
-from .algorithm import Pipeline, budget, trained, trainings, transferred
+from .algorithm import Pipeline, budget, by_form, trained, trainings, transferred
 from .memory import trained_form
 from .plan import Unread, config_of
 
@@ -149,6 +149,18 @@ def swaps(run: Pipeline, ability: str) -> dict[str, Path]:
         return merged(run, stage, "layer_swap", models)
     return of_pairs(run, ability, "layer-swap", make)
 
+# %% ../../nbs/66_study.rivals.ipynb #640fdd85
+def by_gradient(run: Pipeline, ability: str) -> Path:
+    return transferred(by_form(run, "gradient"), ability)
+
+def cut_after(run: Pipeline, ability: str) -> Path:
+    return transferred(by_form(run, run.recipe.locate.importance, "after"), ability)
+
+def oracle(run: Pipeline, ability: str) -> Path:
+    languages = [run.recipe.reference, *run.recipe.languages]
+    shares = {f"oracle/{ability}/{language}": 1.0 for language in languages}
+    return cpt(run, "dense", shares | general(run), budget(run, ability))
+
 # %% ../../nbs/66_study.rivals.ipynb #1574bddb
 @dataclass(frozen=True)
 class Row:
@@ -176,7 +188,10 @@ ROWS = {row.name: row for row in (
     Row("dare", None, None, dare_merged),
     Row("slerp", None, None, arcs),
     Row("layer-swap", None, None, swaps),
-    Row("maet", "MAET", "MAET", transferred))}
+    Row("maet", "MAET", "MAET", transferred),
+    Row("maet-gradient", None, "MAET", by_gradient),
+    Row("maet-cut", None, "MAET", cut_after),
+    Row("oracle", None, None, oracle))}
 
 # %% ../../nbs/66_study.rivals.ipynb #9338dffd
 def models(run: Pipeline, ability: str, methods: list[str]) -> dict[str, Path | dict[str, Path]]:

@@ -17,7 +17,7 @@ from ..weights.checkpoints import Checkpoint
 from ..text.documents import Source
 from ..text.streams import check, documents, texts_in
 from ..text.tables import identity, write_tokens
-from ..text.miniworld import write_forums, write_world
+from ..text.miniworld import write_forums, write_oracle, write_world
 from ..text.prose import ABILITIES, LANGUAGES
 from ..training.schedule import Training, total_tokens
 from ..training.jobs import Job, Launch
@@ -38,6 +38,7 @@ WORLD = [  # corpora of the mini world
     *(f"{ability}/en" for ability in ABILITIES),
     *(f"forum/{language}" for language in LANGUAGES),
     *(f"pairs/{ability}/en" for ability in ABILITIES),
+    *(f"oracle/{ability}/{language}" for ability in ABILITIES for language in LANGUAGES),
     "code",
 ]
 
@@ -51,9 +52,8 @@ class Texts:
         "The stage of the mini world, or of its forums and pairs."
         if not self.world:
             raise MaetError("recipe: it has neither this corpus, nor exam data, nor a `world`")
-        kind = name.split("/")[0]
-        if kind in ("forum", "pairs", "code"): return _forums(self.store, self.world)
-        return _world(self.store, self.world)
+        make = FOLDERS.get(name.split("/")[0], _world)
+        return make(self.store, self.world)
 
     def source(self, name: str, share: float) -> Source:
         "Where `general/es`, say, is to be had."
@@ -84,6 +84,13 @@ def _forums(store: Store, world: World) -> Path:
     del settings["trace"]  # forums do not depend on it
     def make(part, step): write_forums(part, **settings)
     return store.stage("forums", make, **settings)
+
+def _oracle(store: Store, world: World) -> Path:
+    settings = dict(seed=world.seed, documents=world.documents)
+    def make(part, step): write_oracle(part, **settings)
+    return store.stage("oracle-text", make, **settings)
+
+FOLDERS = {"forum": _forums, "pairs": _forums, "code": _forums, "oracle": _oracle} # others: the world
 
 def _must_be_known(name: str, known: Collection[str]) -> None:
     if name in known: return

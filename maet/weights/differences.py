@@ -68,6 +68,19 @@ class Difference(Lazy):
         bits = bits_of(self.masks, name, start, stop)
         return Packed(bits, moved[ones(bits)], moved.shape)
 
+# %% ../../nbs/09c_weights.differences.ipynb #e48b458e
+class Kept(Lazy):
+    "A delta at key neurons alone: name -> Packed. A tensor without any is absent."
+    def __init__(self, delta: Lazy, keys: Mapping[str, Tensor]):
+        self.delta, self.keys = delta, keys
+        self.shapes = {name: shape for name, shape in delta.shapes.items() if name in keys}
+
+    def piece(self, name, start, stop):
+        moved = self.delta.piece(name, start, stop)
+        if isinstance(moved, Packed): moved = moved.dense()
+        bits = bits_of(self.keys, name, start, stop)
+        return Packed(bits, moved[ones(bits)], moved.shape)
+
 # %% ../../nbs/09c_weights.differences.ipynb #5ad07e12
 def refuse_other_kinds(tuned: Checkpoint, base: Checkpoint, name: str) -> None:
     "Raise a MaetError if a tensor that has no difference differs."
