@@ -425,7 +425,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'maet.method.merging.drop': ('method.merging.html#drop', 'maet/method/merging.py'),
                                      'maet.method.merging.drop_each': ('method.merging.html#drop_each', 'maet/method/merging.py'),
                                      'maet.method.merging.find_cut': ('method.merging.html#find_cut', 'maet/method/merging.py'),
-                                     'maet.method.merging.from_top': ('method.merging.html#from_top', 'maet/method/merging.py'),
                                      'maet.method.merging.keep_count': ('method.merging.html#keep_count', 'maet/method/merging.py'),
                                      'maet.method.merging.linear': ('method.merging.html#linear', 'maet/method/merging.py'),
                                      'maet.method.merging.lower_counts': ('method.merging.html#lower_counts', 'maet/method/merging.py'),

@@ -20,6 +20,7 @@ from torch.nn.functional import hardshrink
 from ..weights.tensors import MaetError
 from ..weights.streams import in_order, pieces
 from ..weights.deltas import Packed, Part, add_to, dot_flat
+from .neurons import reach
 
 # %% ../../nbs/36_method.merging.ipynb #902ba3cd
 def wide(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -138,16 +139,6 @@ def lower_counts(flat: Tensor, high: int) -> Tensor: # (2^16,)
     lower = pattern[pattern >> 16 == high] & 0xFFFF
     return torch.bincount(lower, minlength=1 << 16)
 
-# %% ../../nbs/36_method.merging.ipynb #4cccbed5
-def from_top(counts: Tensor, # int64: how many scalars are in each bin
-             keep: int,      # how many are wanted
-             ) -> tuple[int, int]: # the bin of the last of them; how many of this bin are wanted
-    "Where one arrives who takes `keep` from the highest bin downwards."
-    taken = counts.flip(0).cumsum(0)
-    step = int(torch.searchsorted(taken, keep))
-    before = int(taken[step - 1]) if step else 0
-    return len(counts) - 1 - step, keep - before
-
 # %% ../../nbs/36_method.merging.ipynb #ce9b4ace
 def threshold(read: Callable[..., Tensor], # a job -> a flat piece
               jobs: Sequence,              # all pieces
@@ -155,14 +146,14 @@ def threshold(read: Callable[..., Tensor], # a job -> a flat piece
               ) -> tuple[float, int, int]:
     """The exact `keep`-th largest absolute value, in two readings. Holds a few pieces.
 
-    Returns it, how many as large stay, and how many there are.
+    Returns it, how many as large stay, and how many there are. `reach` is Eq. 1's.
     """
     def upper(job): return upper_counts(read(*job))
-    high, wanted = from_top(sum(in_order(upper, jobs)), keep)
+    high, wanted = reach(sum(in_order(upper, jobs)), keep)
 
     def lower(job): return lower_counts(read(*job), high)
     counts = sum(in_order(lower, jobs))
-    low, wanted = from_top(counts, wanted)
+    low, wanted = reach(counts, wanted)
     return of_bits(high << 16 | low), wanted, int(counts[low])
 
 # %% ../../nbs/36_method.merging.ipynb #12c6fc06
