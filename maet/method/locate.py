@@ -286,7 +286,7 @@ class Ranking(NamedTuple):
 
 def refuse_unmoved(path: Path, ranking: Ranking, total: int) -> None:
     "MaetError where k1 asks for more neurons than have any importance."
-    if ranking.threshold > 0: return
+    if ranking.threshold > 0 or ranking.key == total: return  # all are wanted: then all are key
     moved = ranking.key - ranking.ties
     if not moved: raise MaetError(f"{path}: no neuron moved; give one that was trained")
     raise MaetError(f"{path}: only {moved} of {total} neurons moved, but {ranking.key} are wanted; "
