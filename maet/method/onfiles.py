@@ -12,7 +12,7 @@ from pathlib import Path
 from ..weights.tensors import MaetError, of_kinds
 from ..weights.checkpoints import Checkpoint
 from ..weights.differences import apply_delta, open_delta, origin
-from .transfer import MaetTransfer, similarity
+from .transfer import MaetTransfer, select, similarity
 
 # %% ../../nbs/35b_method.onfiles.ipynb #ace8c6f6
 @dataclass
@@ -24,8 +24,11 @@ class Transfer:
     weights: dict[str, float] = field(default_factory=dict)
     similarity: str = "dot"   # Eq. 4; "cosine" is the other reading
     kinds: str | list[str] = "all" # Table 3
+    outside: float = 1.0      # of the languages outside T; Eq. 5 has 1
+    end: str = "last"         # of Eq. 4's ranking; "first" is the other one
 
     def __post_init__(self):
+        select({}, 0, end=self.end)              # so does this
         similarity(None, None, self.similarity)  # refuses a word that it does not know
         of_kinds("", self.kinds)                 # this one, too
 
@@ -71,6 +74,7 @@ def merge(recipe: Merge,
     delta = MaetTransfer(
         base.names, ability, languages, mu, settings.gamma, settings.eta,
         settings.select_ratio, settings.similarity, settings.kinds,
+        outside=settings.outside, end=settings.end,
     )
     told = origin(asdict(recipe), [recipe.base_model], "maet", PAPER)
     return apply_delta(out, base, delta, told)

@@ -73,12 +73,16 @@ def select_count(total: int,    # tensors in the model
 def select(similarities: Mapping[str, float], # name -> V, every tensor of the model
            ratio: float = 0.8,                # k2, in [0, 1]
            rounding: str = "down",            # or "nearest"
+           end: str = "last",                 # of the descending order; or "first"
            ) -> set[str]:                     # T
     "The last k2 % in descending order of similarity; ties by position. Raises MaetError for NaN."
+    if end not in ("last", "first"):
+        raise MaetError(f"end: {end!r} is neither last nor first")
     for name, value in similarities.items():
         if isnan(value): raise MaetError(f"{name}: its similarity is NaN; check both deltas")
     ranked = sorted(similarities, key=lambda name: -similarities[name])
     count = select_count(len(ranked), ratio, rounding)
+    if end == "first": return set(ranked[:count])
     return set(ranked[len(ranked) - count:])
 
 # %% ../../nbs/35_method.transfer.ipynb #12c6fc06
@@ -119,11 +123,14 @@ class _Inputs:
     similarity: str = "dot"                   # or "cosine"
     kinds: str | Sequence[str] = "all"        # Table 3: which tensors of T receive the ability
     rounding: str = "down"                    # of k2 % of the tensors; or "nearest"
+    outside: float = 1.0                      # of the languages, outside T
+    end: str = "last"                         # which k2 % of the ranking T is; or "first"
 
     def __post_init__(self):
         multilingual_weights([None] * len(self.languages), self.mu)
         similarity(None, None, self.similarity)
         select_count(len(self.names), self.select_ratio, self.rounding)
+        select({}, self.select_ratio, self.rounding, self.end)
         of_kinds("", self.kinds)
         unknown = set().union(self.ability, *self.languages) - set(self.names)
         if unknown:
@@ -185,8 +192,8 @@ class MaetTransfer(_Inputs, Lazy):
     @cached_property
     def selected(self) -> set[str]:
         "T, as far as it is of the chosen kinds."
-        last = select(self.similarities, self.select_ratio, self.rounding)
-        return {name for name in last if of_kinds(name, self.kinds)}
+        chosen = select(self.similarities, self.select_ratio, self.rounding, self.end)
+        return {name for name in chosen if of_kinds(name, self.kinds)}
 
     @cached_property
     def shapes(self) -> dict[str, tuple]:
@@ -195,8 +202,8 @@ class MaetTransfer(_Inputs, Lazy):
 
     @property
     def identity(self) -> str:
-        factors = self.gamma, self.eta
-        choice = self.select_ratio, self.similarity, self.kinds, self.rounding
+        factors = self.gamma, self.eta, self.outside
+        choice = self.select_ratio, self.similarity, self.kinds, self.rounding, self.end
         return identity("Eq. 5", self.ability, self.language, *factors, *choice)
 
     def terms(self, name: str, start: int, stop: int) -> list[tuple[float, Part]]:
@@ -232,8 +239,10 @@ def shapes_that_change(transfer: MaetTransfer) -> dict[str, tuple]:
 def terms_of_change(transfer: MaetTransfer, name: str,
                     start: int, stop: int) -> list[tuple[float, Part]]: # (factor, flat part)
     "Eq. 5 for a piece of a tensor."
-    if name not in transfer.selected: return terms_of(transfer.language, name, start, stop)
+    factors = {"ability": transfer.gamma, "language": transfer.eta}
+    if name not in transfer.selected: factors = {"language": transfer.outside}
     terms = []
-    for outer, delta in ((transfer.gamma, transfer.ability), (transfer.eta, transfer.language)):
+    for whose, outer in factors.items():
+        delta = getattr(transfer, whose)
         terms += [(outer * inner, part) for inner, part in terms_of(delta, name, start, stop)]
     return terms

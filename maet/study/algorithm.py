@@ -266,7 +266,7 @@ def transferred(run: Pipeline, ability: str) -> Path:
     mu = {language: r.weights.get(language, 1 / len(languages)) for language in languages}
     experts = {language: expert(run, language) for language in mu}
     select_ratio = run.recipe.abilities[ability].select_ratio
-    parameters = Parameters(r.gamma, r.eta, {}, r.similarity, r.kinds, select_ratio)
+    parameters = Parameters(**asdict(r) | dict(weights={}, select_ratio=select_ratio))
     terms = [Term(str(experts[language]), mu[language]) for language in mu]
     recipe = Merge(str(run.base), Term(str(weights)), terms, parameters=parameters)
 

@@ -55,7 +55,7 @@ def selected(packs: Packs) -> set[str]:
     languages = [open_pack(file) for file in packs.languages.values()]
     ratio = recipe.abilities[packs.ability].select_ratio
     transfer = MaetTransfer(names, open_pack(packs.weights), languages, mu,
-                            settings.gamma, settings.eta, ratio, settings.similarity)
+                            settings.gamma, settings.eta, ratio, settings.similarity, end=settings.end)
     return transfer.selected
 
 # %% ../../nbs/69d_study.key_neurons.ipynb #5f4b1b36

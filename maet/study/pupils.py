@@ -117,7 +117,8 @@ def of_maet(run: Pipeline, ability: str) -> Callable[[dict], Piece]:
     def merged_by(c: dict) -> Piece:
         weights = AbilityWeights(both, alone, c["alpha"], c["beta"])
         change = MaetTransfer(base.names, weights, languages, mu, c["gamma"], c["eta"], c["k2"],
-                              transfer.similarity, transfer.kinds)
+                              transfer.similarity, transfer.kinds,
+                              outside=transfer.outside, end=transfer.end)
 
         def piece(name, start, stop):
             before = base.piece(name, start, stop)
