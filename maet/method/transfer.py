@@ -129,7 +129,6 @@ class _Inputs:
     def __post_init__(self):
         multilingual_weights([None] * len(self.languages), self.mu)
         similarity(None, None, self.similarity)
-        select_count(len(self.names), self.select_ratio, self.rounding)
         select({}, self.select_ratio, self.rounding, self.end)
         of_kinds("", self.kinds)
         unknown = set().union(self.ability, *self.languages) - set(self.names)
