@@ -814,6 +814,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'maet.study.algorithm.Probe': ('study.algorithm.html#probe', 'maet/study/algorithm.py'),
                                       'maet.study.algorithm.Probe.__post_init__': ( 'study.algorithm.html#probe.__post_init__',
                                                                                     'maet/study/algorithm.py'),
+                                      'maet.study.algorithm.Probe.run': ('study.algorithm.html#probe.run', 'maet/study/algorithm.py'),
                                       'maet.study.algorithm.Run': ('study.algorithm.html#run', 'maet/study/algorithm.py'),
                                       'maet.study.algorithm.Run.__post_init__': ( 'study.algorithm.html#run.__post_init__',
                                                                                   'maet/study/algorithm.py'),

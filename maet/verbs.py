@@ -193,7 +193,7 @@ def _located(recipe: str | Path, out: str | Path): # what `locate` found; the ba
     from maet.weights.checkpoints import Checkpoint, local
 
     what = load(Probe, recipe)
-    must_fit(what)
+    must_fit(what.run)
     return locate_run(what, out), Checkpoint(local(what.base))
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6

@@ -101,6 +101,11 @@ class Probe(Locate):
         super().__post_init__()
         if not self.corpora: raise MaetError("corpora: none is given")
 
+    @property
+    def run(self) -> Run:
+        "What is trained for it, or added up."
+        return Run(self.base, self.corpora, self.probe, launch=self.launch)
+
 # %% ../../nbs/63_study.algorithm.ipynb #93e1f2c4
 def locate_run(r: Probe, out: str | Path) -> dict: # as `locate`'s
     "Write the keys of a text. Called again after a kill, it goes on."

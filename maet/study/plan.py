@@ -25,7 +25,7 @@ from ..training.jobs import Launch, machines, read_config, world_size
 from .recipes import Base, Locate, Recipe, llama_config
 from .stages import Store
 from .texts import Texts, backbone
-from .algorithm import Pipeline, Run, transferred
+from .algorithm import Pipeline, Probe, Run, transferred
 from .memory import KINDS, SAME, Rehearsal, rehearse, stored
 
 # %% ../../nbs/65_study.plan.ipynb #63266754
@@ -397,11 +397,11 @@ def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=Non
 # %% ../../nbs/65_study.plan.ipynb #9109c85a
 def read(source: str | Path) -> Recipe | Run | Base: # a file, or the name of a shipped one
     "A recipe of whatever command it is for."
-    content = read_yaml(source)
-    if "phases" in content: command = Base
-    elif "abilities" in content: command = Recipe
-    else: command = Run
-    return strict(command, content, Path(source).name)
+    content, name = read_yaml(source), Path(source).name
+    if "phases" in content: return strict(Base, content, name)
+    if "abilities" in content: return strict(Recipe, content, name)
+    if {"ratio", "importance"} & set(content): return strict(Probe, content, name).run
+    return strict(Run, content, name)
 
 # %% ../../nbs/65_study.plan.ipynb #bdd2f44d
 def cluster_of(what: Recipe | Run | Base, **more) -> Cluster:
