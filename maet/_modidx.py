@@ -1254,6 +1254,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'maet.study.studies.Study': ('study.studies.html#study', 'maet/study/studies.py'),
                                     'maet.study.studies.Study.__post_init__': ( 'study.studies.html#study.__post_init__',
                                                                                 'maet/study/studies.py'),
+                                    'maet.study.studies._first_seed': ('study.studies.html#_first_seed', 'maet/study/studies.py'),
                                     'maet.study.studies.axes': ('study.studies.html#axes', 'maet/study/studies.py'),
                                     'maet.study.studies.changed': ('study.studies.html#changed', 'maet/study/studies.py'),
                                     'maet.study.studies.check_against': ('study.studies.html#check_against', 'maet/study/studies.py'),

@@ -6,53 +6,53 @@
 __all__ = ['Transfer', 'Term', 'Parameters', 'Merge']
 
 # %% ../../nbs/35b_method.onfiles.ipynb #03f039de
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..weights.tensors import MaetError, of_kinds
 from ..weights.checkpoints import Checkpoint
 from ..weights.differences import apply_delta, open_delta, origin
+from ..training.settings import setting
 from .transfer import MaetTransfer, select, similarity
 
 # %% ../../nbs/35b_method.onfiles.ipynb #ace8c6f6
 @dataclass
 class Transfer:
     "Algorithm 1, lines 8-12."
-    gamma: float = 0.2        # Table 5
-    eta: float = 1.0          # Table 5
-    # mu by language; the paper gives none, so 1/n
-    weights: dict[str, float] = field(default_factory=dict)
-    similarity: str = "dot"   # Eq. 4; "cosine" is the other reading
-    kinds: str | list[str] = "all" # Table 3
-    outside: float = 1.0      # of the languages outside T; Eq. 5 has 1
-    end: str = "last"         # of Eq. 4's ranking; "first" is the other one
+    gamma: float = setting(0.2, "Weight of the ability, inside T (Table 5)")
+    eta: float = setting(1.0, "Weight of the languages, inside T (Table 5)")
+    weights: dict[str, float] = setting(dict, "mu by language; the paper gives none, so 1/n")
+    similarity: str = setting("dot", "Eq. 4; cosine is the other reading")
+    kinds: str | list[str] = setting("all", "Of tensors that receive the ability (Table 3)")
+    outside: float = setting(1.0, "Weight of the languages outside T; Eq. 5 has 1")
+    end: str = setting("last", "Which k2 % of Eq. 4's ranking T is; first: the other end")
 
     def __post_init__(self):
-        select({}, 0, end=self.end)              # so does this
         similarity(None, None, self.similarity)  # refuses a word that it does not know
         of_kinds("", self.kinds)                 # this one, too
+        select({}, 0, end=self.end)              # and this one
 
 # %% ../../nbs/35b_method.onfiles.ipynb #63266754
 @dataclass
 class Term:
     "A checkpoint folder or a pack, and its weight."
-    model: str
-    weight: float | None = None  # mu; without it 1/n
+    model: str = setting(..., "A checkpoint, an adapter or a pack")
+    weight: float | None = setting(None, "mu; without it 1/n")
 
 @dataclass
 class Parameters(Transfer):
     "Of Eq. 4 and 5."
-    select_ratio: float = 0.8    # k2
+    select_ratio: float = setting(0.8, "k2, from 0 to 1")
 
 # %% ../../nbs/35b_method.onfiles.ipynb #6b896f7e
 @dataclass
 class Merge:
     "A transfer in mergekit's language: `maet merge`."
-    base_model: str
-    ability: Term
-    languages: list[Term]
-    merge_method: str = "maet"
-    parameters: Parameters = field(default_factory=Parameters)
+    base_model: str = setting(..., "What is added to")
+    ability: Term = setting(..., "R(A)")
+    languages: list[Term] = setting(..., "R(L) of each language")
+    merge_method: str = setting("maet", "maet")
+    parameters: Parameters = setting(Parameters, "Of Eq. 4 and 5")
 
 # %% ../../nbs/35b_method.onfiles.ipynb #1157cfb8
 PAPER = "https://arxiv.org/abs/2410.07825"

@@ -7,7 +7,7 @@ __all__ = ['Study', 'load_study', 'settings', 'methods_of']
 
 # %% ../../nbs/66b_study.studies.ipynb #b11f2320
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from math import prod
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..weights.tensors import MaetError
-from ..training.settings import at_least, read_yaml, strict
+from ..training.settings import at_least, read_yaml, setting, strict
 from .recipes import Recipe
 from .rivals import ROWS
 
@@ -23,24 +23,24 @@ from .rivals import ROWS
 MOST_POINTS = 1000 # of a study: each is planned before anything starts
 
 # %% ../../nbs/66b_study.studies.ipynb #0ade7c2c
+def _first_seed() -> list[int]: return [0]
+
 @dataclass
 class Study:
     "What is compared, over which settings."
-    recipe: str      # a shipped recipe, or a file
-    title: str = ""  # what it asks, in a few words
-    name: str = ""   # in the ledger; without it that of the file
-    measure: str = ""  # what is read instead of exams, such as expert_maps
-    methods: list[str] = field(default_factory=list)    # rows of the table; none: the recipe's
-    abilities: list[str] = field(default_factory=list)  # none: all of the recipe
-    seeds: list[int] = field(default_factory=lambda: [0])
-    change: dict = field(default_factory=dict)  # dotted key of the recipe -> value, in all settings
-    order: bool = True  # is it the question whether MAET is first, as in Table 2? Then say it
-
-    # dotted key -> [values], or a name -> {variant: {dotted key: value}}
-    vary: dict[str, list | dict[str, dict | None]] = field(default_factory=dict)
-
-    # what each is compared with: {axis: value or variant} or {method: row}; the rest stays as it is
-    against: list[dict[str, str | int | float | bool]] = field(default_factory=list)
+    recipe: str = setting(..., "A shipped recipe, or a file")
+    title: str = setting("", "What it asks, in a few words")
+    name: str = setting("", "In the ledger; without it that of the file")
+    measure: str = setting("", "What is read instead of exams, such as expert_maps")
+    methods: list[str] = setting(list, "Rows of the table; none: the recipe's")
+    abilities: list[str] = setting(list, "None: all of the recipe")
+    seeds: list[int] = setting(_first_seed, "Of training and of the text's order")
+    change: dict = setting(dict, "Dotted key of the recipe -> value, in all settings")
+    order: bool = setting(True, "Is it the question whether MAET is first, as in Table 2?")
+    vary: dict[str, list | dict[str, dict | None]] = setting(
+        dict, "Dotted key -> [values], or a name -> {variant: {dotted key: value}}")
+    against: list[dict[str, str | int | float | bool]] = setting(
+        list, "What each is compared with: {axis: value or variant} or {method: row}")
 
     def __post_init__(self):
         if not self.seeds: raise MaetError("seeds: none is given")
