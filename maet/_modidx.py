@@ -1465,6 +1465,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'maet.text.tokens._written': ('text.tokens.html#_written', 'maet/text/tokens.py'),
                                   'maet.text.tokens.answers': ('text.tokens.html#answers', 'maet/text/tokens.py'),
                                   'maet.text.tokens.chat_template': ('text.tokens.html#chat_template', 'maet/text/tokens.py'),
+                                  'maet.text.tokens.check_added_tokens': ('text.tokens.html#check_added_tokens', 'maet/text/tokens.py'),
                                   'maet.text.tokens.check_template': ('text.tokens.html#check_template', 'maet/text/tokens.py'),
                                   'maet.text.tokens.corpus': ('text.tokens.html#corpus', 'maet/text/tokens.py'),
                                   'maet.text.tokens.encode': ('text.tokens.html#encode', 'maet/text/tokens.py'),

@@ -15,7 +15,8 @@ os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 # ---- two workers ----
 
 # These start ranks, kill them or watch a clock: no two of them may run at once.
-ONE_AT_A_TIME = {"test_run", "test_launch", "test_fuzz", "test_interrupted", "test_training_kill", "test_training_ranks", "test_written_ranks"}
+ONE_AT_A_TIME = {"test_run", "test_launch", "test_fuzz", "test_interrupted", "test_training_kill", "test_training_ranks", "test_written_ranks",
+                 "test_gradient_ranks"}
 EACH_BY_ITSELF = {"test_notebooks", "test_project"}  # nothing is shared between these tests
 
 

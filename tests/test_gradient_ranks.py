@@ -1,6 +1,5 @@
 """Eq. 1 as it is defined gives the same keys in one process and on two ranks under ZeRO 0 to 3, also where a run was killed between two
-checkpoints. One launch does it all: this file is also the ranks' program."""
-import sys
+checkpoints."""
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from maet.training.schedule import GRADIENT, Training
 from maet.training import trainer
 from maet.training.train import train
 from maet.method.locate import locate
-from ranks import leave, two_ranks
 
 STEPS = dict(mode=GRADIENT, tokens=4*8*16, batch_tokens=8*16, sequence_length=16, device_batch=2, save_every=2)
 STAGES = (0, 1, 2, 3)
@@ -39,19 +37,29 @@ def add_up(folder: Path, stage: int | None, name: str, killed: bool = False) -> 
     finally: trainer._after_step = after_step
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def prepare(folder: Path) -> None:
+    "A base, a text, and what one process makes of them."
     from transformers import LlamaConfig, LlamaForCausalLM
-    folder = tmp_path_factory.mktemp("gradient")
     torch.manual_seed(0)
     size = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, initializer_range=.1)).save_pretrained(folder/"base")
     torch.save(torch.randint(3, 60, (40, 16)).int(), folder/"ids.pt")
-    add_up(folder, None, "")
-    add_up(folder, None, " killed", killed=True)
-    add_up(folder, None, " killed")
-    for _ in range(2): two_ranks(__file__, folder)
-    return folder
+    everywhere(folder, [None])
+
+
+def everywhere(folder: Path, stages) -> None:
+    "Each stage in one go, and again with a kill after three of four steps."
+    for stage in stages:
+        add_up(folder, stage, "")
+        add_up(folder, stage, " killed", killed=True)
+        add_up(folder, stage, " killed")
+
+
+def on_two_ranks(folder: Path) -> None: everywhere(folder, STAGES)
+
+
+@pytest.fixture
+def folder(two_ranks_did): return two_ranks_did["test_gradient_ranks"]
 
 
 def keys_of(folder: Path, name: str) -> dict:
@@ -69,13 +77,3 @@ def test_the_same_keys(folder, name):
     expected, masks = keys_of(folder, "alone"), keys_of(folder, name)
     differ = sum(int((expected[tensor] ^ masks[tensor]).sum()) for tensor in expected.keys() & masks.keys())
     assert set(expected) == set(masks) and differ == 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for stage in STAGES:
-        again = (folder/f"ZeRO {stage}.safetensors").exists()  # then this is the second launch
-        if not again: add_up(folder, stage, "")
-        add_up(folder, stage, " killed", killed=not again)
-    leave()

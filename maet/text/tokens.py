@@ -6,10 +6,11 @@
 __all__ = ['Tokens']
 
 # %% ../../nbs/13_text.tokens.ipynb #bac07dc1
-import math, os, re
+import json, math, os, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,20 @@ from torch import Tensor
 from ..weights.tensors import MaetError
 from .documents import Document, Source, one_line
 from .streams import Gzipped, Index, Rows, batch, place_of, reader, shuffled
+
+# %% ../../nbs/13_text.tokens.ipynb #8af48a1e
+OF_ADDED_TOKEN = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
+
+def check_added_tokens(folder: str | Path) -> None:
+    """Raises MaetError for an added token with a key that no tokenizer has.
+    What is broken otherwise is found by loading."""
+    file = Path(folder)/"tokenizer.json"
+    try: content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    for token in added if isinstance(added, list) else []:
+        unknown = set(token) - OF_ADDED_TOKEN if isinstance(token, dict) else None
+        if unknown: raise MaetError(f"{file}: an added token has the key {min(unknown)!r}; take it out")
 
 # %% ../../nbs/13_text.tokens.ipynb #63266754
 class Encoded(NamedTuple):
