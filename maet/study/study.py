@@ -73,6 +73,8 @@ def compared(gain: float, error: float) -> str:
     return "above" if gain > 0 else "below"
 
 # %% ../../nbs/68_study.study.ipynb #cadefe9a
+NO_RIVALS = ("maet", "maet-gradient", "maet-cut", "oracle") # MAET itself, and the ceiling
+
 def sentence(run: Pipeline, ability: str, methods: list[str]) -> str:
     "What was found, whatever it is."
     task, languages = run.recipe.abilities[ability].tasks[0], run.recipe.languages
@@ -82,7 +84,7 @@ def sentence(run: Pipeline, ability: str, methods: list[str]) -> str:
 
     parts, verdicts = [], []
     for method in methods:
-        if method == "maet": continue
+        if method in NO_RIVALS: continue
         difference = paired(exams["maet"], exams[method], task, languages)
         if difference is None: continue
         gain, error, _ = difference
