@@ -144,7 +144,7 @@ def _fault_words(faults: list[dict], cls, values) -> str:
     if fault["type"] == "value_error": # of the class itself
         if hasattr(kind, "of"): name, _ = _place(cls, values, path[:-1])
         return f"{name}.{fault['ctx']['error']}"
-    if path[-1] == "[key]":
+    if path and path[-1] == "[key]":
         name, kind = _place(cls, values, path[:-2])
         return f"{name}: the key: {_unlike(fault['input'], get_args(kind)[0], fault)}"
     return f"{name}: {_unlike(fault['input'], kind, fault)}"
