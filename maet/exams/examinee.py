@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..text.tokens import check_added_tokens
+from ..text.tokens import check_added_tokens, without_stderr
 from .stops import _ended, _first_line, _fit, stop_tokens
 from ..weights.adapted import Adapted, NO_ADAPTER, open_checkpoint
 from ..weights.checkpoints import Checkpoint
@@ -265,7 +265,8 @@ def _tokenizer(path: Path):
                         "save the model's tokenizer beside it")
     check_added_tokens(path)
     only_files = {"local_files_only": True, "trust_remote_code": False}
-    try: tokenizer = AutoTokenizer.from_pretrained(path, **only_files)
+    try:
+        with without_stderr(): tokenizer = AutoTokenizer.from_pretrained(path, **only_files)
     except Exception as e:
         why = str(e).splitlines()[0]
         raise MaetError(f"{path}: its tokenizer cannot be loaded ({why})") from None

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ..weights.tensors import MaetError, meta_model, of_kinds, reading
 from ..text.documents import Source
-from ..text.tokens import check_added_tokens
+from ..text.tokens import check_added_tokens, without_stderr
 from ..training.settings import check_rules, plain_names, setting
 from ..training.schedule import GRADIENT, Training
 from ..training.jobs import Launch
@@ -143,7 +143,7 @@ def open_tokenizer(model: Path):
     "The tokenizer of a checkpoint folder. Raises MaetError."
     from transformers import AutoTokenizer
     check_added_tokens(model)
-    with reading(model, "save the model's tokenizer beside it"):
+    with reading(model, "save the model's tokenizer beside it"), without_stderr():
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True,
                                                   trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values(), default=0)

@@ -8,6 +8,7 @@ __all__ = ['Tokens']
 # %% ../../nbs/13_text.tokens.ipynb #bac07dc1
 import json, math, os, re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..weights.tensors import MaetError
 from .documents import Document, Source, one_line
 from .streams import Gzipped, Index, Rows, batch, place_of, reader, shuffled
 
-# %% ../../nbs/13_text.tokens.ipynb #8af48a1e
+# %% ../../nbs/13_text.tokens.ipynb #c319e72c
 OF_ADDED_TOKEN = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 def check_added_tokens(folder: str | Path) -> None:
@@ -34,6 +35,18 @@ def check_added_tokens(folder: str | Path) -> None:
     for token in added if isinstance(added, list) else []:
         unknown = set(token) - OF_ADDED_TOKEN if isinstance(token, dict) else None
         if unknown: raise MaetError(f"{file}: an added token has the key {min(unknown)!r}; take it out")
+
+# %% ../../nbs/13_text.tokens.ipynb #89ed450f
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    "What a library prints past Python's streams, to the file that stderr is, is not shown."
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing: os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 # %% ../../nbs/13_text.tokens.ipynb #63266754
 class Encoded(NamedTuple):
