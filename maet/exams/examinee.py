@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..text.tokens import check_added_tokens, without_stderr
+from ..text.tokens import without_prints
 from .stops import _ended, _first_line, _fit, stop_tokens
 from ..weights.adapted import Adapted, NO_ADAPTER, open_checkpoint
 from ..weights.checkpoints import Checkpoint
@@ -263,10 +263,9 @@ def _tokenizer(path: Path):
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise MaetError(f"{path}: no tokenizer there ({TOKENIZERS[0]}): "
                         "save the model's tokenizer beside it")
-    check_added_tokens(path)
     only_files = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with without_stderr(): tokenizer = AutoTokenizer.from_pretrained(path, **only_files)
+        with without_prints(): tokenizer = AutoTokenizer.from_pretrained(path, **only_files)
     except Exception as e:
         why = str(e).splitlines()[0]
         raise MaetError(f"{path}: its tokenizer cannot be loaded ({why})") from None

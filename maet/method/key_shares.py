@@ -27,7 +27,7 @@ def _sums(sizes: Mapping[str, int], part_of) -> dict: # part -> share
     return {part: size / total for part, size in found.items()}
 
 def key_shares(counts: Mapping[str, int],   # key scalars by tensor, as `locate` gives them
-               shapes: Mapping[str, tuple], # of all tensors that were ranked
+               shapes: Mapping[str, tuple], # of all tensors of the model
                by: str = "kind",            # or "layer"
                ) -> list[Share]:            # the largest share of keys first; layers in order
     "Where key neurons lie. A tensor outside the layers is in the layer `-`."

@@ -205,13 +205,14 @@ def settle(survey: Survey, count: int) -> Key | None:
     "The exact cut, or None if it lies outside the bracket."
     above_high, above_low, from_low = (int(number) for number in survey.counts)
     if not above_high < count <= from_low: return None
-    if count > above_low: where = Cut(survey.bracket.low, count - above_low)
+    if count > above_low:
+        where = Cut(survey.bracket.low, count - above_low, from_low - above_low)
     else: where = cut(lambda: map(survey.values, survey.records), count - above_high)
 
     def tied():
         for name, start in survey.records:
             yield lots(name, equal_places(survey, (name, start), where.threshold) + start)
-    return with_lot(where.threshold, where.ties, tied)
+    return with_lot(where, tied)
 
 def beyond(survey: Survey, count: int) -> Bracket:
     "The side of a bracket on which the cut lies instead."

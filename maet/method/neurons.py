@@ -92,6 +92,7 @@ class Cut(NamedTuple):
     "Key are the neurons above `threshold`, and the first `ties` that equal it."
     threshold: float # the least importance of a key neuron
     ties: int        # how many of exactly this importance are key, at least 1
+    equal: int       # how many are of exactly this importance
 
 LOW = 15  # a pattern has 31 bits besides the sign: 16 high ones and 15 low ones
 
@@ -138,9 +139,10 @@ def cut(stream: Callable[[], Iterable[Tensor]], # scores, anew at each call: flo
         for scores in stream():
             bits = scores.view(torch.int32)
             yield bits[bits >> LOW == high] & (1 << LOW) - 1
-    low, ties = reach(histogram(low_bits(), 1 << LOW), left)
+    bins = histogram(low_bits(), 1 << LOW)
+    low, ties = reach(bins, left)
     pattern = torch.tensor(high << LOW | low, dtype=torch.int32)
-    return Cut(pattern.view(torch.float32).item(), ties)
+    return Cut(pattern.view(torch.float32).item(), ties, int(bins[low]))
 
 # %% ../../nbs/32_method.neurons.ipynb #03faf963
 def above(scores: Tensor, # (n,) float32
@@ -192,18 +194,18 @@ def find_key(stream: Callable[[], Iterable], # of (name, start, scores), anew at
     "The exact cut below the `count` most important neurons, ties by lot."
     def all_scores():
         for _, _, scores in stream(): yield scores
-    threshold, ties = cut(all_scores, count)
+    where = cut(all_scores, count)
 
     def tied():
-        for name, start, scores in stream(): yield equal_lots(name, start, scores, threshold)
-    return with_lot(threshold, ties, tied)
+        for name, start, scores in stream(): yield equal_lots(name, start, scores, where.threshold)
+    return with_lot(where, tied)
 
-def with_lot(threshold: float, ties: int,
+def with_lot(where: Cut,
              tied: Callable[[], Iterable[Tensor]], # the lots of all that equal the threshold
              ) -> Key:
-    equal = sum(map(len, tied()))
-    lot = cut(tied, ties) if ties < equal else None
-    return Key(threshold, ties, equal, lot)
+    "The cut among the ties, which are read again only where some of them are not key."
+    lot = cut(tied, where.ties) if where.ties < where.equal else None
+    return Key(*where, lot)
 
 # %% ../../nbs/32_method.neurons.ipynb #66ed1361
 def key_mask(name: str, start: int, scores: Tensor, # (n,) float32: a run of a tensor's neurons

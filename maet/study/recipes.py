@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ..weights.tensors import MaetError, meta_model, of_kinds, reading
 from ..text.documents import Source
-from ..text.tokens import check_added_tokens, without_stderr
+from ..text.tokens import without_prints
 from ..training.settings import check_rules, plain_names, setting
 from ..training.schedule import GRADIENT, Training
 from ..training.jobs import Launch
@@ -142,8 +142,7 @@ MOST_TOKENS = 1 << 24  # the tokenizers library holds a place for every number b
 def open_tokenizer(model: Path):
     "The tokenizer of a checkpoint folder. Raises MaetError."
     from transformers import AutoTokenizer
-    check_added_tokens(model)
-    with reading(model, "save the model's tokenizer beside it"), without_stderr():
+    with reading(model, "save the model's tokenizer beside it"), without_prints():
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True,
                                                   trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values(), default=0)

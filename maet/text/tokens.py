@@ -6,12 +6,11 @@
 __all__ = ['Tokens']
 
 # %% ../../nbs/13_text.tokens.ipynb #bac07dc1
-import json, math, os, re
+import math, os, re, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,31 +21,20 @@ from ..weights.tensors import MaetError
 from .documents import Document, Source, one_line
 from .streams import Gzipped, Index, Rows, batch, place_of, reader, shuffled
 
-# %% ../../nbs/13_text.tokens.ipynb #c319e72c
-OF_ADDED_TOKEN = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
-
-def check_added_tokens(folder: str | Path) -> None:
-    """Raises MaetError for an added token with a key that no tokenizer has.
-    What is broken otherwise is found by loading."""
-    file = Path(folder)/"tokenizer.json"
-    try: content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return
-    added = content.get("added_tokens") if isinstance(content, dict) else None
-    for token in added if isinstance(added, list) else []:
-        unknown = set(token) - OF_ADDED_TOKEN if isinstance(token, dict) else None
-        if unknown: raise MaetError(f"{file}: an added token has the key {min(unknown)!r}; take it out")
-
 # %% ../../nbs/13_text.tokens.ipynb #89ed450f
 @contextmanager
-def without_stderr() -> Iterator[None]:
-    "What a library prints past Python's streams, to the file that stderr is, is not shown."
-    kept = os.dup(2)
+def without_prints() -> Iterator[None]:
+    "What is printed to the process's own stdout and stderr meanwhile is not shown."
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
     try:
-        with open(os.devnull, "w") as nothing: os.dup2(nothing.fileno(), 2)
+        with open(os.devnull, "w") as nothing:
+            for number in (1, 2): os.dup2(nothing.fileno(), number)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for number, own in zip((1, 2), kept):
+            os.dup2(own, number)
+            os.close(own)
 
 # %% ../../nbs/13_text.tokens.ipynb #63266754
 class Encoded(NamedTuple):
