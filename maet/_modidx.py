@@ -664,6 +664,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'maet.record.claims._ours': ('record.claims.html#_ours', 'maet/record/claims.py'),
                                     'maet.record.claims._paired': ('record.claims.html#_paired', 'maet/record/claims.py'),
                                     'maet.record.claims._place': ('record.claims.html#_place', 'maet/record/claims.py'),
+                                    'maet.record.claims._relative': ('record.claims.html#_relative', 'maet/record/claims.py'),
                                     'maet.record.claims._seeds': ('record.claims.html#_seeds', 'maet/record/claims.py'),
                                     'maet.record.claims._side': ('record.claims.html#_side', 'maet/record/claims.py'),
                                     'maet.record.claims._span': ('record.claims.html#_span', 'maet/record/claims.py'),
