@@ -120,7 +120,7 @@ def _difference(rows, about: dict, of: dict, minus: dict, over: str | None) -> d
     return a | {"value": a["value"] - b["value"], "stderr": error, "n": min(a["n"], b["n"]),
                 "paired": not error}
 
-# %% ../../nbs/54_record.claims.ipynb #792e82ee
+# %% ../../nbs/54_record.claims.ipynb #06473d6f
 def _relative(found: dict, level: dict) -> dict: # level: the row that was taken off
     "A difference as a share of what was taken off."
     share = found["value"] / level["value"]
@@ -330,7 +330,11 @@ def findings(ledgers: str | Path = "data/results",
     return found
 
 # %% ../../nbs/54_record.claims.ipynb #12c6fc06
-PAPERS = {"maet": "MAET", "maec": "MAET, later versions (MAEC)", "swap": "Layer swapping"}  # column `paper` of claims.csv -> in print
+PAPERS = {  # column `paper` of claims.csv -> in print
+    "maet": "MAET",
+    "maec": "MAET, later versions (MAEC)",
+    "swap": "Layer swapping",
+}
 
 def grid(found: Iterable[Finding]) -> list[list[str]]: # the header first
     "Claims, verdicts, both evidences, and what may explain one that is not replicated."
