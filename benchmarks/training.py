@@ -35,7 +35,8 @@ GOALS = {"dense": {"gradient float32": dict(time=.8, peak=.45), "gradient bfloat
          "no optimizer": {"key-neuron 5% element": dict(time=1.25)}}  # 0.8 of its tokens a second; at 8b no more than 40 GB
 GRANULARITIES = ("element", "row", "column")
 SIZES = {  # hidden, intermediate, layers, heads, heads of keys and values, vocabulary; sequences, length
-    "tiny": (64, 176, 2, 4, 2, 500, 4, 32), "1m": (128, 352, 4, 4, 4, 1000, 4, 64), "70m": (640, 1760, 10, 10, 10, 16000, 4, 128), "150m": (768, 2112, 14, 12, 12, 24000, 4, 128),
+    "tiny": (64, 176, 2, 4, 2, 500, 4, 32), "1m": (128, 352, 4, 4, 4, 1000, 4, 64), "9m": (320, 864, 6, 5, 5, 4000, 4, 64),
+     "70m": (640, 1760, 10, 10, 10, 16000, 4, 128), "150m": (768, 2112, 14, 12, 12, 24000, 4, 128),
     "1b": (2048, 8192, 16, 32, 8, 128256, 1, 2048), "8b": (4096, 14336, 32, 32, 8, 128256, 1, 2048)}
 BIG = ("1b", "8b")  # bf16, activations recomputed, one way at a time
 
@@ -46,6 +47,7 @@ def parse():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ratios", type=float, nargs="+", help="shares of key neurons; by default 0.01 0.05 0.2, at a big size 0.05")
     parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, help="by default all, at a big size element")
+    parser.add_argument("--ways", nargs="+", help="only these, as the table names them; the first is what the others are compared with")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="of torch, on the CPU")
     parser.add_argument("--seed", type=int, default=0)
@@ -60,6 +62,7 @@ def parse():
 
 def names(args) -> list[str]:
     "The ways, dense first. A dense optimizer does not fit where a big model does."
+    if args.ways: return args.ways
     sparse = [f"key-neuron {ratio:.0%} {granularity}" for ratio in args.ratios for granularity in args.granularities]
     beside = [f"{kind} {ratio:.0%}{places}" for ratio in args.ratios for kind, places in (("shira", ""), ("key-neuron", " shira"))]
     if args.size in BIG: return ["no optimizer", "gradient bfloat16", "lora", *sparse, *beside]
