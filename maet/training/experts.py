@@ -27,7 +27,8 @@ from ..weights.adapters import factors_of, product
 from ..weights.packs import save_pack
 from ..weights.deltas import Lazy
 from ..weights.differences import apply_delta
-from .sparse import expert_delta, sharded
+from .sparse import sharded
+from .changes import expert_delta
 from .schedule import GRADIENT, Training, batch_sequences, total_steps, total_tokens
 from .resuming import _on_disk, from_rank_0, meet, rank
 
