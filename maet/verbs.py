@@ -7,15 +7,16 @@ __all__ = []
 
 # %% ../nbs/89_verbs.ipynb #32ea97be
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 # %% ../nbs/89_verbs.ipynb #2719ad2f
-def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real-mini, 8b
+def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0.6b, 1b, 8b, ...
         out: str | Path = "runs/mini",      # run folder: stages, tables, figures, merged models
         seed: int | None = None,            # of training and of the text's order; None: the study's
         study: str | Path | None = None,    # instead of a recipe: a study that ships, or a file
-        ledger: str | Path | None = None,   # gets every score; None: data/results/<study>.jsonl
+        ledger: str | Path | None = None,   # gets every score; None: <out>/results/<study>.jsonl
         say: Callable[[str], None] = print, # gets the tables of a seed, as soon as they are there
         ) -> None:
     """Algorithm 1 end to end with its rivals and its exam, or any study.
@@ -25,34 +26,52 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
 
     >>> maet.run("mini", out="runs/mini", seed=0)  # doctest: +SKIP
     """
-    from maet.study.plan import must_fit
-    from maet.study.rivals import models
-    from maet.study.studies import Study, load_study, methods_of, settings
+    from maet.study.studies import Study, load_study
     from maet.study.study import study_job
 
     asked = load_study(study) if study else Study(str(recipe))
     name = asked.name or (Path(study).stem if study else "main")
+    ledger = ledger or Path(out)/"results"/f"{name}.jsonl"
     if asked.measure: return say(_measure(asked, name, out, seed, ledger))
-    for _, setting in settings(asked):
-        must_fit(setting, partial(models, methods=methods_of(asked, setting)))
 
-    ledger = ledger or Path(f"data/results/{name}.jsonl")
+    asked = _fitted(asked, say)
     seeds = asked.seeds if seed is None else [seed]
     for number in seeds:
         say(study_job(asked, name, out, number, ledger))
 
 # %% ../nbs/89_verbs.ipynb #5ea5a1e0
-def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path | None) -> str:
+def _fitted(asked, say: Callable[[str], None]): # a Study
+    "The study with the batches that fit here. Raises MaetError for what cannot run, or not here."
+    from maet.study.fitting import batches_here, must_fit, rounded, said_of_batches, this_device, with_keys
+    from maet.study.rivals import models
+    from maet.study.studies import methods_of, settings
+    from maet.study.study import check_recipe
+
+    smallest = {}
+    for _, recipe in settings(asked):
+        methods = methods_of(asked, recipe)
+        check_recipe(recipe, methods)
+        wanted = partial(models, methods=methods)
+        batches = batches_here(recipe, wanted)
+        must_fit(with_keys(recipe, batches), wanted)
+        for line in rounded(recipe) + said_of_batches(batches, this_device(recipe)): say(line)
+        for name, keys in batches.items():
+            known = smallest.get(f"{name}.device_batch", keys["device_batch"])
+            smallest[f"{name}.device_batch"] = min(known, keys["device_batch"])
+    return replace(asked, change=asked.change | smallest)
+
+# %% ../nbs/89_verbs.ipynb #c164dec4
+def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path) -> str:
     "A study that reads experts in a way of its own: all its seeds at once."
     from maet.study.measured import measure_named
     from maet.study.measures import measure_job
-    from maet.study.plan import must_fit
+    from maet.study.fitting import must_fit
     from maet.study.studies import settings
 
     measure, (_, recipe) = measure_named(asked.measure), settings(asked)[0]
     must_fit(recipe)  # what a measure trains is as large as Algorithm 1's, and asking it would make texts
     seeds = asked.seeds if seed is None else [seed]
-    return measure_job(measure, recipe, name, out, seeds, ledger or Path(f"data/results/{name}.jsonl"))
+    return measure_job(measure, recipe, name, out, seeds, ledger)
 
 # %% ../nbs/89_verbs.ipynb #5f327a3b
 def search(recipe: str | Path,                   # of `run`
@@ -62,7 +81,7 @@ def search(recipe: str | Path,                   # of `run`
            methods: list[str] | None = None,     # of maet, f-tv, soup, layer-swap; None: all
            dev: str | Path | None = None,        # folder of exams to choose on; None: mini world's
            seed: int = 0,
-           ledger: str | Path | None = "data/results/search.jsonl",
+           ledger: str | Path | None = None,     # gets every number; None: <out>/results/search.jsonl
            ) -> str:                             # a Markdown table
     """Choose the constants of MAET and of its rivals on dev questions; test what was chosen.
 
@@ -70,7 +89,7 @@ def search(recipe: str | Path,                   # of `run`
 
     >>> maet.search("mini", trials=60, out="runs/mini")  # doctest: +SKIP
     """
-    from maet.study.plan import must_fit
+    from maet.study.fitting import must_fit
     from maet.study.recipes import Recipe
     from maet.study.rivals import models
     from maet.study.search import Rules, search_job
@@ -80,7 +99,7 @@ def search(recipe: str | Path,                   # of `run`
     what = load(Recipe, recipe)
     rules = Rules(tuple(methods or SEARCHED), trials, items, dev)
     must_fit(what, partial(models, methods=list(rules.methods)))
-    return search_job(what, out, seed, rules, ledger)
+    return search_job(what, out, seed, rules, ledger or Path(out)/"results"/"search.jsonl")
 
 # %% ../nbs/89_verbs.ipynb #452ea018
 def base(recipe: str | Path, # YAML: corpora or a mini world, shares, vocabulary, model, training
@@ -108,10 +127,11 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
     >>> maet.train("expert.yml", "experts/es.safetensors")  # doctest: +SKIP
     """
     from maet.study.algorithm import Run, train_run
-    from maet.study.plan import must_fit
+    from maet.study.fitting import batches_here, must_fit, with_keys
     from maet.training.settings import load
 
     what = load(Run, recipe)
+    what = with_keys(what, batches_here(what))
     must_fit(what)
     return train_run(what, out)
 
@@ -122,29 +142,26 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
          zero: int | None = None,          # ZeRO stage; None: the recipe's
          offload: bool = False,            # optimizer states in the host's memory
          utilisation: float = 0.4,         # share of the GPU's dense rate
-         config: str | Path | None = None, # folder with config.json, if the base is not here
+         config: str | Path | None = None, # config.json or its folder, if the base is not here
+         price: float | None = None,       # of an hour of a GPU, in any currency
          ) -> str:                         # tables in words
     """What a run will train, read, write and hold, and how long it takes.
 
-    For a recipe also what each rival costs. Starts nothing.
+    For a recipe also what each method and rival costs. Starts nothing. What `run` refuses for the
+    recipe's sake, this refuses; what `run` would miss on this machine is listed.
 
-    >>> "tokens" in maet.plan("8b.yml", config="base")
+    >>> "tokens" in maet.plan("8b.yml")
     True
     """
-    from maet.study.algorithm import transferred
-    from maet.study.plan import cluster_of, describe, read
-    from maet.study.recipes import Recipe
-    from maet.study.rivals import cost_table, models
-    from maet.weights.tensors import meta_model
+    from maet.study.fitting import cluster_of, read
+    from maet.study.outlook import outlook
+    from maet.study.shapes import base_config
 
     what = read(recipe)
-    start = meta_model(config).config if config else None
+    start = base_config(config) if config else None
     cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None,
-                         utilisation=utilisation)
-    if not isinstance(what, Recipe): return describe(what, cluster, start, transferred)
-
-    needed = describe(what, cluster, start, partial(models, methods=what.methods))
-    return f"{needed}\n\nevery row that `maet run` knows, at one budget:\n{cost_table(what, start)}"
+                         utilisation=utilisation, price=price)
+    return outlook(what, cluster, start)
 
 # %% ../nbs/89_verbs.ipynb #bc6cc6bd
 def locate(base: str | Path,              # before training; or a recipe: base, corpora, training
@@ -188,12 +205,14 @@ def _tuned(tuned: str | Path, before):
 def _located(recipe: str | Path, out: str | Path): # what `locate` found; the base
     "Key neurons from a text."
     from maet.study.algorithm import Probe, locate_run
-    from maet.study.plan import must_fit
+    from maet.study.fitting import batches_here, must_fit, with_keys
     from maet.training.settings import load
     from maet.weights.checkpoints import Checkpoint, local
 
     what = load(Probe, recipe)
-    must_fit(what.run)
+    fitted = with_keys(what.run, batches_here(what.run))
+    must_fit(fitted)
+    what = replace(what, training=replace(what.training, device_batch=fitted.training.device_batch))
     return locate_run(what, out), Checkpoint(local(what.base))
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6

@@ -123,17 +123,17 @@ def test_peak_is_within_a_tenth_of_the_measured_one(peaks, case):
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
-    from maet.study import plan
+    from maet.study import fitting
     from maet.training.jobs import Launch
     from maet.study.algorithm import Run
     config().save_pretrained(tmp_path)  # no weights are there: it is known before they are read
     run = lambda devices: Run(str(tmp_path), [Source("text.jsonl")], training("dense"), launch=Launch(devices=devices, zero=2))
-    monkeypatch.setattr(plan, "device_memory", lambda ranks: 1e8)
-    with pytest.raises(MaetError, match=r"train \(dense\) needs .* GB on each of 2 devices, and one has 0.1 GB; try") as said: plan.must_fit(run(2))
+    monkeypatch.setattr(fitting, "device_memory", lambda ranks: 1e8)
+    with pytest.raises(MaetError, match=r"train \(dense\) needs .* GB on each of 2 devices, and one has 0.1 GB; even with device_batch: 1") as said: fitting.must_fit(run(2))
     assert "\n" not in str(said.value)
-    with pytest.raises(MaetError, match="3 ranks with .* cannot share"): plan.must_fit(run(3))
-    monkeypatch.setattr(plan, "device_memory", lambda ranks: 1e11)
-    plan.must_fit(run(2))
+    with pytest.raises(MaetError, match="3 ranks with .* cannot share"): fitting.must_fit(run(3))
+    monkeypatch.setattr(fitting, "device_memory", lambda ranks: 1e11)
+    fitting.must_fit(run(2))
 
 
 def test_the_paper_s_recipe_is_planned_without_its_base_or_corpora():
