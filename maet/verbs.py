@@ -13,12 +13,13 @@ from pathlib import Path
 
 # %% ../nbs/89_verbs.ipynb #2719ad2f
 def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0.6b, 1b, 8b, ...
-        out: str | Path = "runs/mini",      # run folder: stages, tables, figures, merged models
+        out: str | Path | None = None,      # run folder: stages, tables, merged models; None: runs/<recipe>
         seed: int | None = None,            # of training and of the text's order; None: the study's
         study: str | Path | None = None,    # instead of a recipe: a study that ships, or a file
         ledger: str | Path | None = None,   # gets every score; None: <out>/results/<study>.jsonl
         say: Callable[[str], None] = print, # gets the tables of a seed, as soon as they are there
-        ) -> None:
+        record: bool = False,               # the rows go into data/results, and not into the run folder
+        ) -> Path:                          # the run folder
     """Algorithm 1 end to end with its rivals and its exam, or any study.
 
     Called again after a kill, it goes on. Without `seed`, all seeds of the study are run; a recipe
@@ -31,13 +32,18 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0
 
     asked = load_study(study) if study else Study(str(recipe))
     name = asked.name or (Path(study).stem if study else "main")
-    ledger = ledger or Path(out)/"results"/f"{name}.jsonl"
-    if asked.measure: return say(_measure(asked, name, out, seed, ledger))
+    out = Path(out or Path("runs")/Path(asked.recipe).stem)
+    rows = Path("data/results") if record else out/"results"
+    ledger = ledger or rows/f"{name}.jsonl"
+    if asked.measure:
+        say(_measure(asked, name, out, seed, ledger))
+        return out
 
     asked = _fitted(asked, say)
     seeds = asked.seeds if seed is None else [seed]
     for number in seeds:
         say(study_job(asked, name, out, number, ledger))
+    return out
 
 # %% ../nbs/89_verbs.ipynb #5ea5a1e0
 def _fitted(asked, say: Callable[[str], None]): # a Study
@@ -60,7 +66,7 @@ def _fitted(asked, say: Callable[[str], None]): # a Study
             smallest[f"{name}.device_batch"] = min(known, keys["device_batch"])
     return replace(asked, change=asked.change | smallest)
 
-# %% ../nbs/89_verbs.ipynb #c164dec4
+# %% ../nbs/89_verbs.ipynb #03c78685
 def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path) -> str:
     "A study that reads experts in a way of its own: all its seeds at once."
     from maet.study.measured import measure_named
@@ -118,6 +124,7 @@ def base(recipe: str | Path, # YAML: corpora or a mini world, shares, vocabulary
 # %% ../nbs/89_verbs.ipynb #1313f122
 def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for key neurons, keys
           out: str | Path,    # checkpoint folder (dense, LoRA) or pack file (key neurons) to be
+          say: Callable[[str], None] = print, # gets what is not taken as it is written
           ) -> dict:          # losses, held_out, steps, tokens, trained, bytes, seconds
     """One CPT or SFT run: dense, LoRA or key-neuron, in this process or by DeepSpeed.
 
@@ -127,11 +134,13 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
     >>> maet.train("expert.yml", "experts/es.safetensors")  # doctest: +SKIP
     """
     from maet.study.algorithm import Run, train_run
-    from maet.study.fitting import batches_here, must_fit, with_keys
+    from maet.study.fitting import batches_here, must_fit, rounded, said_of_batches, this_device, with_keys
     from maet.training.settings import load
 
     what = load(Run, recipe)
-    what = with_keys(what, batches_here(what))
+    batches = batches_here(what)
+    for line in rounded(what) + said_of_batches(batches, this_device(what)): say(line)
+    what = with_keys(what, batches)
     must_fit(what)
     return train_run(what, out)
 
@@ -150,7 +159,7 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
     For a recipe also what each method and rival costs. Starts nothing. What `run` refuses for the
     recipe's sake, this refuses; what `run` would miss on this machine is listed.
 
-    >>> "tokens" in maet.plan("8b.yml")
+    >>> "tokens" in maet.plan("8b.yml", config="base")
     True
     """
     from maet.study.fitting import cluster_of, read
@@ -162,6 +171,37 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
     cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None,
                          utilisation=utilisation, price=price)
     return outlook(what, cluster, start)
+
+# %% ../nbs/89_verbs.ipynb #2693b448
+def init(base: str,                        # a hub id, or a folder
+         ability: str = "mathematics",     # or science
+         languages: list[str] = ["es", "bn"],
+         gpu: str = "RTX-4090",            # one of the table in the room of plans
+         hours: float = 10,                # that all training may take, by plan
+         config: str | Path | None = None, # config.json or its folder, if the base is not to be had
+         ) -> str:                         # YAML
+    """A recipe for `run` that fits one GPU and so many hours, with a comment for every choice.
+
+    >>> "locate:" in maet.init("base", languages=["es"], gpu="L4", hours=0.1)
+    True
+    """
+    from maet.study.drafts import Aim, draft
+    from maet.study.shapes import base_config
+
+    aim = Aim(str(base), ability, tuple(languages), gpu, hours)
+    return draft(aim, base_config(config) if config else None)
+
+# %% ../nbs/89_verbs.ipynb #7660013e
+def keys(schema: bool = False, # as JSON Schema, by which editors complete YAML
+         ) -> str:             # a page in Markdown
+    """Every key of a recipe: what it means, its default, what it may be.
+
+    >>> "`locate.ratio`" in maet.keys()
+    True
+    """
+    from maet.study.keys import page, schema_text
+
+    return schema_text() if schema else page()
 
 # %% ../nbs/89_verbs.ipynb #bc6cc6bd
 def locate(base: str | Path,              # before training; or a recipe: base, corpora, training
@@ -274,9 +314,9 @@ def merge(recipe: str | Path | dict,    # a file in mergekit's language, or its 
 
 # %% ../nbs/89_verbs.ipynb #03e017ec
 def evaluate(model: str | Path,                 # a checkpoint, an adapter or BASE+ADAPTER
-             tasks: list[str] = ["mini"],       # groups (mgsm, science, ood, mini, ...) or tasks
-             languages: list[str] = ["en", "es", "zh", "bn", "te"],
-             data: str | Path | None = None,    # folder with <task>/<language>.jsonl; None: the hub
+             tasks: list[str] | None = None,    # groups (mgsm, science, ...) or tasks; None: all here
+             languages: list[str] | None = None, # None: those that the exams have
+             data: str | Path | None = None,    # folder with <task>/<language>.jsonl; None: see below
              out: str | Path | None = None,     # folder for answers; called again, it goes on there
              against: str | Path | None = None, # another model's `out`: paired tests, same items
              say: Callable[[str], None] = print, # gets a line of scores, as soon as it is known
@@ -284,6 +324,8 @@ def evaluate(model: str | Path,                 # a checkpoint, an adapter or BA
              ) -> None:
     """Examine a model with lm-eval, language by language, with standard errors.
 
+    Without tasks and data the exams of the run that the model came from are asked; with tasks and
+    without data those of the hub.
     `how` is limit, shots, batch_size (64), device, dtype, backend (hf or vllm),
     backend_args (YAML), chat_template and allow_code.
     Raises MaetError, before the first question, for what cannot be asked.
@@ -291,7 +333,9 @@ def evaluate(model: str | Path,                 # a checkpoint, an adapter or BA
     >>> maet.evaluate("merged", tasks=["mgsm"], out="samples/merged")  # doctest: +SKIP
     """
     from maet.exams.evaluation import evaluation_job
+    from maet.exams.here import asked_here
 
+    tasks, languages, data = asked_here(model, tasks, languages, data)
     how = {"batch_size": 64} | how
     for line in evaluation_job(model, data, tasks, languages, out=out, against=against, **how):
         say(line)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/66c_study.drafts.ipynb #61661260
+# %% ../../nbs/66c_study.drafts.ipynb #821a22a3
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -28,7 +28,7 @@ from maet.study.fitting import (
 )
 from maet.study.rivals import models
 
-# %% ../../nbs/66c_study.drafts.ipynb #37ef19f9
+# %% ../../nbs/66c_study.drafts.ipynb #cc04ba43
 class Known(NamedTuple):
     "An ability that a draft can be made for."
     task: str
@@ -49,7 +49,7 @@ def corpora() -> dict[str, list[dict]]: # general/es -> rows; the first is the o
     del found["unusable"]
     return found
 
-# %% ../../nbs/66c_study.drafts.ipynb #6e6da2b8
+# %% ../../nbs/66c_study.drafts.ipynb #22856e77
 @dataclass
 class Aim:
     "What is asked for. Raises MaetError for what no draft can be made of."
@@ -73,7 +73,7 @@ class Aim:
                                 " For another one take a draft in one of these and change its corpora")
             check_on_hub(known.hub, known.task, [language])
 
-# %% ../../nbs/66c_study.drafts.ipynb #f24362b1
+# %% ../../nbs/66c_study.drafts.ipynb #37a6c59a
 SEQUENCE = 1024
 BATCHES = (262_144, 131_072, 65_536, 32_768, 16_384, 8_192) # tokens of a step, the largest first
 STEPS = 150     # that an expert should have at least; the paper's have 2,000
@@ -88,7 +88,7 @@ class Way(NamedTuple):
 
 WAYS = [Way(), Way(True), Way(False, True), Way(True, True), Way(True, True, True)]
 
-# %% ../../nbs/66c_study.drafts.ipynb #47584831
+# %% ../../nbs/66c_study.drafts.ipynb #ba8235b6
 def content(aim: Aim, length: int) -> dict:
     "The recipe before anything is chosen."
     known = KNOWN[aim.ability]
@@ -109,7 +109,7 @@ def by(way: Way, recipe: Recipe) -> Recipe:
     if way.rivals: return replace(recipe, rivals=replace(recipe.rivals, launch=OFFLOADED))
     return recipe
 
-# %% ../../nbs/66c_study.drafts.ipynb #b8c5ed4f
+# %% ../../nbs/66c_study.drafts.ipynb #a81fa7cf
 def _asked(recipe: Recipe): return partial(models, methods=recipe.methods)
 
 def smallest_way(recipe: Recipe, name: str, config) -> Way:
@@ -124,7 +124,7 @@ def smallest_way(recipe: Recipe, name: str, config) -> Way:
     advice = remedies(smaller, cluster_of(smaller, gpu=name), config, device, _asked(smaller))
     raise MaetError(f"init: {recipe.base} is too large for one {name}: {what}; {advice}")
 
-# %% ../../nbs/66c_study.drafts.ipynb #693d2020
+# %% ../../nbs/66c_study.drafts.ipynb #1d2aef95
 def with_tokens(recipe: Recipe, tokens: int, batch: int) -> Recipe:
     "So many tokens for an expert and a twentieth for a probe, in whole steps of `batch` or less."
     small = min(batch, max(BATCHES[-1], tokens//PROBE//8))
@@ -146,7 +146,7 @@ def in_time(recipe: Recipe, cluster: Cluster, config, hours: float) -> Recipe:
     if tokens < 10*batch: raise MaetError(f"init: {hours:g} hours hold {tokens:,} tokens for an expert; give more hours")
     return with_tokens(recipe, tokens, batch)
 
-# %% ../../nbs/66c_study.drafts.ipynb #5958ed04
+# %% ../../nbs/66c_study.drafts.ipynb #3e383cb1
 def chosen(aim: Aim, config) -> tuple[Recipe, Way, Cluster]:
     "The recipe that fits the card and the hours. Raises MaetError."
     length = min(SEQUENCE, getattr(of_text(config), "max_position_embeddings", SEQUENCE))
@@ -159,7 +159,7 @@ def chosen(aim: Aim, config) -> tuple[Recipe, Way, Cluster]:
     batches = largest_batches(recipe, cluster, config, gpu(aim.gpu).memory*1e9, _asked(recipe))
     return with_keys(recipe, batches), way, cluster
 
-# %% ../../nbs/66c_study.drafts.ipynb #ac393bb3
+# %% ../../nbs/66c_study.drafts.ipynb #46865861
 def revisions(names: list[str]) -> dict[str, str]: # data set of the hub -> commit, or main
     "Today's commits. After a first silence the hub is asked no more."
     from huggingface_hub import HfApi
@@ -181,7 +181,7 @@ def _corpora_lines(recipe: Recipe, known: dict[str, str]) -> str:
         lines.append(_source_line(name, source, known[source["path"].removeprefix("hf://")]))
     return "\n".join(lines)
 
-# %% ../../nbs/66c_study.drafts.ipynb #467d04d0
+# %% ../../nbs/66c_study.drafts.ipynb #0aab8cf8
 OF_RIVALS = """  launch: {zero: 1, offload: true}          # ability-cpt trains all weights, and its optimizer does not fit on the card
 """
 OF_ALL = """
@@ -197,12 +197,12 @@ WHY = { # lines of the recipe, and words
     Way(True, True, True): (OF_ALL, f"{RECOMPUTED}; all optimizers are {HOST}"),
 }
 
-# %% ../../nbs/66c_study.drafts.ipynb #f3dbf262
+# %% ../../nbs/66c_study.drafts.ipynb #704ab30e
 def _batch(training) -> str:
     if training.device_batch is None: return "# device_batch: left out, so all sequences of a step at once"
     return f"device_batch: {training.device_batch:<28}# sequences at once: the largest number that fits"
 
-# %% ../../nbs/66c_study.drafts.ipynb #0cd364bf
+# %% ../../nbs/66c_study.drafts.ipynb #593e1fd7
 TEMPLATE = '''\
 # MAET for {base}: {ability} in {listed}. Made by `maet init` for one {gpu} ({memory:g} GB) and {hours:g} hours.
 # By `maet plan` it takes {planned:.1f} hours at {rate:.0%} of the card's rate; exams and merges come on top. At its peak it holds {need:.1f} GB.
@@ -251,7 +251,7 @@ rivals:
 exam: {{hub: {hub}, revision: {exam_revision}, batch_size: 16}}       # asked from the hub before the first step, and kept in the run folder
 '''
 
-# %% ../../nbs/66c_study.drafts.ipynb #835bb53c
+# %% ../../nbs/66c_study.drafts.ipynb #df1526ed
 def draft(aim: Aim, config=None, scale: str = "") -> str:
     "The recipe as text, with comments. `config`: of the base, if it is not to be had. Raises MaetError."
     if config is None: config = base_config(aim.base)
