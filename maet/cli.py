@@ -16,8 +16,8 @@ import typer
 from . import __version__, endings, verbs
 from .errors import unexpected, worded
 from maet.options import (
-    Against, AllowCode, BackendArgs, ChatTemplate, Check, Config, Data, Dev, Device, Dtype,
-    EvaluateOut, Gpu, Grouped, Items, Keys, Ledger, Methods, Mismatch, Model, OfStudy, Out,
+    Against, AllowCode, Backend, BackendArgs, ChatTemplate, Check, Config, Data, Dev, Device, Dtype,
+    EvaluateOut, Gpu, Grouped, Items, Keys, Languages, Ledger, Limit, Methods, Mismatch, Model, OfStudy, Out,
     PackBase, Price, Push, Recipe, RecipeFile, Record, RunOut, Scale, SearchOut, Seed, Shots,
     Tasks, Trials, Tuned, What,
 )
@@ -140,12 +140,13 @@ def train(
     with resumable(): done = verbs.train(recipe, out, typer.echo)
     typer.echo(endings.of_training(out, done))
 
-# %% ../nbs/90_cli.ipynb #d0a00114
+# %% ../nbs/90_cli.ipynb #c29a3bc9
 @app.command()
 def init(
     base: Annotated[str, typer.Option(help="The base: a hub id, or a folder.")],
     ability: Annotated[str, typer.Option(help="mathematics or science.")] = "mathematics",
-    languages: Annotated[str, typer.Option(help="Comma-separated: those that are to gain it.")] = "es,bn",
+    languages: Annotated[str, typer.Option(
+        help="Comma-separated: those that are to gain it.")] = "es,bn",
     gpu: Gpu = "RTX-4090",
     hours: Annotated[float, typer.Option(help="That all training may take, by plan.")] = 10,
     config: Config = None,
@@ -153,12 +154,13 @@ def init(
     """Print a recipe for `maet run` that fits one GPU and so many hours, with a comment for every
     choice.
 
-    Example: maet init --base meta-llama/Llama-3.2-1B --ability mathematics --languages es,bn --gpu RTX-4090 --hours 10 > my.yml"""
+    Example: maet init --base meta-llama/Llama-3.2-1B --ability mathematics --languages es,bn
+    --gpu RTX-4090 --hours 10 > my.yml"""
     asked = [language for language in languages.split(",") if language]
     typer.echo(verbs.init(base, ability, asked, gpu, hours, config), nl=False)
     typer.echo(f"next: maet plan my.yml --gpu {gpu}, if my.yml is where this went", err=True)
 
-# %% ../nbs/90_cli.ipynb #d8c19616
+# %% ../nbs/90_cli.ipynb #1171a24f
 @app.command()
 def keys(
     schema: Annotated[bool, typer.Option(
@@ -225,9 +227,7 @@ def locate(
     kinds = kinds if kinds == "all" else kinds.split(",")
     found = verbs.locate(base, tuned, out, ratio, granularity, kinds, allow_mismatch)
     typer.echo(endings.of_keys(out, found))
-    then = f"maet pack {base} {tuned} --keys {out} --out pack.safetensors"
-    if tuned is None: then = f"maet train EXPERT.yml --out expert.safetensors, with keys: [{out}] and mode: key-neuron in it"
-    typer.echo(endings.ending(out, then=then))
+    typer.echo(endings.of_keys_file(base, tuned, out))
 
 # %% ../nbs/90_cli.ipynb #fa35e192
 @app.command()
@@ -257,9 +257,7 @@ def pack(
     if push:
         from maet.weights.differences import push_pack
         typer.echo(push_pack(check or out, push))
-    if not check:
-        then = f"maet extract --base {base} --ability {out} --minus LANGUAGE.safetensors --out ABILITY.safetensors"
-        typer.echo(endings.ending(out, then=then))
+    if not check: typer.echo(endings.ending(out, then=endings.of_expert(base, out)))
 
 # %% ../nbs/90_cli.ipynb #c1197b51
 @app.command()
@@ -279,7 +277,7 @@ def extract(
     Example: maet extract --base base/ --ability math-en.safetensors --minus en.safetensors --out
     R_math.safetensors"""
     verbs.extract(base, ability, minus, out, alpha, beta, allow_mismatch)
-    said = f"maet merge MERGE.yml MERGED, with merge_method: maet and ability: {{model: {out}}} in it"
+    said = f"maet merge MERGE.yml MERGED, with merge_method: maet and ability: {{model: {out}}}"
     typer.echo(endings.ending(out, then=said))
 
 # %% ../nbs/90_cli.ipynb #f1abd670
@@ -307,35 +305,32 @@ def evaluate(
     model: Model,
     data: Data = None,
     tasks: Tasks = None,
-    languages: Annotated[Optional[str], typer.Option(
-        help="Comma-separated; without it, those that the exams have.")] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")] = None,
+    languages: Languages = None,
+    limit: Limit = None,
     shots: Shots = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     out: EvaluateOut = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    backend: Backend = "hf",
     backend_args: BackendArgs = "{}",
     chat_template: ChatTemplate = False,
     allow_code: AllowCode = False,
     against: Against = None,
 ):
-    """Examine a checkpoint with lm-eval, language by language, with standard errors. A model of a
-    run is asked that run's exams, if no others are named.
+    """Examine a checkpoint with lm-eval, language by language, with standard errors; a model of a
+    run by that run's exams, if no others are named.
 
     Example: maet eval runs/mini/seed-0/mathematics
 
     Example: maet eval merged/ --tasks mgsm,science --languages es,bn --out samples/merged"""
+    names = [asked and asked.split(",") for asked in (tasks, languages)]
     verbs.evaluate(
-        model, tasks and tasks.split(","), languages and languages.split(","), data, out,
-        against, typer.echo,
-        limit=limit, shots=shots, batch_size=batch_size, device=device, dtype=dtype,
-        backend=backend, backend_args=backend_args,
-        chat_template=chat_template, allow_code=allow_code,
+        model, *names, data, out, against, typer.echo, limit=limit, shots=shots,
+        batch_size=batch_size, device=device, dtype=dtype, backend=backend,
+        backend_args=backend_args, chat_template=chat_template, allow_code=allow_code,
     )
-    if out: typer.echo(endings.ending(out, then=f"maet eval OTHER --out OTHERS --against {out}"))
-    else: typer.echo("nothing is kept; --out FOLDER keeps answers, to compare models on the same items")
+    typer.echo(endings.of_exam(out))
 
 # %% ../nbs/90_cli.ipynb #b3f0c7f6
 @app.command()

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89b_endings.ipynb #cde798d0
+# %% ../nbs/89b_endings.ipynb #3a41fa1e
 import os
 from pathlib import Path
 
-# %% ../nbs/89b_endings.ipynb #c67bdaa2
+# %% ../nbs/89b_endings.ipynb #07ed2d43
 def size(path: str | Path) -> int: # bytes
     "Of a file, or of all files in a folder; what is linked to counts once, where it is."
     path = Path(path)
@@ -27,7 +27,7 @@ def in_words(number: float) -> str: # bytes
         if number >= many: return f"{number/many:.3g} {unit}"
     return f"{number} bytes"
 
-# %% ../nbs/89b_endings.ipynb #33c203c2
+# %% ../nbs/89b_endings.ipynb #8e89b79c
 def ending(*written: str | Path, # files and folders; those that are not there are left out
            then: str | list[str] = ()) -> str:
     "The last lines of a command."
@@ -35,7 +35,7 @@ def ending(*written: str | Path, # files and folders; those that are not there a
     then = [then] if isinstance(then, str) else then
     return "\n".join(lines + [f"next: {command}" for command in then])
 
-# %% ../nbs/89b_endings.ipynb #2a821d8e
+# %% ../nbs/89b_endings.ipynb #3cea5862
 def of_run(out: Path, study: str | None) -> str:
     "Merged models, rows and tables of a run folder."
     merged = []
@@ -48,20 +48,37 @@ def of_run(out: Path, study: str | None) -> str:
 def of_training(out: Path, done: dict) -> str:
     "An expert, or a checkpoint."
     facts = f"{done['steps']} steps, {done['tokens']:,} tokens"
-    if done.get("losses"): facts += f", loss {done['losses'][0]:.3f} at first and {done['losses'][-1]:.3f} at last"
-    if out.is_dir(): then = [f"maet eval {out}", f"maet pack BASE {out} --out PACK.safetensors"]
-    else: then = [f"maet extract --base BASE --ability {out} --minus LANGUAGE.safetensors --out ABILITY.safetensors",
-                  "maet merge MERGE.yml MERGED"]
+    losses = done.get("losses")
+    if losses: facts += f", loss {losses[0]:.3f} at first and {losses[-1]:.3f} at last"
+    then = [f"maet eval {out}", f"maet pack BASE {out} --out PACK.safetensors"]
+    if out.is_file(): then = [of_expert("BASE", out), "maet merge MERGE.yml MERGED"]
     return f"{facts}\n{ending(out, then=then)}"
 
-# %% ../nbs/89b_endings.ipynb #bbe31531
+def of_expert(base: str, pack: Path) -> str:
+    "What a pack is good for."
+    said = f"maet extract --base {base} --ability {pack} --minus LANGUAGE.safetensors"
+    return f"{said} --out ABILITY.safetensors"
+
+# %% ../nbs/89b_endings.ipynb #fa0a12c8
+def of_keys_file(base: str, tuned: str | None, out: Path) -> str:
+    "Keys are for a pack, or for an expert."
+    if tuned: return ending(out, then=f"maet pack {base} {tuned} --keys {out} --out pack.safetensors")
+    said = f"maet train EXPERT.yml --out expert.safetensors, with mode: key-neuron and keys: [{out}]"
+    return ending(out, then=said)
+
+def of_exam(out: Path | None) -> str:
+    if out: return ending(out, then=f"maet eval OTHER --out OTHERS --against {out}")
+    return "nothing is kept; --out FOLDER keeps answers, to compare models on the same items"
+
+# %% ../nbs/89b_endings.ipynb #c9e3b966
 def of_plan(recipe: str) -> str:
     "Which command a recipe is for."
     from maet.training.settings import read_yaml
     content, name = read_yaml(recipe), Path(recipe).stem
     if "phases" in content: return f"next: maet base {recipe} --out {name}"
     if "abilities" in content: return f"next: maet run {recipe} --out runs/{name}"
-    if {"ratio", "importance"} & content.keys(): return f"next: maet locate {recipe} --out keys.safetensors"
+    is_probe = {"ratio", "importance"} & content.keys()
+    if is_probe: return f"next: maet locate {recipe} --out keys.safetensors"
     return f"next: maet train {recipe} --out {name}.safetensors"
 
 # %% ../nbs/89b_endings.ipynb #0d26d92e

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/89c_options.ipynb #adbc701b
+# %% ../nbs/89c_options.ipynb #a790f699
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from typer.core import TyperGroup
 
-# %% ../nbs/89c_options.ipynb #a831ee55
+# %% ../nbs/89c_options.ipynb #d8bf33cf
 COMMANDS = {
     "A study": ["run", "search", "figures", "report"],
     "Recipes": ["init", "plan", "keys"],
@@ -27,7 +27,8 @@ class Grouped(TyperGroup):
         listed = [name for names in COMMANDS.values() for name in names]
         others = [name for name in self.list_commands(ctx) if name not in listed]
         for title, names in (COMMANDS | {"Others": others}).items():
-            lines = [(name, self.commands[name].get_short_help_str(70)) for name in names if name in self.commands]
+            there = [name for name in names if name in self.commands]
+            lines = [(name, self.commands[name].get_short_help_str(70)) for name in there]
             if not lines: continue
             with formatter.section(title): formatter.write_dl(lines)
 
@@ -102,14 +103,18 @@ AllowCode = Annotated[bool, typer.Option(
 Against = Annotated[Optional[Path], typer.Option(
     help="Another model's --out folder: paired tests on the same items.")]
 
-# %% ../nbs/89c_options.ipynb #2b9ce799
+# %% ../nbs/89c_options.ipynb #7b81f17c
+Backend = Annotated[str, typer.Option(help="hf or vllm.")]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")]
+Languages = Annotated[Optional[str], typer.Option(
+    help="Comma-separated; without it, those that the exams have.")]
 Gpu = Annotated[str, typer.Option(help="One of the table in plan: A100-80, H100, RTX-4090, L4 ...")]
 Config = Annotated[Optional[str], typer.Option(
     help="config.json of the base, or its folder, where the base is not here and the hub is out of reach.")]
 Price = Annotated[Optional[float], typer.Option(
     min=0, help="Of an hour of a GPU, in any currency: what each method costs.")]
 
-# %% ../nbs/89c_options.ipynb #f77a72c4
+# %% ../nbs/89c_options.ipynb #9fdb1de2
 What = Annotated[Optional[str], typer.Argument(
     metavar="[RECIPE]",
     help="A file, or the name of a recipe that ships: mini, 0.6b, 1b, 8b, real-mini. Without it, mini.")]

@@ -32,16 +32,14 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0
 
     asked = load_study(study) if study else Study(str(recipe))
     name = asked.name or (Path(study).stem if study else "main")
-    out = Path(out or Path("runs")/Path(asked.recipe).stem)
-    rows = Path("data/results") if record else out/"results"
-    ledger = ledger or rows/f"{name}.jsonl"
+    out = Path(out or f"runs/{Path(asked.recipe).stem}")
+    ledger = ledger or Path("data/results" if record else out/"results")/f"{name}.jsonl"
     if asked.measure:
         say(_measure(asked, name, out, seed, ledger))
         return out
 
     asked = _fitted(asked, say)
-    seeds = asked.seeds if seed is None else [seed]
-    for number in seeds:
+    for number in (asked.seeds if seed is None else [seed]):
         say(study_job(asked, name, out, number, ledger))
     return out
 
@@ -66,7 +64,7 @@ def _fitted(asked, say: Callable[[str], None]): # a Study
             smallest[f"{name}.device_batch"] = min(known, keys["device_batch"])
     return replace(asked, change=asked.change | smallest)
 
-# %% ../nbs/89_verbs.ipynb #03c78685
+# %% ../nbs/89_verbs.ipynb #8d235994
 def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path) -> str:
     "A study that reads experts in a way of its own: all its seeds at once."
     from maet.study.measured import measure_named
@@ -172,7 +170,7 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
                          utilisation=utilisation, price=price)
     return outlook(what, cluster, start)
 
-# %% ../nbs/89_verbs.ipynb #2693b448
+# %% ../nbs/89_verbs.ipynb #4ca39dbb
 def init(base: str,                        # a hub id, or a folder
          ability: str = "mathematics",     # or science
          languages: list[str] = ["es", "bn"],
@@ -191,7 +189,7 @@ def init(base: str,                        # a hub id, or a folder
     aim = Aim(str(base), ability, tuple(languages), gpu, hours)
     return draft(aim, base_config(config) if config else None)
 
-# %% ../nbs/89_verbs.ipynb #7660013e
+# %% ../nbs/89_verbs.ipynb #9818dae4
 def keys(schema: bool = False, # as JSON Schema, by which editors complete YAML
          ) -> str:             # a page in Markdown
     """Every key of a recipe: what it means, its default, what it may be.

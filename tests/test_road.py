@@ -7,6 +7,7 @@ import yaml
 
 from maet import verbs
 from maet.cli import app, main
+from maet.weights.tensors import MaetError
 from test_run import TINY
 from tiny import tiny
 
@@ -153,6 +154,26 @@ def test_tokens_that_are_not_taken_as_written_are_said(folder):
     Path("expert.yml").write_text(yaml.safe_dump(dict(base="base", corpora=[{"path": "text.jsonl"}], training=training)))
     for line in ("plan expert.yml", "train expert.yml --out expert"):
         assert "training.tokens: 100 become 640" in maet(line)
+
+
+def test_exams_of_the_hub_are_asked_before_the_first_step(folder, monkeypatch):
+    "Once, at the revision; a run that goes on needs no hub, and one that the hub refuses has trained nothing."
+    Path("my.yml").write_text(yaml.safe_dump(OWN | dict(exam=dict(hub="juletxara/mgsm", revision="v1", shots=0, limit=2))))
+    asked = []
+    def gone(*_): raise MaetError("the hub is gone")
+    def theirs(dataset, config, split, revision):
+        asked.append((dataset, config, split, revision))
+        return [dict(question=f"{n} + {n}?", answer=f"{n + n}", answer_number=n + n) for n in range(1, 9)]
+    monkeypatch.setattr("maet.exams.questions._download", gone)
+    assert "the hub is gone" in refused("run my.yml --out out")
+    assert not list(Path(".").glob("out/*tokens*")) and not list(Path(".").glob("out/*probe*"))
+
+    monkeypatch.setattr("maet.exams.questions._download", theirs)
+    maet("run my.yml --out out")
+    assert {(config, split) for _, config, split, _ in asked} == {(config, split) for config in ("en", "es") for split in ("test", "train")}
+    assert len(asked) == 4 and {(dataset, revision) for dataset, _, _, revision in asked} == {("juletxara/mgsm", "v1")}
+    monkeypatch.setattr("maet.exams.questions._download", gone)
+    assert "mgsm_direct" in maet("run my.yml --out out")
 
 
 # ---- eval ----

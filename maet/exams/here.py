@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/45b_exams.here.ipynb #494c1972
+# %% ../../nbs/45b_exams.here.ipynb #e3efa9fb
 import os
 from pathlib import Path
 
 from maet.weights.tensors import MaetError
 from maet.weights.checkpoints import on_hub
-from maet.exams.questions import TASKS
+from maet.exams.questions import GROUPS, TASKS, expand
 
-# %% ../../nbs/45b_exams.here.ipynb #8b42821d
+# %% ../../nbs/45b_exams.here.ipynb #ff42ee0c
 def must_exist(model: str | Path) -> None:
     "Raises MaetError for a model, an adapter or BASE+ADAPTER that is neither here nor a hub's name."
     if os.path.exists(model): return
@@ -21,10 +21,11 @@ def must_exist(model: str | Path) -> None:
         if os.path.exists(part) or on_hub(part): continue
         raise MaetError(f"{part}: no such model here; give a folder, or owner/name of the hub")
 
-# %% ../../nbs/45b_exams.here.ipynb #24475590
+# %% ../../nbs/45b_exams.here.ipynb #9d21bbf5
 def _has_exams(folder: Path) -> bool:
     return any((folder/task).is_dir() for task in TASKS)
 
+# %% ../../nbs/45b_exams.here.ipynb #1ad51f08
 def exams_beside(model: str | Path) -> Path | None:
     "The exams of the run folder that a model lies in: the folder to give as `data`."
     model = Path(model)
@@ -36,20 +37,26 @@ def exams_beside(model: str | Path) -> Path | None:
     return None
 
 def tasks_in(data: str | Path) -> list[str]:
-    "The tasks that a folder of exams has. Raises MaetError: none."
+    """The tasks that a folder of exams has, by names that `expand` takes: a task that is called as a
+    group is stands for the group, so the group that it belongs to is named. Raises MaetError: none."""
     found = [task for task in TASKS if (Path(data)/task).is_dir()]
-    if found: return found
+    names = [task for task in found if task not in GROUPS]
+    for group, tasks in GROUPS.items():
+        if set(tasks) <= set(found) and not set(tasks) <= set(names): names.append(group)
+    if names: return names
     raise MaetError(f"{data}: no exam lies there; wanted is <task>/<language>.jsonl, "
                     f"and tasks are {', '.join(TASKS)}")
 
 def languages_in(data: str | Path, tasks: list[str]) -> list[str]:
     "The languages in which a folder has all these tasks. Raises MaetError: none."
-    there = [{file.stem for file in (Path(data)/task).glob("*.jsonl")} for task in tasks]
+    there = []
+    for task in expand([name.strip() for name in tasks]):
+        there.append({file.stem for file in (Path(data)/task).glob("*.jsonl")})
     common = sorted(set.intersection(*there))
     if common: return common
     raise MaetError(f"{data}: no language has all of {', '.join(tasks)}; say tasks and languages")
 
-# %% ../../nbs/45b_exams.here.ipynb #cfa435a4
+# %% ../../nbs/45b_exams.here.ipynb #67696cb8
 def asked_here(model: str | Path,
                tasks: list[str] | None,     # None: what can be asked here
                languages: list[str] | None, # None: those that the exams have
@@ -60,9 +67,10 @@ def asked_here(model: str | Path,
     if tasks is None and data is None:
         data = exams_beside(model)
         if data is None:
-            raise MaetError(f"{model}: no exam lies beside it; say --data FOLDER (with <task>/<language>.jsonl), "
-                            "or --tasks mgsm (or science, belebele ...) to ask the hub's")
+            raise MaetError(f"{model}: no exam lies beside it; say --data FOLDER (with "
+                            "<task>/<language>.jsonl), or --tasks mgsm (or science, belebele ...) "
+                            "to ask the hub's")
     if tasks is None: tasks = tasks_in(data)
-    if languages is None and data is not None and not set(tasks) - set(TASKS):
+    if languages is None and data is not None:
         languages = languages_in(data, tasks)
     return tasks, languages or ["en", "es", "zh", "bn", "te"], data

@@ -36,13 +36,13 @@ from .texts import Texts, backbone, named, tokens, trained_from
 @dataclass
 class Run:
     "One run of CPT or SFT: `maet train`."
-    base: str                 # a checkpoint folder, or a model of the hub
-    corpora: list[Source]
-    training: Training
-    keys: list[str] = field(default_factory=list)     # keys files; their union is trained
-    held_out: list[Source] = field(default_factory=list)  # whose loss is measured
-    held_out_tokens: int = 65_536
-    launch: Launch = field(default_factory=Launch)
+    base: str = setting(..., "A checkpoint folder, or a model of the hub")
+    corpora: list[Source] = setting(..., "What is read")
+    training: Training = setting(..., "Every hyper-parameter")
+    keys: list[str] = setting(list, "Keys files; their union is trained")
+    held_out: list[Source] = setting(list, "Whose loss is measured")
+    held_out_tokens: int = setting(65_536, "How much of it")
+    launch: Launch = setting(Launch, "Where it runs")
 
     def __post_init__(self):
         at_least(1, held_out_tokens=self.held_out_tokens)

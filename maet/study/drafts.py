@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/66c_study.drafts.ipynb #821a22a3
+# %% ../../nbs/66c_study.drafts.ipynb #2fbb89c0
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.resources import files
@@ -28,7 +28,7 @@ from maet.study.fitting import (
 )
 from maet.study.rivals import models
 
-# %% ../../nbs/66c_study.drafts.ipynb #cc04ba43
+# %% ../../nbs/66c_study.drafts.ipynb #1a65ef37
 class Known(NamedTuple):
     "An ability that a draft can be made for."
     task: str
@@ -49,7 +49,7 @@ def corpora() -> dict[str, list[dict]]: # general/es -> rows; the first is the o
     del found["unusable"]
     return found
 
-# %% ../../nbs/66c_study.drafts.ipynb #22856e77
+# %% ../../nbs/66c_study.drafts.ipynb #8a791c5e
 @dataclass
 class Aim:
     "What is asked for. Raises MaetError for what no draft can be made of."
@@ -63,17 +63,23 @@ class Aim:
         gpu(self.gpu)
         if not self.hours > 0: raise MaetError(f"hours: {self.hours} is not above 0")
         if self.ability not in KNOWN:
-            raise MaetError(f"ability: {self.ability!r} has no exam here; known are {', '.join(KNOWN)}")
+            names = ", ".join(KNOWN)
+            raise MaetError(f"ability: {self.ability!r} has no exam here; known are {names}")
         known = KNOWN[self.ability]
         if not self.languages: raise MaetError("languages: none is given")
         for language in self.languages:
-            if f"general/{language}" not in corpora() or language == "en":
-                there = [name.partition("/")[2] for name in corpora() if name.startswith("general/")]
-                raise MaetError(f"languages: no corpus of {language!r} is known; known are {', '.join(there[1:])}."
-                                " For another one take a draft in one of these and change its corpora")
+            _must_have_text(language)
             check_on_hub(known.hub, known.task, [language])
 
-# %% ../../nbs/66c_study.drafts.ipynb #37a6c59a
+def _must_have_text(language: str) -> None:
+    "Raises MaetError where the catalogue has no corpus in a language beside English."
+    there = [name.partition("/")[2] for name in corpora() if name.startswith("general/")]
+    there.remove("en")
+    if language in there: return
+    raise MaetError(f"languages: no corpus of {language!r} is known; known are {', '.join(there)}; "
+                    "for another one take a draft in one of these and change its corpora")
+
+# %% ../../nbs/66c_study.drafts.ipynb #8cb76b15
 SEQUENCE = 1024
 BATCHES = (262_144, 131_072, 65_536, 32_768, 16_384, 8_192) # tokens of a step, the largest first
 STEPS = 150     # that an expert should have at least; the paper's have 2,000
@@ -88,16 +94,18 @@ class Way(NamedTuple):
 
 WAYS = [Way(), Way(True), Way(False, True), Way(True, True), Way(True, True, True)]
 
-# %% ../../nbs/66c_study.drafts.ipynb #ba8235b6
+# %% ../../nbs/66c_study.drafts.ipynb #482f9545
 def content(aim: Aim, length: int) -> dict:
     "The recipe before anything is chosen."
     known = KNOWN[aim.ability]
     names = [f"general/{language}" for language in ("en", *aim.languages)] + [f"{aim.ability}/en"]
-    training = dict(tokens=BATCHES[0], batch_tokens=BATCHES[0], sequence_length=length, precision="bfloat16")
+    training = dict(tokens=BATCHES[0], batch_tokens=BATCHES[0], sequence_length=length,
+                    precision="bfloat16")
+    ability = dict(tasks=[known.task], select_ratio=known.select_ratio, general=known.general)
     return dict(
-        scale=Path(aim.base.partition("@")[0]).name.lower() or "mine", base=aim.base, languages=list(aim.languages),
+        scale=Path(aim.base.partition("@")[0]).name.lower() or "mine",
+        base=aim.base, languages=list(aim.languages), abilities={aim.ability: ability},
         methods=["base", "ability-cpt", "maet"],
-        abilities={aim.ability: dict(tasks=[known.task], select_ratio=known.select_ratio, general=known.general)},
         training=training, locate=dict(training=dict(training), importance="gradient"),
         corpora={name: corpora()[name][0]["source"] for name in names}, exam=dict(hub=known.hub))
 
@@ -109,7 +117,7 @@ def by(way: Way, recipe: Recipe) -> Recipe:
     if way.rivals: return replace(recipe, rivals=replace(recipe.rivals, launch=OFFLOADED))
     return recipe
 
-# %% ../../nbs/66c_study.drafts.ipynb #a81fa7cf
+# %% ../../nbs/66c_study.drafts.ipynb #1f594569
 def _asked(recipe: Recipe): return partial(models, methods=recipe.methods)
 
 def smallest_way(recipe: Recipe, name: str, config) -> Way:
@@ -120,11 +128,12 @@ def smallest_way(recipe: Recipe, name: str, config) -> Way:
         smaller = by(way, recipe)
         need = needed(smaller, cluster_of(smaller, gpu=name), config, _asked(smaller))
         if need[0].size <= ROOM*device: return way
-    what = f"{need[0].stage} ({need[0].mode}) needs {need[0].size/1e9:.1f} GB, and {name} has {device/1e9:g}"
+    most = f"{need[0].stage} ({need[0].mode}) needs {need[0].size/1e9:.1f} GB"
     advice = remedies(smaller, cluster_of(smaller, gpu=name), config, device, _asked(smaller))
-    raise MaetError(f"init: {recipe.base} is too large for one {name}: {what}; {advice}")
+    raise MaetError(f"init: {recipe.base} is too large for one {name}: {most}, "
+                    f"and {name} has {device/1e9:g}; {advice}")
 
-# %% ../../nbs/66c_study.drafts.ipynb #1d2aef95
+# %% ../../nbs/66c_study.drafts.ipynb #577a9f1e
 def with_tokens(recipe: Recipe, tokens: int, batch: int) -> Recipe:
     "So many tokens for an expert and a twentieth for a probe, in whole steps of `batch` or less."
     small = min(batch, max(BATCHES[-1], tokens//PROBE//8))
@@ -139,14 +148,16 @@ def hours_of(recipe: Recipe, cluster: Cluster, config) -> float:
 
 def in_time(recipe: Recipe, cluster: Cluster, config, hours: float) -> Recipe:
     "The recipe with as many tokens as fit into the hours. Raises MaetError: not even a few steps do."
-    one = with_keys(recipe, dict.fromkeys(parts(recipe), {"tokens": BATCHES[0], "batch_tokens": BATCHES[0], "device_batch": 1}))
+    step = {"tokens": BATCHES[0], "batch_tokens": BATCHES[0], "device_batch": 1}
+    one = with_keys(recipe, dict.fromkeys(parts(recipe), step))
     probes_too = (1 + 1/PROBE)/2  # that plan has as many tokens for a probe as for an expert
     tokens = int(BATCHES[0]*FULL*hours/(hours_of(one, cluster, config)*probes_too))
     batch = next((size for size in BATCHES if size*STEPS <= tokens), BATCHES[-1])
-    if tokens < 10*batch: raise MaetError(f"init: {hours:g} hours hold {tokens:,} tokens for an expert; give more hours")
+    if tokens < 10*batch:
+        raise MaetError(f"init: {hours:g} hours hold {tokens:,} tokens for an expert; give more hours")
     return with_tokens(recipe, tokens, batch)
 
-# %% ../../nbs/66c_study.drafts.ipynb #3e383cb1
+# %% ../../nbs/66c_study.drafts.ipynb #da29da87
 def chosen(aim: Aim, config) -> tuple[Recipe, Way, Cluster]:
     "The recipe that fits the card and the hours. Raises MaetError."
     length = min(SEQUENCE, getattr(of_text(config), "max_position_embeddings", SEQUENCE))
@@ -159,7 +170,7 @@ def chosen(aim: Aim, config) -> tuple[Recipe, Way, Cluster]:
     batches = largest_batches(recipe, cluster, config, gpu(aim.gpu).memory*1e9, _asked(recipe))
     return with_keys(recipe, batches), way, cluster
 
-# %% ../../nbs/66c_study.drafts.ipynb #46865861
+# %% ../../nbs/66c_study.drafts.ipynb #7ab36bb3
 def revisions(names: list[str]) -> dict[str, str]: # data set of the hub -> commit, or main
     "Today's commits. After a first silence the hub is asked no more."
     from huggingface_hub import HfApi
@@ -181,101 +192,70 @@ def _corpora_lines(recipe: Recipe, known: dict[str, str]) -> str:
         lines.append(_source_line(name, source, known[source["path"].removeprefix("hf://")]))
     return "\n".join(lines)
 
-# %% ../../nbs/66c_study.drafts.ipynb #0aab8cf8
-OF_RIVALS = """  launch: {zero: 1, offload: true}          # ability-cpt trains all weights, and its optimizer does not fit on the card
+# %% ../../nbs/66c_study.drafts.ipynb #047d6044
+OF_RIVALS = """  launch: {zero: 1, offload: true}          # ability-cpt trains all weights,
+                                            # and its optimizer does not fit on the card
 """
 OF_ALL = """
 launch: {zero: 1, offload: true}            # optimizers lie in the host's memory, by DeepSpeed
 """
 HOST = "in the host's memory (16 bytes for each scalar of the base), by DeepSpeed"
 RECOMPUTED = "activations are recomputed, without that not even one sequence fits"
-WHY = { # lines of the recipe, and words
+WHY = {  # lines of the recipe, and words
     Way(): ("", "a sequence fits as it is: nothing is recomputed, nothing offloaded"),
     Way(True): ("", RECOMPUTED),
-    Way(False, True): (OF_RIVALS, f"experts and probes fit as they are; ability-cpt has its optimizer {HOST}"),
+    Way(False, True): (
+        OF_RIVALS,
+        f"experts and probes fit as they are; ability-cpt has its optimizer {HOST}",
+    ),
     Way(True, True): (OF_RIVALS, f"{RECOMPUTED}; ability-cpt has its optimizer {HOST}"),
     Way(True, True, True): (OF_ALL, f"{RECOMPUTED}; all optimizers are {HOST}"),
 }
 
-# %% ../../nbs/66c_study.drafts.ipynb #704ab30e
+# %% ../../nbs/66c_study.drafts.ipynb #137da875
+TEMPLATE = Path(str(files("maet")))/"catalogue"/"draft.txt"
+
 def _batch(training) -> str:
-    if training.device_batch is None: return "# device_batch: left out, so all sequences of a step at once"
-    return f"device_batch: {training.device_batch:<28}# sequences at once: the largest number that fits"
+    if training.device_batch is None:
+        return "# device_batch: left out, so all sequences of a step at once"
+    size = f"{training.device_batch:<28}"
+    return f"device_batch: {size}# sequences at once: the largest number that fits"
 
-# %% ../../nbs/66c_study.drafts.ipynb #593e1fd7
-TEMPLATE = '''\
-# MAET for {base}: {ability} in {listed}. Made by `maet init` for one {gpu} ({memory:g} GB) and {hours:g} hours.
-# By `maet plan` it takes {planned:.1f} hours at {rate:.0%} of the card's rate; exams and merges come on top. At its peak it holds {need:.1f} GB.
-# How it was made to fit: {why}.
-#   maet plan THIS.yml --gpu {gpu}      hours and memory, before anything starts
-#   maet run THIS.yml --out runs/mine{pad}experts, merge and exam; started again after a kill it goes on
-scale: {scale}{space}# what the rows of its results are called
-base: {base}
-reference: en                               # L0, the language that the ability is learnt in
-languages: [{languages}]
-methods: [base, ability-cpt, maet]          # ability-cpt: all weights, on the ability's text, as many tokens as MAET; more: f-cpt-la, ties, layer-swap ...
+# %% ../../nbs/66c_study.drafts.ipynb #dde8c91f
+def _asked_words(aim: Aim, known: Known, scale: str) -> dict[str, object]:
+    "What the template says of the aim."
+    return dict(
+        base=aim.base, ability=aim.ability, gpu=aim.gpu, hours=aim.hours, scale=f"{scale:<35}",
+        listed=" and ".join(aim.languages), languages=", ".join(aim.languages),
+        task=known.task, k2=known.select_ratio, general=known.general, hub=known.hub)
 
-corpora:                                    # fix each `revision` to a commit, and others see the same text
-{corpora}
+def _chosen_words(recipe: Recipe) -> dict[str, object]:
+    "What it says of the trainings that were chosen."
+    training, probe = recipe.training, recipe.locate.training
+    steps = total_steps(training)
+    return dict(
+        tokens=f"{training.tokens:<33_}", batch=f"{training.batch_tokens:<27_}",
+        length=training.sequence_length, steps=steps, least=STEPS, warmup=max(1, steps//20),
+        device_batch=_batch(training), probe=probe.tokens, probe_batch=probe.batch_tokens,
+        probe_device=f", device_batch: {probe.device_batch or 'null'}",
+        recomputed="true" if training.activation_checkpointing else "false")
 
-abilities:
-  {ability}:
-    tasks: [{task}]
-    select_ratio: {k2}                       # k2, Table 5: the share of tensors that get the ability. Ours: three searches chose .05, .79 and .95
-    general: {general}                          # share of general text in the ability's corpus, Table 6
-
-training: &training                         # of each expert, and what its rivals start from
-  tokens: {tokens:_}{tspace}# {steps} steps; chosen so that all of it takes the hours. The paper: 2B. Too few teach nothing
-  batch_tokens: {batch:_}                     # a step; small enough for {least} steps or more. The paper: 1M
-  sequence_length: {length}                     # twice as long costs twice the memory of activations
-  {device_batch}
-  precision: bfloat16                       # of the forward; what is trained lies in float32
-  activation_checkpointing: {recomputed}
-  learning_rate: 0.0005                     # of key neurons. On SmolLM2-135M 2e-4 and 5e-4 did what 5e-5 and 1e-4 do where all is trained (the paper: 5e-5)
-  schedule: cosine
-  warmup_steps: {warmup}
-  save_every: 50                            # a kill costs at most so many steps
-
-locate:                                     # which neurons are the ability's and the languages'
-  importance: gradient                      # Eq. 1 as it is defined: gradients over a text. It needs no optimizer, so half the memory of `movement`,
-                                            # which in our mini world took 98 % of its neurons from rows of the embedding that do not occur in the text
-  ratio: 0.05                               # k1, the paper's. More learns more, and keeps less of what the base knew
-  training: {{<<: *training, tokens: {probe:_}, batch_tokens: {probe_batch:_}{probe_device}}}   # a twentieth of an expert's
-
-extract: {{alpha: 0.8, beta: 0.2, minus: general}}                   # Eq. 2, the paper's
-transfer: {{gamma: 0.2, eta: 1.0, similarity: dot, kinds: all}}      # Eq. 5, the paper's. Our three searches chose a gamma of 1.25, 1.48 and 1.96, and an eta from .13
-                                            # to 1.19: `maet search THIS.yml --dev EXAMS` tries them in memory, without new training
-rivals:
-  dense: {{learning_rate: 0.00005}}           # the paper's, for training that moves all weights
-{launch}
-exam: {{hub: {hub}, revision: {exam_revision}, batch_size: 16}}       # asked from the hub before the first step, and kept in the run folder
-'''
-
-# %% ../../nbs/66c_study.drafts.ipynb #df1526ed
+# %% ../../nbs/66c_study.drafts.ipynb #569aba57
 def draft(aim: Aim, config=None, scale: str = "") -> str:
-    "The recipe as text, with comments. `config`: of the base, if it is not to be had. Raises MaetError."
+    """The recipe as text, with comments. `config`: of the base, if it is not to be had.
+    Raises MaetError."""
     if config is None: config = base_config(aim.base)
     recipe, way, cluster = chosen(aim, config)
     known = KNOWN[aim.ability]
     names = [source.path.removeprefix("hf://") for source in recipe.corpora.values()]
     found = revisions([*dict.fromkeys(names), known.hub])
     launch, why = WHY[way]
+    most = needed(recipe, cluster, config, _asked(recipe))[0]
 
-    text = _filled(aim, recipe, known, scale or recipe.scale, dict(
-        planned=hours_of(recipe, cluster, config), rate=cluster.utilisation, memory=gpu(aim.gpu).memory,
-        need=needed(recipe, cluster, config, _asked(recipe))[0].size/1e9, why=why,
-        launch=launch, corpora=_corpora_lines(recipe, found), exam_revision=found[known.hub],
-        recomputed="true" if way.recomputed else "false"))
+    words = _asked_words(aim, known, scale or recipe.scale) | _chosen_words(recipe)
+    text = TEMPLATE.read_text(encoding="utf-8").format(
+        **words, planned=hours_of(recipe, cluster, config), rate=cluster.utilisation,
+        memory=gpu(aim.gpu).memory, need=most.size/1e9, why=why, launch=launch,
+        corpora=_corpora_lines(recipe, found), exam_revision=found[known.hub])
     strict(Recipe, yaml.safe_load(text), "init")
     return text
-
-def _filled(aim: Aim, recipe: Recipe, known: Known, scale: str, more: dict) -> str:
-    training, probe = recipe.training, recipe.locate.training
-    device = f", device_batch: {probe.device_batch or 'null'}"
-    return TEMPLATE.format(
-        base=aim.base, ability=aim.ability, listed=" and ".join(aim.languages), languages=", ".join(aim.languages),
-        gpu=aim.gpu, hours=aim.hours, scale=scale, space=" "*max(1, 37 - len(scale)), pad=" "*max(1, len(aim.gpu) - 5),
-        task=known.task, k2=known.select_ratio, general=known.general, hub=known.hub, tokens=training.tokens,
-        tspace=" "*max(1, 34 - len(f"{training.tokens:_}")), batch=training.batch_tokens, length=training.sequence_length,
-        steps=total_steps(training), least=STEPS, device_batch=_batch(training), warmup=max(1, total_steps(training)//20),
-        probe=probe.tokens, probe_batch=probe.batch_tokens, probe_device=device, **more)

@@ -179,7 +179,11 @@ CHANGES = [
 def _together(changes: list[Change]) -> Change:
     keys = {}
     for change in changes: keys |= change.keys
-    return Change(" and ".join(change.words for change in changes), keys, any(change.offload for change in changes))
+    return Change(
+        " and ".join(change.words for change in changes),
+        keys,
+        any(change.offload for change in changes),
+    )
 
 # %% ../../nbs/65b_study.fitting.ipynb #69587322
 def _changed(what, cluster: Cluster, change: Change) -> tuple: # recipe, cluster

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/66d_study.keys.ipynb #b1bc970e
+# %% ../../nbs/66d_study.keys.ipynb #b450fb33
 import json
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from maet.study.recipes import Base, Recipe
 from maet.study.algorithm import Run
 
-# %% ../../nbs/66d_study.keys.ipynb #735cbb31
+# %% ../../nbs/66d_study.keys.ipynb #9c49b3f8
 KINDS = {"Recipe": "maet run, plan, search", "Run": "maet train, plan", "Base": "maet base, plan"}
 
 @lru_cache(1)
@@ -27,7 +27,7 @@ def schema() -> dict:
 
 def schema_text() -> str: return json.dumps(schema(), indent=1, ensure_ascii=False)
 
-# %% ../../nbs/66d_study.keys.ipynb #3c500826
+# %% ../../nbs/66d_study.keys.ipynb #8c6e2e61
 def _inner(node: dict) -> tuple[str | None, str]: # name of the class in it, what its keys hang on
     "The class that a key holds: itself, by any name, or in a list."
     if "$ref" in node: return node["$ref"].rpartition("/")[2], ""
@@ -40,44 +40,62 @@ def _inner(node: dict) -> tuple[str | None, str]: # name of the class in it, wha
         if name: return name, hangs + more
     return None, ""
 
+# %% ../../nbs/66d_study.keys.ipynb #815e5970
+WORDS = {"string": "text", "null": "none", "integer": "whole number", "array": "list",
+         "object": "keys and values"}
+HANGS = {"": "keys below", ".NAME": "names with keys below", "[]": "a list of keys below"}
+BOUNDS = {"minimum": "at least", "maximum": "at most"}
+
 def _what_it_is(node: dict) -> str:
     "Its type in a word or two, or what it must be."
     if "must" in node: return node["must"]
     if "enum" in node: return ", ".join(map(str, node["enum"]))
-    if "anyOf" in node: return " or ".join(dict.fromkeys(_what_it_is(option) for option in node["anyOf"]))
+    if "anyOf" in node:
+        options = [_what_it_is(option) for option in node["anyOf"]]
+        return " or ".join(dict.fromkeys(options))
     name, hangs = _inner(node)
-    if name: return "keys below" if not hangs else "names with keys below" if hangs == ".NAME" else "a list of keys below"
-    words = {"string": "text", "null": "none", "integer": "whole number", "array": "list", "object": "keys and values"}
-    kind = words.get(node.get("type"), node.get("type", "anything"))
-    bounds = [f"{sign} {node[key]:g}" for key, sign in (("minimum", "at least"), ("maximum", "at most")) if key in node]
-    return " ".join([kind, *bounds])
+    if name: return HANGS.get(hangs, "keys below")
+    kind = node.get("type", "anything")
+    bounds = [f"{words} {node[key]:g}" for key, words in BOUNDS.items() if key in node]
+    return " ".join([WORDS.get(kind, kind), *bounds])
 
-# %% ../../nbs/66d_study.keys.ipynb #15346e60
+# %% ../../nbs/66d_study.keys.ipynb #ff7ca53d
+def _default(node: dict, needed: bool) -> str:
+    if needed: return "needed"
+    return json.dumps(node["default"], ensure_ascii=False) if "default" in node else ""
+
 def _row(key: str, node: dict, needed: bool) -> str:
-    default = "needed" if needed else json.dumps(node["default"], ensure_ascii=False) if "default" in node else ""
     words = node.get("description", "").replace("|", "\\|")
-    return f"| `{key}` | {words} | {default} | {_what_it_is(node)} |"
+    return f"| `{key}` | {words} | {_default(node, needed)} | {_what_it_is(node)} |"
 
-def _section(name: str, prefix: str, told: set) -> list[str]: # lines
-    "The table of a class, and behind it those of the classes that its keys hold."
-    told.add(name)
+def _table(name: str, prefix: str) -> list[str]: # lines
+    "The table of a class, whose keys begin with `prefix`."
     definition = schema()["$defs"][name]
     what = definition.get("description", "").split("\n")[0].split("Raises")[0]
     lines = ["", what, "", "| key | what it is | default | may be |", "| --- | --- | --- | --- |"]
-    behind = []
     for key, node in definition["properties"].items():
         lines.append(_row(prefix + key, node, key in definition.get("required", [])))
-        inner, hangs = _inner(node)
-        if inner and inner not in told:
-            place = f"{prefix}{key}{hangs}"
-            behind += ["", f"### `{place}`", *_section(inner, f"{place}.", told)]
-    return lines + behind
+    return lines
 
-# %% ../../nbs/66d_study.keys.ipynb #708502c4
+# %% ../../nbs/66d_study.keys.ipynb #02e82aac
+def _classes(first: str, told: set) -> list[tuple[str, str]]: # name, where its keys stand
+    "A class and those that its keys hold, the nearest first; none that is told already."
+    found = [(first, "")]
+    told.add(first)
+    for name, place in found:
+        for key, node in schema()["$defs"][name]["properties"].items():
+            inner, hangs = _inner(node)
+            if not inner or inner in told: continue
+            told.add(inner)
+            found.append((inner, f"{place}{key}{hangs}."))
+    return found
+
 def page() -> str: # Markdown
     "All keys of all recipes."
     lines, told = ["# The keys of a recipe"], set()
-    for name, verbs in KINDS.items():
-        if name in told: continue
-        lines += ["", f"## {name} ({verbs})", *_section(name, "", told)]
+    for kind, verbs in KINDS.items():
+        if kind in told: continue
+        for name, place in _classes(kind, told):
+            title = f"## {name} ({verbs})" if not place else f"### `{place.rstrip('.')}`"
+            lines += ["", title, *_table(name, place)]
     return "\n".join(lines)

@@ -205,6 +205,7 @@ class _Names(Texts):
         must_be_known(name, self.corpora or WORLD)
         return name
 
+# %% ../../nbs/65_study.plan.ipynb #4a1c8a46
 class Unread(Pipeline):
     "A run of which nothing has to be there: neither base nor corpora."
     base_identity = "base"
@@ -382,6 +383,7 @@ def _memory_table(rows: list[dict]) -> str:
         lines[row["mode"], row["ratio"], row["memory"]] = [name, *held, *_room(row)]
     return _aligned([["", *kinds, "peak", "fits"], *lines.values()])
 
+# %% ../../nbs/65_study.plan.ipynb #2e02d7b1
 def priced(hours: float, cluster: Cluster) -> str:
     "What hours cost, where a price is given."
     if cluster.price is None: return ""

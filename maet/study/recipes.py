@@ -216,6 +216,7 @@ class ExamSettings:
 # %% ../../nbs/60_study.recipes.ipynb #17ba0791
 RIVALS = ("dense", "lora", "sft")  # ways to train them, and the first word of their stages
 
+# %% ../../nbs/60_study.recipes.ipynb #bcef375b
 @dataclass
 class Rivals:
     """How what MAET is compared with (rivals) is trained: only what differs from `training`.
@@ -267,8 +268,7 @@ class Recipe:
         plain_names("languages", [self.reference, *plain_names("languages", self.languages)])
         plain_names("abilities", self.abilities)
         plain_names("corpora", self.corpora or ["none"], ".+")
-        launches = (self.launch, self.rivals.launch or self.launch)
-        if self.workers > 1 and any(launch.apart for launch in launches):
-            raise MaetError(f"workers: {self.workers} trainings side by side, "
-                            "each with ranks of its own, would share the machine; use workers: 1")
+        apart = self.launch.apart or (self.rivals.launch or self.launch).apart
+        if self.workers > 1 and apart:
+            raise MaetError("workers: trainings with ranks of their own would share the machine; use 1")
         for how in RIVALS: self.rivals.training(how, self.training)

@@ -237,8 +237,8 @@ def cost(run: Pipeline, name: str, ability: str, config, cluster: Cluster | None
         if training.mode == "key-neuron": of_keys.append(scalars)
         if training.mode == "dense": tokens_that_move_all += stage.cost
         if cluster:
-            planned = plan_run(stage.name, config, training, cluster, ratio, run.recipe.locate.granularity)
-            seconds += planned["seconds"]
+            granularity = run.recipe.locate.granularity
+            seconds += plan_run(stage.name, config, training, cluster, ratio, granularity)["seconds"]
 
     # MAET's probes only point at what will be trained
     return dict(row=name, tokens=tokens, trained=max(of_keys or counts, default=0),

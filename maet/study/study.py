@@ -123,7 +123,7 @@ def at_work(out: Path):
             left = {path.name for path in out.iterdir()}
             if left <= {".lock"}: shutil.rmtree(out)
 
-# %% ../../nbs/68_study.study.ipynb #05ab793c
+# %% ../../nbs/68_study.study.ipynb #1a608da2
 def must_be_here(recipe: Recipe) -> list[Callable[[], object]]:
     "Checks that raise MaetError for what this machine has not got. Corpora of the hub come last."
     base, exam, found = recipe.base, recipe.exam, []
@@ -145,9 +145,10 @@ def check_recipe(recipe: Recipe, methods: list[str] | None = None) -> None:
 
 def not_here(recipe: Recipe) -> list[str]:
     "What a run would ask of this machine and not find, a line each. The hub is not asked."
-    lines = []
-    local = replace(recipe, corpora={name: source for name, source in recipe.corpora.items() if not source.remote})
-    for here in must_be_here(local):
+    lines, files = [], {}
+    for name, source in recipe.corpora.items():
+        if not source.remote: files[name] = source
+    for here in must_be_here(replace(recipe, corpora=files)):
         try: here()
         except MaetError as error: lines.append(str(error))
     return list(dict.fromkeys(lines))
@@ -163,7 +164,7 @@ def planned(study: Study, out: Path, seed: int) -> Store:
     wanted(study, seed, store)
     return store
 
-# %% ../../nbs/68_study.study.ipynb #72cefded
+# %% ../../nbs/68_study.study.ipynb #4e703625
 def ask_hub_first(store: Store, plan: dict[str, Stage]) -> None:
     "Make what the hub has to give now, and not after a night of training."
     for folder, stage in plan.items():
