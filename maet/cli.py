@@ -325,11 +325,9 @@ def evaluate(
 
     Example: maet eval merged/ --tasks mgsm,science --languages es,bn --out samples/merged"""
     names = [asked and asked.split(",") for asked in (tasks, languages)]
-    verbs.evaluate(
-        model, *names, data, out, against, typer.echo, limit=limit, shots=shots,
-        batch_size=batch_size, device=device, dtype=dtype, backend=backend,
-        backend_args=backend_args, chat_template=chat_template, allow_code=allow_code,
-    )
+    verbs.evaluate(model, *names, data, out, against, typer.echo, limit=limit, shots=shots,
+                   batch_size=batch_size, device=device, dtype=dtype, backend=backend,
+                   backend_args=backend_args, chat_template=chat_template, allow_code=allow_code)
     typer.echo(endings.of_exam(out))
 
 # %% ../nbs/90_cli.ipynb #b3f0c7f6

@@ -46,33 +46,43 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0
 # %% ../nbs/89_verbs.ipynb #5ea5a1e0
 def _fitted(asked, say: Callable[[str], None]): # a Study
     "The study with the batches that fit here. Raises MaetError for what cannot run, or not here."
-    from maet.study.fitting import batches_here, must_fit, rounded, said_of_batches, this_device, with_keys
+    from maet.study.fitting import must_fit, rounded, with_keys
     from maet.study.rivals import models
     from maet.study.studies import methods_of, settings
     from maet.study.study import check_recipe
 
-    smallest = {}
+    smallest, told = {}, {}
     for _, recipe in settings(asked):
         methods = methods_of(asked, recipe)
         check_recipe(recipe, methods)
-        wanted = partial(models, methods=methods)
-        batches = batches_here(recipe, wanted)
-        must_fit(with_keys(recipe, batches), wanted)
-        for line in rounded(recipe) + said_of_batches(batches, this_device(recipe)): say(line)
+        batches, lines = _batches(recipe)
+        must_fit(with_keys(recipe, batches), partial(models, methods=methods))
+        told |= dict.fromkeys(rounded(recipe) + lines)
         for name, keys in batches.items():
             known = smallest.get(f"{name}.device_batch", keys["device_batch"])
             smallest[f"{name}.device_batch"] = min(known, keys["device_batch"])
+    for line in told: say(line)
     return replace(asked, change=asked.change | smallest)
+
+def _batches(recipe) -> tuple[dict, list[str]]: # of `with_keys`; in words
+    """The batches that fit here. The recipe's own methods decide them, whatever a study or a search
+    asks: so all of them share their experts."""
+    from maet.study.fitting import batches_here, said_of_batches, this_device
+    from maet.study.rivals import models
+
+    batches = batches_here(recipe, partial(models, methods=recipe.methods))
+    return batches, said_of_batches(batches, this_device(recipe))
 
 # %% ../nbs/89_verbs.ipynb #8d235994
 def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path) -> str:
     "A study that reads experts in a way of its own: all its seeds at once."
     from maet.study.measured import measure_named
     from maet.study.measures import measure_job
-    from maet.study.fitting import must_fit
+    from maet.study.fitting import must_fit, with_keys
     from maet.study.studies import settings
 
     measure, (_, recipe) = measure_named(asked.measure), settings(asked)[0]
+    recipe = with_keys(recipe, _batches(recipe)[0])
     must_fit(recipe)  # what a measure trains is as large as Algorithm 1's, and asking it would make texts
     seeds = asked.seeds if seed is None else [seed]
     return measure_job(measure, recipe, name, out, seeds, ledger)
@@ -93,7 +103,7 @@ def search(recipe: str | Path,                   # of `run`
 
     >>> maet.search("mini", trials=60, out="runs/mini")  # doctest: +SKIP
     """
-    from maet.study.fitting import must_fit
+    from maet.study.fitting import must_fit, with_keys
     from maet.study.recipes import Recipe
     from maet.study.rivals import models
     from maet.study.search import Rules, search_job
@@ -101,6 +111,7 @@ def search(recipe: str | Path,                   # of `run`
     from maet.training.settings import load
 
     what = load(Recipe, recipe)
+    what = with_keys(what, _batches(what)[0])
     rules = Rules(tuple(methods or SEARCHED), trials, items, dev)
     must_fit(what, partial(models, methods=list(rules.methods)))
     return search_job(what, out, seed, rules, ledger or Path(out)/"results"/"search.jsonl")
@@ -132,14 +143,15 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
     >>> maet.train("expert.yml", "experts/es.safetensors")  # doctest: +SKIP
     """
     from maet.study.algorithm import Run, train_run
-    from maet.study.fitting import batches_here, must_fit, rounded, said_of_batches, this_device, with_keys
+    from maet.study import fitting
     from maet.training.settings import load
 
     what = load(Run, recipe)
-    batches = batches_here(what)
-    for line in rounded(what) + said_of_batches(batches, this_device(what)): say(line)
-    what = with_keys(what, batches)
-    must_fit(what)
+    batches = fitting.batches_here(what)
+    lines = fitting.rounded(what) + fitting.said_of_batches(batches, fitting.this_device(what))
+    for line in lines: say(line)
+    what = fitting.with_keys(what, batches)
+    fitting.must_fit(what)
     return train_run(what, out)
 
 # %% ../nbs/89_verbs.ipynb #533f83dd
