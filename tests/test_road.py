@@ -25,11 +25,12 @@ def maet(line: str) -> str:
 
 
 def refused(line: str) -> str:
-    "What a command says that is refused: one line."
+    "What a command says that is refused: one line, behind the bars of what it did before."
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
         main(shlex.split(line.removeprefix("maet ")))
-    assert end.value.code == 2 and err.getvalue().count("\n") == 1, err.getvalue()
-    return err.getvalue()
+    said = [line for line in err.getvalue().split("\n") if line and not line.startswith("\r")]
+    assert end.value.code == 2 and len(said) == 1 and said[0].startswith("maet: "), err.getvalue()
+    return said[0]
 
 
 def next_of(said: str) -> list[str]: return re.findall(r"^next: (maet .*)$", said, re.M)
