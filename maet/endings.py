@@ -74,7 +74,7 @@ def of_exam(out: Path | None) -> str:
 def of_plan(recipe: str) -> str:
     "Which command a recipe is for."
     from maet.training.settings import read_yaml
-    content, name = read_yaml(recipe), Path(recipe).stem
+    content, name = read_yaml(recipe), Path(recipe).name.removesuffix(".yml")
     if "phases" in content: return f"next: maet base {recipe} --out {name}"
     if "abilities" in content: return f"next: maet run {recipe} --out runs/{name}"
     is_probe = {"ratio", "importance"} & content.keys()

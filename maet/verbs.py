@@ -32,7 +32,7 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0
 
     asked = load_study(study) if study else Study(str(recipe))
     name = asked.name or (Path(study).stem if study else "main")
-    out = Path(out or f"runs/{Path(asked.recipe).stem}")
+    out = Path(out or Path("runs")/Path(asked.recipe).name.removesuffix(".yml"))
     ledger = ledger or Path("data/results" if record else out/"results")/f"{name}.jsonl"
     if asked.measure:
         say(_measure(asked, name, out, seed, ledger))
