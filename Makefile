@@ -21,10 +21,10 @@ env: $(READY) ## create .venv with the exact versions of constraints.txt; the ot
 study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into runs/mini; resumes by itself
 	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED)
 
-experiments: $(READY) ## run every study whose rows the figures need, all seeds, into runs/mini; hours; resumes by itself
-	for seed in 0 1 2; do $(BIN)/maet run --scale mini --out runs/mini --seed $$seed || exit; done
-	for study in $(STUDIES); do $(BIN)/maet run --study $$study --out runs/mini || exit; done
-	for seed in 0 1 2; do $(BIN)/maet search mini --out runs/mini --seed $$seed || exit; done
+experiments: $(READY) ## run every study whose rows the figures need, all seeds, into runs/mini and data/results; hours; resumes by itself
+	for seed in 0 1 2; do $(BIN)/maet run --scale mini --out runs/mini --seed $$seed --record || exit; done
+	for study in $(STUDIES); do $(BIN)/maet run --study $$study --out runs/mini --record || exit; done
+	for seed in 0 1 2; do $(BIN)/maet search mini --out runs/mini --seed $$seed --ledger data/results/search.jsonl || exit; done
 
 figures: $(READY) ## draw every figure and table from the committed results, into figures/mini, and report.html from both
 	$(BIN)/maet figures

@@ -144,7 +144,8 @@ def test_a_study_finds_what_another_has_trained(undisturbed):
     assert done.returncode == 0, done.stderr
     assert {name.split("-")[0] for name in trained() - before} == {"dense.mathematics.en", "dense.general.es", "dense.general.bn"}  # a soup's experts
     assert "| MAET (transfer.gamma 0.1) " in done.stdout and (folder / "swept" / "seed-0" / "sweep.md").is_file()
-    rows = [json.loads(line) for line in (folder / "data" / "results" / "sweep.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "swept" / "results" / "sweep.jsonl").read_text().splitlines()]
+    assert not (folder / "data").exists()  # recording is asked for
     assert sum("minus" in r["setting"] for r in rows) == (2 + 2 + 1) * (3 + 1)  # MAET minus base and minus soup in each setting, soup minus base
     rows = [r for r in rows if "minus" not in r["setting"]]
     assert len(rows) == (2 + 1 + 1) * (3 + 1) and {r["study"] for r in rows} == {"sweep"}  # what a setting does not change is a row once

@@ -15,7 +15,9 @@ import torch
 
 from ..weights.tensors import MaetError, parse_json, reading
 from .answers import read_number
-from .questions import _after_label, _first, plain_number, read_exam, read_shots, template
+from maet.exams.questions import (
+    _after_label, _config, _first, from_hub, plain_number, read_exam, read_shots, template,
+)
 
 # %% ../../nbs/42_exams.exams.ipynb #761f22b2
 def _limits():
@@ -345,3 +347,26 @@ def _write(path: Path, rows: list[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
+
+# %% ../../nbs/42_exams.exams.ipynb #2de0dab3
+def check_on_hub(dataset: str, task: str, languages: list[str]) -> None:
+    "Raises MaetError where the hub's data set is not that of the task, or lacks a language."
+    source = template(task)["metadata"].get("source") or {}
+    if source.get("dataset") != dataset:
+        theirs = source.get("dataset", "no data set of the hub")
+        raise MaetError(f"exam.hub: task {task!r} is asked from {theirs}, not from {dataset}")
+    for language in held(task, languages):
+        for part in language.split("-"): _config(task, source, part)
+
+def hub_exams(dataset: str, tasks: list[str], languages: list[str], out: Path,
+              revision: str | None = None) -> None:
+    "Exams of the hub, as exam files in `out`. Raises MaetError."
+    for task in tasks:
+        check_on_hub(dataset, task, languages)
+        has_shots = "shots" in template(task)["metadata"]["source"]
+        for language in held(task, languages):
+            rows = from_hub(task, language, revision=revision)
+            _write(out / task / f"{language}.jsonl", [row for _, row in rows])
+            if not has_shots: continue
+            shots = from_hub(task, language, "shots", revision)
+            _write(out / task / "shots" / f"{language}.jsonl", [row for _, row in shots])
