@@ -58,10 +58,9 @@ clean: ## remove what builds and tests leave behind; .venv and runs stay
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache
 	find $(wildcard maet nbs tests benchmarks) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-# The stamp is written last, so an installation that was cut short is done again. Most of what is installed is never imported,
-# so nothing is compiled before it is.
+# The stamp is written last, so an installation that was cut short is done again.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV): some minutes, once.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	@touch $@

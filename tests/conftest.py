@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other are slower than one
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; DeepSpeed would import the compiler in every rank
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles the library again
 
 
 # ---- two workers ----
