@@ -1,6 +1,6 @@
 """The exams, end to end: real MGSM and science questions to a model that says what it is told to; every group on a tiny checkpoint from files,
 without a network; every task file; one line for each mistake. The real questions lie in `shared/data` beside the project and are skipped where absent."""
-import json, math, socket, sys, time
+import json, math, os, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from maet.exams.questions import GROUPS, TASKS, expand, read_exam, template
 from maet.exams.exams import exam, held, mgsm_exams, tasks_of
 from maet.exams.answers import read_number
 from maet.weights.tensors import MaetError
-from tiny import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -225,18 +224,15 @@ def test_every_group_runs_from_files(group, checkpoint, tmp_path):
         assert len((tmp_path / "out" / r["task"] / f"{r['language']}.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
-def evaluated(checkpoint, data, job): list(evaluation_job(checkpoint, data, **job))
-
-
 @real
 def test_a_killed_call_keeps_the_languages_that_are_finished(checkpoint, mgsm, tmp_path):
     "Real problems; SIGKILL after the first language; the second call asks only what is missing."
     job, notes = dict(names=["mgsm_direct"], languages=["en", " es", "zh"], shots=1, limit=20, batch_size=2, out=str(tmp_path)), tmp_path / "results.jsonl"
-    child = processes.Process(target=evaluated, args=(checkpoint, mgsm, job))
-    child.start()
-    while not notes.exists() and child.is_alive(): time.sleep(0.02)
+    program = f"from maet.exams.evaluation import evaluation_job\nlist(evaluation_job({str(checkpoint)!r}, {str(mgsm)!r}, **{job!r}))"
+    child = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not notes.exists() and child.poll() is None: time.sleep(0.02)
     child.kill()
-    child.join()
+    child.wait()
     done = notes.read_text(encoding="utf-8").splitlines()
     assert 1 <= len(done) < 3
     again = list(evaluation_job(checkpoint, mgsm, **job))
