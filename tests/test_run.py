@@ -172,7 +172,7 @@ def test_a_measure_reads_what_a_run_left(undisturbed, tmp_path, measure):
     (folder, *_), project = undisturbed, tmp_path / "project"
     shutil.copytree(folder / "whole", project / "out", symlinks=True)
     (project / "data").symlink_to(ROOT / "data")
-    recipe = TINY | {"workers": 2 if measure == "overlap" else 1}
+    recipe = TINY | {"workers": 2 if measure == "world" else 1}
     if measure == "world": recipe |= {"languages": ["es", "zh", "bn", "te"]}
     base = next((folder / "whole").glob("base.1-*")) / "base"
     if measure == "empirical": recipe |= {"languages": ["zh", "bn"], "base": str(base)}
