@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..weights.tensors import MaetError, parse_json, reading
+from ..text.files import write_rows
 from .answers import read_number
 from maet.exams.questions import (
     _after_label, _config, _first, from_hub, plain_number, read_exam, read_shots, template,
@@ -331,22 +332,17 @@ def mgsm_exams(folder: str | Path,   # with mgsm_<language>.tsv and exemplars.js
         shots = [_shot(row) for row in given]
         name = f"{language}.jsonl"
         for task in ("mgsm_cot", "mgsm_direct"):
-            _write(Path(out) / task / name, problems)
-            _write(Path(out) / task / "shots" / name, shots)
+            write_rows(Path(out) / task / name, problems)
+            write_rows(Path(out) / task / "shots" / name, shots)
         worked = [{"id": n, "question": row["question"], "answer": row["answer"]}
                   for n, row in enumerate(given)]
-        _write(Path(out) / "bits_per_byte" / name, worked)
+        write_rows(Path(out) / "bits_per_byte" / name, worked)
 
 # %% ../../nbs/42_exams.exams.ipynb #a8199c34
 def _shot(row: dict) -> dict:
     "An exemplar without the labels, which the prompt writes itself."
     return {"question": _after_label(row["question"]), "answer": _after_label(row["answer"]),
             "target": str(row["answer_number"])}
-
-def _write(path: Path, rows: list[dict]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/42_exams.exams.ipynb #2de0dab3
 def check_on_hub(dataset: str, task: str, languages: list[str]) -> None:
@@ -366,7 +362,7 @@ def hub_exams(dataset: str, tasks: list[str], languages: list[str], out: Path,
         has_shots = "shots" in template(task)["metadata"]["source"]
         for language in held(task, languages):
             rows = from_hub(task, language, revision=revision)
-            _write(out / task / f"{language}.jsonl", [row for _, row in rows])
+            write_rows(out / task / f"{language}.jsonl", [row for _, row in rows])
             if not has_shots: continue
             shots = from_hub(task, language, "shots", revision)
-            _write(out / task / "shots" / f"{language}.jsonl", [row for _, row in shots])
+            write_rows(out / task / "shots" / f"{language}.jsonl", [row for _, row in shots])

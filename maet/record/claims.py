@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from . import estimates, ledger, plots
 from ..weights.tensors import MaetError
+from ..weights.columns import markdown
 from ..training.settings import read_yaml, strict
 from .estimates import Estimate, estimate, named
-from .figures import markdown, read_table, said, wanted
+from .figures import read_table, said, wanted
 
 # %% ../../nbs/54_record.claims.ipynb #ac3478d6
 POINT = 0.01  # of a share: the tolerance of a claim of no difference
@@ -350,7 +351,7 @@ def grid(found: Iterable[Finding]) -> list[list[str]]: # the header first
 # %% ../../nbs/54_record.claims.ipynb #e0060084
 def told(found: Iterable[Finding]) -> str:
     "The same in Markdown, all columns to the left: they are words."
-    return markdown(grid(found)).replace("---:", "---")
+    return markdown(grid(found), numbers=False)
 
 # %% ../../nbs/54_record.claims.ipynb #298880bd
 def by_paper(found: dict[str, Finding]) -> dict[str, list[Finding]]:

@@ -18,6 +18,7 @@ import torch
 
 from ..training import loading
 from ..weights.tensors import MaetError, shapes
+from ..weights.columns import columns, sized
 from ..weights.packs import keys_meta
 from ..training.schedule import MODES, Training, batch_sequences, total_steps, total_tokens
 from .recipes import RIVALS, Base, Locate, Recipe, llama_config
@@ -330,24 +331,6 @@ def modes(config, training: Training, cluster: Cluster = Cluster(), ratio: float
     return [plan_run(mode, config, replace(training, mode=mode), cluster, ratio, granularity)
             for mode in MODES]
 
-# %% ../../nbs/65_study.plan.ipynb #b7eb6c68
-UNITS = dict(TB=1e12, GB=1e9, MB=1e6, kB=1e3)  # bytes
-
-def sized(number: float) -> str: # bytes
-    "As people read it: 1 GB is 10**9 bytes."
-    for unit, size in UNITS.items():
-        if number >= size: return f"{number/size:.4g} {unit}"
-    return f"{number:.0f} B"
-
-def _aligned(table: list[list[str]]) -> str:
-    "Columns of equal width; the first one to the left."
-    columns = []
-    for number, cells in enumerate(zip(*table)):
-        width = max(map(len, cells))
-        adjust = str.rjust if number else str.ljust
-        columns.append([adjust(cell, width) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
-
 # %% ../../nbs/65_study.plan.ipynb #7b495293
 _HEAD = "stage times mode trained tokens steps EFLOP hours reads writes keeps GPU fits".split()
 
@@ -368,7 +351,7 @@ def _stages_table(rows: list[dict]) -> str:
     for row in rows:
         cost = (value for key, value in row.items() if key != "stage")
         alike.setdefault((_kind(row), *cost), []).append(row)
-    return _aligned([_HEAD, *(_stage_line(same[0], len(same)) for same in alike.values())])
+    return columns([_HEAD, *(_stage_line(same[0], len(same)) for same in alike.values())])
 
 # %% ../../nbs/65_study.plan.ipynb #a9334987
 def _memory_table(rows: list[dict]) -> str:
@@ -381,7 +364,7 @@ def _memory_table(rows: list[dict]) -> str:
         if row["ratio"]: name += f" {row['ratio']:.0%}"
         held = [sized(row[kind]) for kind in kinds]
         lines[row["mode"], row["ratio"], row["memory"]] = [name, *held, *_room(row)]
-    return _aligned([["", *kinds, "peak", "fits"], *lines.values()])
+    return columns([["", *kinds, "peak", "fits"], *lines.values()])
 
 # %% ../../nbs/65_study.plan.ipynb #2e02d7b1
 def priced(hours: float, cluster: Cluster) -> str:

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 from ..weights.tensors import MaetError, shapes
+from ..weights.columns import columns
 from ..training.schedule import Training, batch_sequences
 from ..method.merge import merge
 from ..record.estimates import METHODS
@@ -279,14 +280,4 @@ def cost_table(recipe: Recipe, config=None, rows: Iterable[str] = ROWS,
     hours = ["hours", "price"][:len(_hours(dict(hours=0), cluster))]
     table = [["", *hours, *HEAD, f"{ability} text in a target language"]]
     table += [_cost_cells(cost(run, name, ability, config, cluster), cluster) for name in rows]
-    return _in_columns(table)
-
-def _in_columns(table: list[list[str]]) -> str:
-    "The first column to the left."
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = []
-    for name, *numbers in table:
-        cells = [name.ljust(widths[0])]
-        cells += [number.rjust(width) for number, width in zip(numbers, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return columns(table)

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..weights.tensors import MaetError
+from ..weights.columns import markdown
 from ..weights.checkpoints import Checkpoint, on_hub
 from ..text.streams import check
 from ..exams.questions import read_exam
@@ -24,7 +25,7 @@ from ..record.ledger import append
 from ..record.estimates import METHODS
 from ..record.plots import dots, scores
 from ..record.pictures import put, save
-from .stages import Progress, Stage, Store, on_disk, side_by_side
+from .stages import Progress, Stage, Store, missing, on_disk, side_by_side
 from .recipes import Recipe
 from .algorithm import Pipeline
 from .plan import Unread
@@ -48,15 +49,6 @@ def _cell(row: dict | None, percent: bool) -> str:
     if percent: return f"{100 * value:.1f} ±{100 * error:.1f}"
     return f"{value:.3f} ±{error:.3f}"
 
-def _aligned(lines: list[list[str]]) -> str:
-    "Lines of cells as a Markdown table that can be read in a terminal too."
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    written = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        written.append(f"| {' | '.join(cells)} |")
-    return "\n".join(written)
-
 # %% ../../nbs/68_study.study.ipynb #56c9ad31
 def table(rows: list[dict], task: str, languages: list[str], title: str = "") -> str: # Markdown
     """Methods by languages: value ± standard error, in percent where the metric is a share.
@@ -66,11 +58,10 @@ def table(rows: list[dict], task: str, languages: list[str], title: str = "") ->
     percent = metric != "bits_per_byte"
 
     lines = [[f"{title or task} ({metric}{', %' if percent else ''})", *languages]]
-    lines.append(["---"] * len(lines[0]))
     for name in dict.fromkeys(name for name, _ in found):
         cells = [_cell(found.get((name, language)), percent) for language in languages]
         lines.append([name, *cells])
-    return _aligned(lines)
+    return markdown(lines, numbers=False, padded=True)
 
 # %% ../../nbs/68_study.study.ipynb #8bebcc7c
 def compared(gain: float, error: float) -> str:
@@ -230,7 +221,8 @@ def study_job(study: Study,
         store = Store(out)
         store.progress = Progress(plan, out)
         ask_hub_first(store, plan)
-        if workers > 1: side_by_side(partial(wanted, study, seed), out, workers)
+        if workers > 1 and missing(plan, out):
+            side_by_side(partial(wanted, study, seed), out, workers)
         rows = rows_of(study, name, seed, store)
         if ledger: append(ledger, rows)
         return report(study, name, store, seed, rows)

@@ -6,7 +6,7 @@
 __all__ = ['local', 'on_hub', 'not_from_hub', 'memory_size', 'Checkpoint', 'same_tensors', 'identity']
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #8ccd172f
-import hashlib, json, os, re, threading
+import hashlib, json, os, re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from .tensors import MaetError, place, reading
-from .files import plain_name, read_json
+from .files import plain_name, read_json, whole
 from . import direct
 from maet.weights.streams import (
     DTYPES, PIECE, Shard, Stored, as_bytes, find_tensors, in_order, note, pieces, progress_bar,
@@ -295,12 +295,8 @@ def remember(key: str, text: str,
     "Keep what was found out."
     _found[key] = text
     if not lasting: return
-    with suppress(OSError):  # no home, no space: then it is not kept
-        file = _memory_file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-        part.write_text(text)
-        os.replace(part, file)
+    with suppress(MaetError), whole(_memory_file(key)) as part:
+        part.write_text(text)  # no home, no space: then it is not kept
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #fd05df53
 def _known(checkpoint: Checkpoint) -> str | None:
