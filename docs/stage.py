@@ -59,10 +59,9 @@ def without_directives(source: str) -> tuple[str, set[str]]: # code, nbdev's wor
     return "\n".join(line for line in lines if not line.startswith("#|")).strip(), words
 
 
-def without_widgets(output: dict) -> dict:
-    "A slider needs a kernel; a page shows what else the output has."
-    data = {kind: value for kind, value in output.get("data", {}).items() if "widget" not in kind}
-    return output | {"data": data} if "data" in output else output
+def is_slider(output: dict) -> bool:
+    "What only a kernel can move; a page does without."
+    return any("widget" in kind for kind in output.get("data", {}))
 
 
 def staged_cell(cell: dict) -> dict | None: # None: nothing for a reader
@@ -72,13 +71,14 @@ def staged_cell(cell: dict) -> dict | None: # None: nothing for a reader
     source, words = without_directives("".join(cell["source"]))
     if "hide" in words or not source: return None
     tags = ["export"] if words & {"export", "exporti"} else []
-    outputs = [without_widgets(output) for output in cell["outputs"]]
+    outputs = [output for output in cell["outputs"] if not is_slider(output)]
     return cell | {"source": source, "metadata": {"tags": tags}, "outputs": outputs}
 
 
 def staged(notebook: dict) -> dict:
     cells = [staged_cell(cell) for cell in notebook["cells"]]
-    return notebook | {"cells": [cell for cell in cells if cell]}
+    metadata = {"kernelspec": notebook["metadata"]["kernelspec"]}
+    return notebook | {"cells": [cell for cell in cells if cell], "metadata": metadata}
 
 
 # ---- the wings ----

@@ -1115,6 +1115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'maet.study.pupils.of_soups': ('study.pupils.html#of_soups', 'maet/study/pupils.py'),
                                    'maet.study.pupils.of_swaps': ('study.pupils.html#of_swaps', 'maet/study/pupils.py'),
                                    'maet.study.pupils.of_task_vectors': ('study.pupils.html#of_task_vectors', 'maet/study/pupils.py'),
+                                   'maet.study.pupils.piece_of': ('study.pupils.html#piece_of', 'maet/study/pupils.py'),
                                    'maet.study.pupils.rival': ('study.pupils.html#rival', 'maet/study/pupils.py'),
                                    'maet.study.pupils.soup_space': ('study.pupils.html#soup_space', 'maet/study/pupils.py'),
                                    'maet.study.pupils.swap_space': ('study.pupils.html#swap_space', 'maet/study/pupils.py'),
