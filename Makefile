@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env study experiments figures test lint fuzz notebooks export base clean
+.PHONY: help env study experiments figures docs test lint fuzz notebooks export base clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -29,6 +29,9 @@ experiments: $(READY) ## run every study whose rows the figures need, all seeds,
 figures: $(READY) ## draw every figure and table from the committed results, into figures/mini, and report.html from both
 	$(BIN)/maet figures
 	$(BIN)/maet report
+
+docs: $(READY) ## build the site in _docs/html from the notebooks as they are stored; runs nothing, fetches nothing (CPython 3.11 or newer)
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/build.py _docs
 
 test: $(READY) ## run every notebook and every test, on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
@@ -56,7 +59,7 @@ base: $(READY) ## train the shipped base again, into runs/base, to compare with 
 
 clean: ## remove what builds and tests leave behind; .venv and runs stay
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache
-	find $(wildcard maet nbs tests benchmarks) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find $(wildcard maet nbs tests docs benchmarks) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut short is done again.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt

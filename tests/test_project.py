@@ -32,8 +32,8 @@ def exported_module(notebook: Path) -> str | None:
 
 
 def floor(notebook: Path) -> float:
-    "The number of a room. The front page has none and may look into every room."
-    number = re.match(r"(\d+)([a-z]?)_", notebook.stem)
+    "The number of a room. The front page has none; it and the tour (00) may look into every room."
+    number = re.match(r"(?!00)(\d+)([a-z]?)_", notebook.stem)
     return int(number[1]) + LETTERS.index(number[2] or "_") / len(LETTERS) if number else float("inf")  # 02b lies between 02 and 03
 
 
