@@ -29,7 +29,7 @@ def test_wheel(wheel, checkout, python, tmp_path):
     assert any(name.startswith("maet/tasks/") for name in held(checkout))
 
     metadata = Parser().parsestr((information/"METADATA").read_text(encoding="utf-8"))
-    assert set(metadata.get_all("Provides-Extra")) == {"training", "deepspeed", "evaluation", "study", "search", "dev", "all"}
+    assert set(metadata.get_all("Provides-Extra")) == {"training", "deepspeed", "evaluation", "study", "search", "dev", "docs", "all"}
     assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.14"}
     bare = {need.name for text in metadata.get_all("Requires-Dist") if not (need := Requirement(text)).marker}
     assert "torch" in bare and not bare & HEAVY
