@@ -57,7 +57,7 @@ def resumable():
 @app.command()
 def run(
     scale: Annotated[Optional[str], typer.Option(
-        help="A recipe that ships with maet: mini or 8b.")] = None,
+        help="A recipe that ships with maet: mini, real or 8b.")] = None,
     recipe: Annotated[Optional[str], typer.Option(
         help="A recipe file of one's own, or a shipped one such as real-mini.yml.")] = None,
     study: Annotated[Optional[str], typer.Option(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 # %% ../nbs/89_verbs.ipynb #2719ad2f
-def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real-mini, 8b
+def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real, real-mini, 8b
         out: str | Path = "runs/mini",      # run folder: stages, tables, figures, merged models
         seed: int | None = None,            # of training and of the text's order; None: the study's
         study: str | Path | None = None,    # instead of a recipe: a study that ships, or a file
@@ -31,7 +31,7 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     from maet.study.study import study_job
 
     asked = load_study(study) if study else Study(str(recipe))
-    name = asked.name or (Path(study).stem if study else "main")
+    name = asked.name or (Path(study).stem if study else _study_of(recipe))
     if asked.measure: return say(_measure(asked, name, out, seed, ledger))
     for _, setting in settings(asked):
         must_fit(setting, partial(models, methods=methods_of(asked, setting)))
@@ -40,6 +40,11 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     seeds = asked.seeds if seed is None else [seed]
     for number in seeds:
         say(study_job(asked, name, out, number, ledger))
+
+# %% ../nbs/89_verbs.ipynb #9cf0af60
+def _study_of(recipe: str | Path) -> str:
+    "What its rows are of: the paper's main table, or its sister on a real model, which has other exams."
+    return "real" if Path(recipe).stem == "real" else "main"
 
 # %% ../nbs/89_verbs.ipynb #5ea5a1e0
 def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path | None) -> str:
@@ -167,12 +172,10 @@ def locate(base: str | Path,              # before training; or a recipe: base, 
     from maet.method.locate import locate
     from maet.weights.checkpoints import Checkpoint
 
-    if tuned is None:
-        found, before = _located(base, out)
-    else:
-        before = Checkpoint(base)
-        found = locate(before, _tuned(tuned, before), ratio, granularity, out, kinds=kinds,
-                       allow_mismatch=allow_mismatch)
+    if tuned is None: return _located(base, out)
+    before = Checkpoint(base)
+    found = locate(before, _tuned(tuned, before), ratio, granularity, out, kinds=kinds,
+                   allow_mismatch=allow_mismatch)
     return found | {"shapes": {name: before.shape(name) for name in before.names}}
 
 # %% ../nbs/89_verbs.ipynb #89b9612b
@@ -185,16 +188,15 @@ def _tuned(tuned: str | Path, before):
     return open_checkpoint(tuned, before)
 
 # %% ../nbs/89_verbs.ipynb #a576b5f6
-def _located(recipe: str | Path, out: str | Path): # what `locate` found; the base
+def _located(recipe: str | Path, out: str | Path) -> dict: # as `locate`
     "Key neurons from a text."
     from maet.study.algorithm import Probe, locate_run
     from maet.study.plan import must_fit
     from maet.training.settings import load
-    from maet.weights.checkpoints import Checkpoint, local
 
     what = load(Probe, recipe)
     must_fit(what.run)
-    return locate_run(what, out), Checkpoint(local(what.base))
+    return locate_run(what, out)
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6
 def pack(base: str | Path,                # before training

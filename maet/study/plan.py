@@ -9,6 +9,7 @@ __all__ = ['memory', 'Cluster', 'plan', 'describe', 'cluster_of', 'must_fit']
 import json, math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from ..training import loading
 from ..weights.tensors import MaetError, meta_model, shapes
 from ..weights.checkpoints import memory_size
+from ..weights.gguf import gguf_config, gguf_file
 from ..weights.packs import keys_meta
 from ..training.settings import read_yaml, strict
 from ..training.schedule import MODES, Training, batch_sequences, total_steps, total_tokens
@@ -112,6 +114,7 @@ GPUS = {
     "L40S": GPU(362, 91.6, 48, _NVIDIA + "l40s/"),
     "RTX-4090": GPU(165.2, 82.6, 24, _ADA),
     "MI300X": GPU(1307.4, 163.4, 192, _AMD + "mi300/mi300x.html"),
+    "2-CPU-cores": GPU(.565, .283, 16, "measured: SmolLM2-135M, 280 tokens/s in bf16, 140 in float32"),
 }
 
 def gpu(name: str) -> GPU:
@@ -202,6 +205,12 @@ class Unread(Pipeline):
         super().__init__(recipe, store)
         self.texts = _Names(store, recipe.world, recipe.corpora)
 
+    @cached_property
+    def base(self):
+        base = self.recipe.base
+        if isinstance(base, Base) and not base.phases: return Path("base")  # a GGUF file: not looked for
+        return super().base
+
 def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[str, dict]]:
     """What a run would make: name and inputs of each stage, in order.
 
@@ -219,6 +228,7 @@ def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[
 def config_of(what: Recipe | Run | Base):
     "The base's config. Raises MaetError where there is none."
     base = getattr(what, "base", what)
+    if isinstance(base, Base) and base.gguf: return gguf_config(gguf_file(base.gguf, base.package))
     if isinstance(base, Base) and base.start: base = base.start
     if not isinstance(base, Base): return meta_model(Path(base)).config
     return llama_config(base.vocabulary, base.model, dtype="float32")
@@ -249,7 +259,7 @@ def _read_and_result(kind: str, inputs: dict, sizes: _Sizes) -> tuple[int, int]:
         case "keys": return 2*base, masks
         case "ability": return 2*pack, pack
         case "maet": return base + 2*packs*pack, base
-        case "start": return 0, base
+        case "start" | "gguf": return 0, base
     if "merge" not in inputs: return 0, 0
     return base*_merged_models(inputs["merge"]), base
 
@@ -385,6 +395,8 @@ def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=Non
     "The plan as text: totals, stages, memory by kind and by mode."
     if config is None: config = config_of(what)
     rows = plan(what, cluster, config, wanted)
+    trains_nothing = isinstance(what, Base) and not what.phases
+    if trains_nothing: return "\n".join([*_totals(rows, cluster), "", _stages_table(rows)])
     training = what.phases[0].training if isinstance(what, Base) else what.training
     sparse = (what.locate.ratio, what.locate.granularity) if isinstance(what, Recipe) else ()
     return "\n".join([*_totals(rows, cluster), "",
@@ -398,7 +410,7 @@ def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=Non
 def read(source: str | Path) -> Recipe | Run | Base: # a file, or the name of a shipped one
     "A recipe of whatever command it is for."
     content, name = read_yaml(source), Path(source).name
-    if "phases" in content: return strict(Base, content, name)
+    if {"phases", "gguf"} & set(content): return strict(Base, content, name)
     if "abilities" in content: return strict(Recipe, content, name)
     if {"ratio", "importance"} & set(content): return strict(Probe, content, name).run
     return strict(Run, content, name)
