@@ -2304,6 +2304,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'maet.weights.gguf._quiet': ('weights.gguf.html#_quiet', 'maet/weights/gguf.py'),
                                    'maet.weights.gguf._reader': ('weights.gguf.html#_reader', 'maet/weights/gguf.py'),
                                    'maet.weights.gguf._said': ('weights.gguf.html#_said', 'maet/weights/gguf.py'),
+                                   'maet.weights.gguf._without_spare_tokens': ( 'weights.gguf.html#_without_spare_tokens',
+                                                                                'maet/weights/gguf.py'),
                                    'maet.weights.gguf.dequantise': ('weights.gguf.html#dequantise', 'maet/weights/gguf.py'),
                                    'maet.weights.gguf.gguf_config': ('weights.gguf.html#gguf_config', 'maet/weights/gguf.py'),
                                    'maet.weights.gguf.gguf_digest': ('weights.gguf.html#gguf_digest', 'maet/weights/gguf.py'),

@@ -316,8 +316,8 @@ def merge(
 Data = Annotated[Optional[Path], typer.Option(
     help="Folder with <task>/<language>.jsonl; without it, the hub.")]
 Tasks = Annotated[str, typer.Option(
-    help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, "
-         "mini, text) or tasks.")]
+    help="Comma-separated groups (mgsm, msvamp, bits, science, choices, global_mmlu, ood, "
+         "belebele, flores, mini, text) or tasks.")]
 Shots = Annotated[Optional[int], typer.Option(
     min=0,
     help="Exemplars; without it, each exam's own number.")]
