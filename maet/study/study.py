@@ -23,7 +23,7 @@ from ..record.pictures import put, save
 from .stages import Progress, Store, on_disk, side_by_side
 from .algorithm import Pipeline
 from .rivals import ROWS, models
-from .scores import examined, paired, rows_of, wanted
+from .scores import examined, paired, paired_texts, rows_of, wanted
 from .studies import Study, methods_of, settings
 
 # %% ../../nbs/68_study.study.ipynb #472b07b9
@@ -72,6 +72,20 @@ def compared(gain: float, error: float) -> str:
     if abs(gain) <= 2 * error: return "not told apart from"
     return "above" if gain > 0 else "below"
 
+# %% ../../nbs/68_study.study.ipynb #df41cd56
+def _in_bits(task: str) -> bool: return template(task)["metric_list"][0]["metric"] == "bits_per_byte"
+
+def gained(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, float] | None:
+    "By how much an exam went better for `a` than for `b`, a share or bit/byte; its standard error."
+    difference = (paired_texts if _in_bits(task) else paired)(a, b, task, languages)
+    if difference is None: return None
+    value, error, _ = difference
+    return (-value if _in_bits(task) else value), error
+
+def in_print(gain: float, error: float, task: str) -> str:
+    if _in_bits(task): return f"{gain:+.3f} ±{error:.3f} bit/byte"
+    return f"{100 * gain:+.1f} ±{100 * error:.1f}"
+
 # %% ../../nbs/68_study.study.ipynb #cadefe9a
 NO_RIVALS = ("maet", "maet-gradient", "maet-cut", "oracle") # MAET itself, and the ceiling
 
@@ -85,13 +99,12 @@ def sentence(run: Pipeline, ability: str, methods: list[str]) -> str:
     parts, verdicts = [], []
     for method in methods:
         if method in NO_RIVALS: continue
-        difference = paired(exams["maet"], exams[method], task, languages)
+        difference = gained(exams["maet"], exams[method], task, languages)
         if difference is None: continue
-        gain, error, _ = difference
-        verdict = compared(gain, error)
+        verdict = compared(*difference)
         verdicts.append(verdict)
         name = METHODS.get(method, method)
-        parts.append(f"{verdict} {name} ({100 * gain:+.1f} ±{100 * error:.1f})")
+        parts.append(f"{verdict} {name} ({in_print(*difference, task)})")
 
     won = all(verdict == "above" for verdict in verdicts)
     where = f"{ability}, average of {', '.join(languages)}, seed {run.seed}"
