@@ -28,6 +28,7 @@ from .recipes import Base, Locate, Recipe, llama_config
 from .stages import Store
 from .texts import Texts, backbone
 from .algorithm import Pipeline, Probe, Run, transferred
+from .gpus import gpu
 from .memory import KINDS, SAME, Rehearsal, rehearse, stored
 
 # %% ../../nbs/65_study.plan.ipynb #63266754
@@ -91,36 +92,6 @@ def memory(r: Rehearsal, zero: int | None = None, gpus: int = 1,
     peak = (timeline.sum(1) + buffers).argmax()
     held = dict(zip(KINDS, timeline[peak].tolist())) | always
     return held | {"buffers": float(buffers[peak])}
-
-# %% ../../nbs/65_study.plan.ipynb #f1f836cb
-class GPU(NamedTuple):
-    bf16: float    # TFLOP/s, dense
-    float32: float # TFLOP/s, as torch multiplies by default
-    memory: float  # GB
-    source: str    # the vendor's page
-
-_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
-_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
-_AMD = "https://www.amd.com/en/products/accelerators/instinct/"
-
-GPUS = {
-    "A100-40": GPU(312, 19.5, 40, _NVIDIA + "a100/"),
-    "A100-80": GPU(312, 19.5, 80, _NVIDIA + "a100/"),
-    "H100": GPU(989.4, 66.9, 80, _NVIDIA + "h100/"),
-    "H100-PCIe": GPU(756, 51, 80, _NVIDIA + "h100/"),
-    "H200": GPU(989.4, 66.9, 141, _NVIDIA + "h200/"),
-    "B200": GPU(2250, 75, 180, _NVIDIA + "hgx/"),
-    "L4": GPU(121, 30.3, 24, _NVIDIA + "l4/"),
-    "L40S": GPU(362, 91.6, 48, _NVIDIA + "l40s/"),
-    "RTX-4090": GPU(165.2, 82.6, 24, _ADA),
-    "MI300X": GPU(1307.4, 163.4, 192, _AMD + "mi300/mi300x.html"),
-    "2-CPU-cores": GPU(.565, .283, 16, "measured: SmolLM2-135M, 280 tokens/s in bf16, 140 in float32"),
-}
-
-def gpu(name: str) -> GPU:
-    "Raises MaetError for one that is not in the table."
-    if name in GPUS: return GPUS[name]
-    raise MaetError(f"plan: no GPU {name!r} in the table; there are {', '.join(GPUS)}")
 
 # %% ../../nbs/65_study.plan.ipynb #cb7a1d77
 def seconds(r: Rehearsal, training: Training, name: str, gpus: int = 1, utilisation: float = .4,
