@@ -41,7 +41,7 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
     for number in seeds:
         say(study_job(asked, name, out, number, ledger))
 
-# %% ../nbs/89_verbs.ipynb #9cf0af60
+# %% ../nbs/89_verbs.ipynb #9c8d46ff
 def _study_of(recipe: str | Path) -> str:
     "What its rows are of: the paper's main table, or its sister on a real model, which has other exams."
     return "real" if Path(recipe).stem == "real" else "main"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/64b_study.gpus.ipynb #5b5e9559
+# %% ../../nbs/64b_study.gpus.ipynb #ac570bcd
 from typing import NamedTuple
 
 from ..weights.tensors import MaetError
