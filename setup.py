@@ -36,6 +36,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["catalogue/*.yml", "lexicons/*.yml", "recipes/*.yml", "recipes/studies/*.yml", "tasks/**/*.yaml"]},
+    package_data={cfg["lib_path"]: ["catalogue/*.yml", "catalogue/*.txt", "lexicons/*.yml", "recipes/*.yml", "recipes/studies/*.yml", "tasks/**/*.yaml"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

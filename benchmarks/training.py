@@ -1,5 +1,5 @@
-"""What a training step costs: dense AdamW, LoRA, masked dense AdamW (as the authors' earlier code trains key neurons) and key neurons of their own;
-and what it costs to locate them by Eq. 1 as it is defined: gradients added up, of a float32 base and of a bfloat16 one, which stays as it is.
+"""What a training step costs: dense AdamW, LoRA, masked dense AdamW (as the authors' earlier code trains key neurons), peft's SHiRA (a sparse adapter
+of as many scalars) and key neurons of their own, also at the very places that SHiRA trains; and what it costs to locate them by Eq. 1 as it is defined: gradients added up, of a float32 base and of a bfloat16 one, which stays as it is.
 
     python benchmarks/training.py [--size 70m] [--ratios 0.01 0.05 0.2] [--rounds 9] [--threads 2]      CPU, some minutes
     python benchmarks/training.py --size 8b --device cuda        LLaMA-3 8B's shapes, random weights, one GPU, against no optimizer at all
@@ -9,8 +9,10 @@ whatever else the machine does slows all alike; printed are medians, of the step
 on a GPU the allocator's peak, on a CPU the resident set's, both above the level before the model is built. State: gradients, moments, and
 whatever is kept beside the weights that the forward reads. A size that fills a GPU is timed in those processes too. Rows go to --ledger,
 the figure to --figure."""
-import argparse, gc, json, os, statistics, subprocess, sys, time
+import argparse, gc, json, os, statistics, subprocess, sys, time, warnings
 from collections.abc import Mapping
+from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,14 +26,17 @@ from maet.study.plan import Cluster, modes
 from maet.training.schedule import Training
 from maet.training.gradients import Accumulator
 from maet.training.loading import prepare
+from maet.training.sparse import VALUES
 from maet.training.train import state_bytes
 
+warnings.filterwarnings("ignore", message="Sparse invariant checks")  # SHiRA makes a sparse tensor in each forward
 GOALS = {"dense": {"gradient float32": dict(time=.8, peak=.45), "gradient bfloat16": dict(time=.8, peak=.45),
                    "key-neuron 5% element": dict(state=.12, time=1.), "key-neuron 5% row": dict(state=.12, time=.78)},  # of dense
          "no optimizer": {"key-neuron 5% element": dict(time=1.25)}}  # 0.8 of its tokens a second; at 8b no more than 40 GB
 GRANULARITIES = ("element", "row", "column")
 SIZES = {  # hidden, intermediate, layers, heads, heads of keys and values, vocabulary; sequences, length
-    "1m": (128, 352, 4, 4, 4, 1000, 4, 64), "70m": (640, 1760, 10, 10, 10, 16000, 4, 128), "150m": (768, 2112, 14, 12, 12, 24000, 4, 128),
+    "tiny": (64, 176, 2, 4, 2, 500, 4, 32), "1m": (128, 352, 4, 4, 4, 1000, 4, 64), "9m": (320, 864, 6, 5, 5, 4000, 4, 64),
+     "70m": (640, 1760, 10, 10, 10, 16000, 4, 128), "150m": (768, 2112, 14, 12, 12, 24000, 4, 128),
     "1b": (2048, 8192, 16, 32, 8, 128256, 1, 2048), "8b": (4096, 14336, 32, 32, 8, 128256, 1, 2048)}
 BIG = ("1b", "8b")  # bf16, activations recomputed, one way at a time
 
@@ -42,6 +47,7 @@ def parse():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ratios", type=float, nargs="+", help="shares of key neurons; by default 0.01 0.05 0.2, at a big size 0.05")
     parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, help="by default all, at a big size element")
+    parser.add_argument("--ways", nargs="+", help="only these, as the table names them; the first is what the others are compared with")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="of torch, on the CPU")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,9 +62,11 @@ def parse():
 
 def names(args) -> list[str]:
     "The ways, dense first. A dense optimizer does not fit where a big model does."
+    if args.ways: return args.ways
     sparse = [f"key-neuron {ratio:.0%} {granularity}" for ratio in args.ratios for granularity in args.granularities]
-    if args.size in BIG: return ["no optimizer", "gradient bfloat16", "lora", *sparse]
-    return ["dense", "gradient float32", "gradient bfloat16", "lora", "masked 5%", *sparse]
+    beside = [f"{kind} {ratio:.0%}{places}" for ratio in args.ratios for kind, places in (("shira", ""), ("key-neuron", " shira"))]
+    if args.size in BIG: return ["no optimizer", "gradient bfloat16", "lora", *sparse, *beside]
+    return ["dense", "gradient float32", "gradient bfloat16", "lora", "masked 5%", *sparse, *beside]
 
 
 def config(args) -> LlamaConfig:
@@ -77,12 +85,49 @@ class Drawn(Mapping):
     "Key neurons at random, a tensor's mask at a time. A vector's scalars are rows, and columns, of their own."
     def __init__(self, model, ratio, granularity):
         self.shapes, self.ratio, self.granularity = {name: p.shape for name, p in model.named_parameters()}, ratio, granularity
+        self.device = next(model.parameters()).device
     def __iter__(self): return iter(self.shapes)
     def __len__(self): return len(self.shapes)
     def __getitem__(self, name):
         shape = self.shapes[name]
         lines = shape if self.granularity == "element" or len(shape) == 1 else (shape[0], 1) if self.granularity == "row" else (1, shape[1])
-        return (torch.rand(lines) < self.ratio).expand(shape)
+        return (torch.rand(lines, device=self.device) < self.ratio).cpu().expand(shape)
+
+
+def between(model) -> dict: # name of a weight -> its layer: every linear layer but the head, which is what peft calls all-linear
+    head = model.get_output_embeddings()
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+
+
+@cache
+def places(shape, count, seed) -> torch.Tensor: # bool
+    "So many places at random. Layers of one shape share them, as they do in peft with a seed."
+    chosen = torch.randperm(prod(shape), generator=torch.Generator().manual_seed(seed))[:count]
+    mask = torch.zeros(prod(shape), dtype=torch.bool)
+    mask[chosen] = True
+    return mask.view(shape)
+
+
+class ShiraPlaces(Drawn):
+    "As many scalars as that share of the whole model, in the layers and at the places that SHiRA trains: `rank` * (rows + columns) of each."
+    def __init__(self, model, ratio, seed):
+        self.layers, self.seed = between(model), seed
+        self.shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
+        self.rank = max(1, round(ratio*sum(p.numel() for p in model.parameters())/sum(map(sum, self.shapes.values()))))
+    def of(self, shape): return places(tuple(shape), self.rank*sum(shape), self.seed)
+    def __getitem__(self, name): return self.of(self.shapes[name])
+
+
+def with_shira(model, drawn: ShiraPlaces):
+    "The model with peft's SHiRA at these places."
+    from peft import ShiraConfig, get_peft_model
+    def mask(layer, rank, **_): return drawn.of(layer.weight.shape).to(layer.weight.device)
+    targets = [name.removesuffix(".weight") for name in drawn.layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mask is our own
+        config = ShiraConfig(r=drawn.rank, mask_type="of our own", target_modules=targets)
+        config.mask_fn = mask
+        return get_peft_model(model, config)
 
 
 class Way:
@@ -91,9 +136,10 @@ class Way:
         kind, *rest = name.split()
         self.model, self.masks, self.seconds, self.cuda = build(args), {}, [], args.device == "cuda"
         training = Training(mode=kind if kind in ("lora", "key-neuron") else "dense", activation_checkpointing=args.size in BIG)
-        keys = Drawn(self.model, float(rest[0][:-1])/100, rest[1]) if kind == "key-neuron" else None
+        keys = self.keys(kind, rest, args.seed) if kind in ("key-neuron", "shira") else None
         if kind == "masked": self.masks = dict(zip(self.model.parameters(), Drawn(self.model, .05, "element").values()))
-        self.model = prepare(self.model, training, keys)
+        self.model = prepare(self.model, training, keys if kind == "key-neuron" else None)
+        if kind == "shira": self.model = with_shira(self.model, keys)
         self.model.train()
         if kind == "gradient": self.model.to(getattr(torch, rest[0]))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -101,6 +147,10 @@ class Way:
         if kind == "no": self.optimizer = None
         elif kind == "gradient": self.optimizer = Accumulator(self.trained)
         else: self.optimizer = torch.optim.AdamW(self.trained, lr=5e-5, weight_decay=decay, fused=True)
+
+    def keys(self, kind, rest, seed):
+        ratio = float(rest[0][:-1])/100
+        return ShiraPlaces(self.model, ratio, seed) if kind == "shira" or rest[1] == "shira" else Drawn(self.model, ratio, rest[1])
 
     def step(self, ids):
         self.wait()
@@ -119,8 +169,10 @@ class Way:
     def state(self) -> dict:
         "Bytes kept beside the weights that the forward reads."
         kept = state_bytes(self.model, self.optimizer) if self.optimizer else dict(gradients=sum(p.nbytes for p in self.trained))
-        beside = sum(p.nbytes for n, p in self.model.named_parameters() if ".lora_" in n)
-        return kept | dict(masters=kept.get("masters", 0) + beside, masks=sum(m.nbytes for m in self.masks.values()))
+        beside = sum(p.nbytes for n, p in self.model.named_parameters() if ".lora_" in n or ".shira_" in n)
+        indices = sum(index.nbytes for module in self.model.modules() for index in getattr(module, "shira_indices", {}).values())
+        masks = sum(m.nbytes for m in self.masks.values())
+        return kept | dict(masters=kept.get("masters", 0) + beside, masks=masks + indices)
 
 
 def batch(args):
@@ -199,6 +251,41 @@ def told(name, row, first, dense, tokens) -> str: # first: name of what is compa
             f"  state {state/1e6:8.1f} MB = {against(state/all_state, 'state')}")
 
 
+def beside_shira(found) -> list[str]:
+    "Key neurons over SHiRA, same run: the same places in the same layers, and (element) places in all tensors."
+    lines = []
+    for name, row in found.items():
+        if not name.startswith("shira"): continue
+        for places in ("shira", "element"):
+            other = f"key-neuron {name.split()[1]} {places}"
+            if other not in found: continue
+            ours = found[other]
+            ratios = dict(trained=ours["trained"]/row["trained"], time=time_ratio(ours, row), peak=ours["peak"]/row["peak"],
+                          state=sum(ours["state"].values())/sum(row["state"].values()))
+            lines.append(f"{other:24} over {name:10} " + "  ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items()))
+    return lines
+
+
+def same_training(steps: int = 20) -> tuple[float, float]: # the largest difference between the two, the largest change
+    "A small float32 model trained by SHiRA, and by key neurons at the same places. AdamW without decay, which would pull on different numbers."
+    args = argparse.Namespace(size="1m", device="cpu", seed=0)
+    base, (theirs, ours) = build(args), (Way(args, name) for name in ("shira 5%", "key-neuron 5% shira"))
+    for way in (theirs, ours):
+        way.optimizer = torch.optim.AdamW(way.trained, lr=1e-3, weight_decay=0.)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps): way.step(torch.randint(1000, (4, 64), generator=generator))
+    gaps, changes = [], []
+    for name, start in base.named_parameters():
+        if name not in between(base): continue
+        layer = theirs.model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        change = layer.shira_weight["default"].detach()
+        values = dict(ours.model.named_parameters())[name + VALUES].detach()
+        mask = places(tuple(start.shape), len(values), args.seed)
+        gaps.append((values - start.detach()[mask] - change).abs().max().item())
+        changes.append(change.abs().max().item())
+    return max(gaps), max(changes)
+
+
 def needs(args) -> str:
     "What each mode would need on one GPU, by maet.plan."
     sequences, length = SIZES[args.size][6:]
@@ -251,6 +338,10 @@ def main():
     tokens, first = SIZES[args.size][6]*SIZES[args.size][7], next(iter(found))
     print(f"load {load[0]} before, {load[1]} after; {args.threads} threads of torch, {os.cpu_count()} cores; ratios to: {first}")
     for name, row in found.items(): print(told(name, row, first, found[first], tokens))
+    print(*beside_shira(found), sep="\n")
+    gap, change = same_training()
+    print(f"the same training by SHiRA and by key neurons, 20 steps, float32: they differ by {gap:.1e} at most, the largest change is {change:.1e}")
+    if gap > 1e-3*change: sys.exit("that is more than rounding")
     if args.size in BIG: print(needs(args))
     rows = ledger_rows(args, found, load)
     print(append(args.ledger, rows), "rows are new in", args.ledger)

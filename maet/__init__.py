@@ -9,7 +9,7 @@ __all__ = []
 __version__ = "0.1.0"
 
 # %% ../nbs/91_face.ipynb #328207c0
-_VERBS = "run search base train plan locate pack extract merge evaluate figures report".split()
+_VERBS = "run search init keys base train plan locate pack extract merge evaluate figures report".split()
 
 # %% ../nbs/91_face.ipynb #ba45761d
 _HOMES = {verb: "verbs" for verb in _VERBS} | {
@@ -27,7 +27,8 @@ _HOMES = {verb: "verbs" for verb in _VERBS} | {
     "load": "training.settings",
     "Training": "training.schedule",
     "freeze": "training.sparse",
-    "expert_delta": "training.sparse",
+    "expert_delta": "training.changes",
+    "save_expert": "training.changes",
     "importance": "method.neurons",
     "key_neurons": "method.neurons",
     "ability_weights": "method.ability",

@@ -13,11 +13,19 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import __version__, verbs
+from . import __version__, endings, verbs
 from .errors import unexpected, worded
+from maet.options import (
+    Against, AllowCode, Backend, BackendArgs, ChatTemplate, Check, Config, Data, Dev, Device, Dtype,
+    EvaluateOut, Gpu, Grouped, Items, Keys, Languages, Ledger, Limit, Methods, Mismatch, Model, OfStudy, Out,
+    PackBase, Price, Push, Recipe, RecipeFile, Record, RunOut, Scale, SearchOut, Seed, Shots,
+    Tasks, Trials, Tuned, What,
+)
 
 # %% ../nbs/90_cli.ipynb #1b645389
 app = typer.Typer(
+    cls=Grouped,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -56,50 +64,31 @@ def resumable():
 # %% ../nbs/90_cli.ipynb #5a6a1539
 @app.command()
 def run(
-    scale: Annotated[Optional[str], typer.Option(
-        help="A recipe that ships with maet: mini, real or 8b.")] = None,
-    recipe: Annotated[Optional[str], typer.Option(
-        help="A recipe file of one's own, or a shipped one such as real-mini.yml.")] = None,
-    study: Annotated[Optional[str], typer.Option(
-        help="A study instead: a shipped one such as rivals, or a file. It names its "
-             "recipe, rows and settings.")] = None,
-    out: Annotated[Path, typer.Option(
-        help="Run folder: stages, tables, figure, merged models.")] = Path("runs/mini"),
+    what: What = None,
+    scale: Scale = None,
+    recipe: RecipeFile = None,
+    study: OfStudy = None,
+    out: RunOut = None,
     seed: Annotated[Optional[int], typer.Option(
         min=0,
         help="Of training and of the order of the text; without it all seeds of the study,"
              " or 0.")] = None,
     ledger: Annotated[Optional[Path], typer.Option(
         help="File that gets a line for every score; without it "
-             "data/results/<study>.jsonl.")] = None,
+             "results/<study>.jsonl in the run folder.")] = None,
+    record: Record = False,
 ):
     """Algorithm 1 end to end, its rivals and the exam; or any study. Killed at any moment, it
     goes on where it was.
 
-    Example: maet run --scale mini --out runs/mini --seed 0
+    Example: maet run my.yml --out runs/my
 
     Example: maet run --study rivals --seed 0"""
-    if sum(map(bool, (scale, recipe, study))) > 1:
-        raise typer.BadParameter("give one of --scale, --recipe and --study")
-    with resumable(): verbs.run(recipe or scale or "mini", out, seed, study, ledger, typer.echo)
-
-# %% ../nbs/90_cli.ipynb #d60a5d3a
-Recipe = Annotated[str, typer.Argument(
-    help="A recipe of `maet run`: a file, or a shipped one such as mini.")]
-SearchOut = Annotated[Path, typer.Option(
-    help="Run folder; experts that are there are not trained again.")]
-Trials = Annotated[int, typer.Option(
-    help="Merges to try, in memory, for each method and ability; the default constants"
-         " are the first.")]
-Items = Annotated[int, typer.Option(
-    help="First so many questions of the dev exam, in each language.")]
-Methods = Annotated[Optional[str], typer.Option(
-    help="Comma-separated, of maet, f-tv, soup, layer-swap; without it, all.")]
-Dev = Annotated[Optional[str], typer.Option(
-    help="Folder of exams to choose on; without it, the mini world's dev part. Never "
-         "the test.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the experts' training and of the search.")]
-Ledger = Annotated[Path, typer.Option(help="File that gets a line for every number.")]
+    if sum(map(bool, (what, scale, recipe, study))) > 1:
+        raise typer.BadParameter("give one of RECIPE, --scale, --recipe and --study")
+    asked = what or recipe or scale or "mini"
+    with resumable(): folder = verbs.run(asked, out, seed, study, ledger, typer.echo, record)
+    typer.echo(endings.of_run(folder, study))
 
 # %% ../nbs/90_cli.ipynb #902ba3cd
 @app.command()
@@ -111,7 +100,7 @@ def search(
     methods: Methods = None,
     dev: Dev = None,
     seed: Seed = 0,
-    ledger: Ledger = Path("data/results/search.jsonl"),
+    ledger: Ledger = None,
 ):
     """Choose the constants of MAET and of its rivals on dev questions, all with as many trials,
     and test what was chosen. Killed, it goes on.
@@ -120,6 +109,8 @@ def search(
     chosen = methods.split(",") if methods else None
     with resumable():
         typer.echo(verbs.search(recipe, out, trials, items, chosen, dev, seed, ledger))
+    rows = ledger or out / "results" / "search.jsonl"
+    typer.echo(endings.ending(rows, then=f"maet report {out} --out report.html"))
 
 # %% ../nbs/90_cli.ipynb #fe5dbbce
 @app.command()
@@ -132,21 +123,7 @@ def base(
 
     Example: maet base base.yml --out data/miniworld/base"""
     with resumable(): verbs.base(recipe, out)
-
-# %% ../nbs/90_cli.ipynb #0ade7c2c
-Base = Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")]
-Model = Annotated[
-    str, typer.Argument(help="A checkpoint, an adapter or BASE+ADAPTER: folders or hub ids.")
-]
-Out = Annotated[Path, typer.Option(help="The file to be.")]
-Mismatch = Annotated[
-    bool,
-    typer.Option(
-        "--allow-mismatch",
-        help="Only warn where architecture, heads or activation "
-        "give the same shapes another meaning; mergekit's --allow-crimes.",
-    ),
-]
+    typer.echo(endings.ending(out, then=f"maet eval {out} --data EXAMS"))
 
 # %% ../nbs/90_cli.ipynb #17ba0791
 @app.command()
@@ -160,7 +137,39 @@ def train(
     goes on from its last checkpoint.
 
     Example: maet train expert.yml --out experts/es.safetensors"""
-    with resumable(): verbs.train(recipe, out)
+    with resumable(): done = verbs.train(recipe, out, typer.echo)
+    typer.echo(endings.of_training(out, done))
+
+# %% ../nbs/90_cli.ipynb #c29a3bc9
+@app.command()
+def init(
+    base: Annotated[str, typer.Option(help="The base: a hub id, or a folder.")],
+    ability: Annotated[str, typer.Option(help="mathematics or science.")] = "mathematics",
+    languages: Annotated[str, typer.Option(
+        help="Comma-separated: those that are to gain it.")] = "es,bn",
+    gpu: Gpu = "RTX-4090",
+    hours: Annotated[float, typer.Option(help="That all training may take, by plan.")] = 10,
+    config: Config = None,
+):
+    """Print a recipe for `maet run` that fits one GPU and so many hours, with a comment for every
+    choice.
+
+    Example: maet init --base meta-llama/Llama-3.2-1B --ability mathematics --languages es,bn
+    --gpu RTX-4090 --hours 10 > my.yml"""
+    asked = [language for language in languages.split(",") if language]
+    typer.echo(verbs.init(base, ability, asked, gpu, hours, config), nl=False)
+    typer.echo(f"next: maet plan my.yml --gpu {gpu}, if my.yml is where this went", err=True)
+
+# %% ../nbs/90_cli.ipynb #1171a24f
+@app.command()
+def keys(
+    schema: Annotated[bool, typer.Option(
+        "--schema", help="As JSON schema, by which editors complete YAML.")] = False,
+):
+    """Print what each key of a recipe means, its default, and what it may be.
+
+    Example: maet keys --schema > maet.schema.json"""
+    typer.echo(verbs.keys(schema))
 
 # %% ../nbs/90_cli.ipynb #7b52009b
 @app.command()
@@ -168,8 +177,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(
         help="YAML of `maet run`, `maet train` or `maet base`, or a shipped one such as "
              "8b.yml.")],
-    gpu: Annotated[str, typer.Option(
-        help="One of the table in plan: A100-80, H100, H200, L4 ...")] = "H100",
+    gpu: Gpu = "H100",
     gpus: Annotated[Optional[int], typer.Option(
         min=1,
         help="That share a batch; by default as many as the recipe launches.")] = None,
@@ -178,18 +186,21 @@ def plan(
         help="ZeRO stage; by default the recipe's.")] = None,
     offload: Annotated[bool, typer.Option(
         "--offload",
-        help="Optimizer states in the host's memory.")] = False,
+        help="Optimizer states in the host's memory; by ZeRO 1, if no stage is said.")] = False,
     utilisation: Annotated[float, typer.Option(
         min=0.01, max=1,
         help="Share of the GPU's dense rate.")] = 0.4,
-    config: Annotated[Optional[Path], typer.Option(
-        help="Folder with the base's config.json, where the base itself is not here.")] = None,
+    price: Price = None,
+    config: Config = None,
 ):
     """What a run will train, read, write and hold, and how long it takes; for a recipe also what
     each rival costs. Starts nothing.
 
-    Example: maet plan 8b.yml --gpu H100 --gpus 8 --zero 2"""
-    typer.echo(verbs.plan(recipe, gpu, gpus, zero, offload, utilisation, config))
+    Example: maet plan 8b.yml --gpu H100 --gpus 8 --zero 2
+
+    Example: maet plan my.yml --gpu RTX-4090 --price 0.5"""
+    typer.echo(verbs.plan(recipe, gpu, gpus, zero, offload, utilisation, config, price))
+    typer.echo(endings.of_plan(recipe))
 
 # %% ../nbs/90_cli.ipynb #eb944b4b
 @app.command()
@@ -207,7 +218,7 @@ def locate(
              "and norms.")] = "all",
     allow_mismatch: Mismatch = False,
 ):
-    """Find the key neurons of a whole model (Eq. 1): what training moved most, or, from a recipe,
+    """Find the key neurons of a whole model (Equation 1): what training moved most, or, from a recipe,
     those whose gradients over a text add up to most. The recipe then says ratio, granularity, kinds.
 
     Example: maet locate base/ tuned/ --ratio 0.05 --out keys.safetensors
@@ -215,35 +226,8 @@ def locate(
     Example: maet locate probe.yml --out keys.safetensors"""
     kinds = kinds if kinds == "all" else kinds.split(",")
     found = verbs.locate(base, tuned, out, ratio, granularity, kinds, allow_mismatch)
-    typer.echo(_of_keys(out, found))
-
-# %% ../nbs/90_cli.ipynb #0d26d92e
-def _of_keys(out: Path, found: dict) -> str:
-    "What there is to say of a keys file, and what to be warned of."
-    from maet.method.key_shares import describe, key_shares, warning
-    neurons, ties = found["neurons"], found["ties"]
-    kinds = key_shares(found["counts"], found["shapes"])
-    count = f"{neurons['key']} of {neurons['all']} neurons"
-    told = [f"{out}: {count}, importance from {found['threshold']:.3g}", describe(kinds),
-            describe(key_shares(found["counts"], found["shapes"], "layer"))]
-    drawn = f"{ties['key']} of {ties['equal']} neurons that tie at the threshold were drawn by lot"
-    if ties["key"] < ties["equal"]:
-        share = ties["key"] / neurons["key"]
-        told.append(f"{share:.1%} of the key neurons: {drawn}")
-        if share > .1: told.append("warning: a large share; rank a pack of moves in float32 instead")
-    if warning(kinds): told.append(f"warning: {warning(kinds)}")
-    return "\n".join(told)
-
-# %% ../nbs/90_cli.ipynb #93bbe2fc
-PackBase = Annotated[Optional[str], typer.Argument(
-    help="The checkpoint before training: a folder or a hub id.")]
-Tuned = Annotated[Optional[str], typer.Argument(help="The checkpoint or the adapter after it.")]
-Keys = Annotated[Optional[Path], typer.Option(help="Keep only these neurons of the difference.")]
-Check = Annotated[Optional[str], typer.Option(
-    help="Read this pack to its end and say what it is; BASE, if given, must be its "
-         "base.")]
-Push = Annotated[Optional[str], typer.Option(
-    help="Send a pack (--out or --check) to this owner/name of the hub, with a card.")]
+    typer.echo(endings.of_keys(out, found))
+    typer.echo(endings.of_keys_file(base, tuned, out))
 
 # %% ../nbs/90_cli.ipynb #fa35e192
 @app.command()
@@ -273,6 +257,7 @@ def pack(
     if push:
         from maet.weights.differences import push_pack
         typer.echo(push_pack(check or out, push))
+    if not check: typer.echo(endings.ending(out, then=endings.of_expert(base, out)))
 
 # %% ../nbs/90_cli.ipynb #c1197b51
 @app.command()
@@ -287,11 +272,13 @@ def extract(
     beta: Annotated[float, typer.Option(help="Weight of what is taken away.")] = 0.2,
     allow_mismatch: Mismatch = False,
 ):
-    """Ability weights: alpha times one delta minus beta times the other (Eq. 2).
+    """Ability weights: alpha times one delta minus beta times the other (Equation 2).
 
     Example: maet extract --base base/ --ability math-en.safetensors --minus en.safetensors --out
     R_math.safetensors"""
     verbs.extract(base, ability, minus, out, alpha, beta, allow_mismatch)
+    said = f"maet merge MERGE.yml MERGED, with merge_method: maet and ability: {{model: {out}}}"
+    typer.echo(endings.ending(out, then=said))
 
 # %% ../nbs/90_cli.ipynb #f1abd670
 @app.command()
@@ -305,68 +292,43 @@ def merge(
         help="Only print what would be read, written and held.")] = False,
     allow_mismatch: Mismatch = False,
 ):
-    """Add checkpoints and packs: a transfer (Eq. 3-5) or a rival. The result is a checkpoint that
+    """Add checkpoints and packs: a transfer (Equations 3-5) or a rival. The result is a checkpoint that
     AutoModelForCausalLM loads.
 
     Example: maet merge merge.yml merged/"""
     done = verbs.merge(recipe, out, dry_run, allow_mismatch)
-    if dry_run: typer.echo(done)
-
-# %% ../nbs/90_cli.ipynb #4a550057
-Data = Annotated[Optional[Path], typer.Option(
-    help="Folder with <task>/<language>.jsonl; without it, the hub.")]
-Tasks = Annotated[str, typer.Option(
-    help="Comma-separated groups (mgsm, msvamp, bits, science, choices, global_mmlu, ood, "
-         "belebele, flores, mini, text) or tasks.")]
-Shots = Annotated[Optional[int], typer.Option(
-    min=0,
-    help="Exemplars; without it, each exam's own number.")]
-EvaluateOut = Annotated[Optional[Path], typer.Option(
-    help="Folder for the answers and results.jsonl; called again, it goes on there.")]
-
-# %% ../nbs/90_cli.ipynb #30f1ff26
-Device = Annotated[Optional[str], typer.Option(
-    help="cuda, cuda:1, cpu, for the hf backend; by itself cuda where there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32.")]
-BackendArgs = Annotated[str, typer.Option(
-    help="What else the backend takes, as YAML: {tensor_parallel_size: 2}.")]
-ChatTemplate = Annotated[bool, typer.Option(
-    "--chat-template",
-    help="Ask through the tokenizer's chat template.")]
-AllowCode = Annotated[bool, typer.Option(
-    "--allow-code",
-    help="Run what the model wrote (HumanEval, MBPP).")]
-Against = Annotated[Optional[Path], typer.Option(
-    help="Another model's --out folder: paired tests on the same items.")]
+    typer.echo(done if dry_run else endings.ending(out, then=f"maet eval {out} --tasks mgsm"))
 
 # %% ../nbs/90_cli.ipynb #0716d970
 @app.command(name="eval")
 def evaluate(
     model: Model,
     data: Data = None,
-    tasks: Tasks = "mini",
-    languages: Annotated[str, typer.Option(help="Comma-separated.")] = "en,es,zh,bn,te",
-    limit: Annotated[Optional[int], typer.Option(min=1, help="So many items of each exam.")] = None,
+    tasks: Tasks = None,
+    languages: Languages = None,
+    limit: Limit = None,
     shots: Shots = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     out: EvaluateOut = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    backend: Backend = "hf",
     backend_args: BackendArgs = "{}",
     chat_template: ChatTemplate = False,
     allow_code: AllowCode = False,
     against: Against = None,
 ):
-    """Examine a checkpoint with lm-eval, language by language, with standard errors.
+    """Examine a checkpoint with lm-eval, language by language, with standard errors; a model of a
+    run by that run's exams, if no others are named.
+
+    Example: maet eval runs/mini/seed-0/mathematics
 
     Example: maet eval merged/ --tasks mgsm,science --languages es,bn --out samples/merged"""
-    verbs.evaluate(
-        model, tasks.split(","), languages.split(","), data, out, against, typer.echo,
-        limit=limit, shots=shots, batch_size=batch_size, device=device, dtype=dtype,
-        backend=backend, backend_args=backend_args,
-        chat_template=chat_template, allow_code=allow_code,
-    )
+    names = [asked and asked.split(",") for asked in (tasks, languages)]
+    verbs.evaluate(model, *names, data, out, against, typer.echo, limit=limit, shots=shots,
+                   batch_size=batch_size, device=device, dtype=dtype, backend=backend,
+                   backend_args=backend_args, chat_template=chat_template, allow_code=allow_code)
+    typer.echo(endings.of_exam(out))
 
 # %% ../nbs/90_cli.ipynb #b3f0c7f6
 @app.command()
@@ -389,6 +351,7 @@ def figures(
     made, lacking = verbs.figures(names, out or Path("figures") / scale, ledgers, papers)
     typer.echo("\n".join(map(str, made)))
     for line in lacking: typer.echo(line, err=True)
+    typer.echo(endings.ending(out or Path("figures") / scale, then="maet report --out report.html"))
 
 # %% ../nbs/90_cli.ipynb #e6e3619a
 @app.command()
@@ -403,7 +366,7 @@ def report(
     claims, recipe, versions, cost.
 
     Example: maet report runs/mini --out report.html"""
-    typer.echo(verbs.report(source, out, papers))
+    typer.echo(endings.ending(verbs.report(source, out, papers), then=f"open {out} in a browser"))
 
 # %% ../nbs/90_cli.ipynb #e5fdfe2e
 def main(arguments: list[str] | None = None) -> int:

@@ -7,17 +7,19 @@ __all__ = []
 
 # %% ../nbs/89_verbs.ipynb #32ea97be
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 # %% ../nbs/89_verbs.ipynb #2719ad2f
-def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real, real-mini, 8b
-        out: str | Path = "runs/mini",      # run folder: stages, tables, figures, merged models
+def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real, 0.6b, 1b, 8b, ...
+        out: str | Path | None = None,      # run folder: stages, tables, merged models; None: runs/<recipe>
         seed: int | None = None,            # of training and of the text's order; None: the study's
         study: str | Path | None = None,    # instead of a recipe: a study that ships, or a file
-        ledger: str | Path | None = None,   # gets every score; None: data/results/<study>.jsonl
+        ledger: str | Path | None = None,   # gets every score; None: <out>/results/<study>.jsonl
         say: Callable[[str], None] = print, # gets the tables of a seed, as soon as they are there
-        ) -> None:
+        record: bool = False,               # the rows go into data/results, and not into the run folder
+        ) -> Path:                          # the run folder
     """Algorithm 1 end to end with its rivals and its exam, or any study.
 
     Called again after a kill, it goes on. Without `seed`, all seeds of the study are run; a recipe
@@ -25,21 +27,21 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, r
 
     >>> maet.run("mini", out="runs/mini", seed=0)  # doctest: +SKIP
     """
-    from maet.study.plan import must_fit
-    from maet.study.rivals import models
-    from maet.study.studies import Study, load_study, methods_of, settings
+    from maet.study.studies import Study, load_study
     from maet.study.study import study_job
 
     asked = load_study(study) if study else Study(str(recipe))
     name = asked.name or (Path(study).stem if study else _study_of(recipe))
-    if asked.measure: return say(_measure(asked, name, out, seed, ledger))
-    for _, setting in settings(asked):
-        must_fit(setting, partial(models, methods=methods_of(asked, setting)))
+    out = Path(out or Path("runs")/Path(asked.recipe).name.removesuffix(".yml"))
+    ledger = ledger or Path("data/results" if record else out/"results")/f"{name}.jsonl"
+    if asked.measure:
+        say(_measure(asked, name, out, seed, ledger))
+        return out
 
-    ledger = ledger or Path(f"data/results/{name}.jsonl")
-    seeds = asked.seeds if seed is None else [seed]
-    for number in seeds:
+    asked = _fitted(asked, say)
+    for number in (asked.seeds if seed is None else [seed]):
         say(study_job(asked, name, out, number, ledger))
+    return out
 
 # %% ../nbs/89_verbs.ipynb #9c8d46ff
 def _study_of(recipe: str | Path) -> str:
@@ -47,17 +49,48 @@ def _study_of(recipe: str | Path) -> str:
     return "real" if Path(recipe).stem == "real" else "main"
 
 # %% ../nbs/89_verbs.ipynb #5ea5a1e0
-def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path | None) -> str:
+def _fitted(asked, say: Callable[[str], None]): # a Study
+    "The study with the batches that fit here. Raises MaetError for what cannot run, or not here."
+    from maet.study.fitting import must_fit, rounded, with_keys
+    from maet.study.rivals import models
+    from maet.study.studies import methods_of, settings
+    from maet.study.study import check_recipe
+
+    smallest, told = {}, {}
+    for _, recipe in settings(asked):
+        methods = methods_of(asked, recipe)
+        check_recipe(recipe, methods)
+        batches, lines = _batches(recipe)
+        must_fit(with_keys(recipe, batches), partial(models, methods=methods))
+        told |= dict.fromkeys(rounded(recipe) + lines)
+        for name, keys in batches.items():
+            known = smallest.get(f"{name}.device_batch", keys["device_batch"])
+            smallest[f"{name}.device_batch"] = min(known, keys["device_batch"])
+    for line in told: say(line)
+    return replace(asked, change=asked.change | smallest)
+
+def _batches(recipe) -> tuple[dict, list[str]]: # of `with_keys`; in words
+    """The batches that fit here. The recipe's own methods decide them, whatever a study or a search
+    asks: so all of them share their experts."""
+    from maet.study.fitting import batches_here, said_of_batches, this_device
+    from maet.study.rivals import models
+
+    batches = batches_here(recipe, partial(models, methods=recipe.methods))
+    return batches, said_of_batches(batches, this_device(recipe))
+
+# %% ../nbs/89_verbs.ipynb #8d235994
+def _measure(asked, name: str, out: str | Path, seed: int | None, ledger: str | Path) -> str:
     "A study that reads experts in a way of its own: all its seeds at once."
     from maet.study.measured import measure_named
     from maet.study.measures import measure_job
-    from maet.study.plan import must_fit
+    from maet.study.fitting import must_fit, with_keys
     from maet.study.studies import settings
 
     measure, (_, recipe) = measure_named(asked.measure), settings(asked)[0]
+    recipe = with_keys(recipe, _batches(recipe)[0])
     must_fit(recipe)  # what a measure trains is as large as Algorithm 1's, and asking it would make texts
     seeds = asked.seeds if seed is None else [seed]
-    return measure_job(measure, recipe, name, out, seeds, ledger or Path(f"data/results/{name}.jsonl"))
+    return measure_job(measure, recipe, name, out, seeds, ledger)
 
 # %% ../nbs/89_verbs.ipynb #5f327a3b
 def search(recipe: str | Path,                   # of `run`
@@ -67,7 +100,7 @@ def search(recipe: str | Path,                   # of `run`
            methods: list[str] | None = None,     # of maet, f-tv, soup, layer-swap; None: all
            dev: str | Path | None = None,        # folder of exams to choose on; None: mini world's
            seed: int = 0,
-           ledger: str | Path | None = "data/results/search.jsonl",
+           ledger: str | Path | None = None,     # gets every number; None: <out>/results/search.jsonl
            ) -> str:                             # a Markdown table
     """Choose the constants of MAET and of its rivals on dev questions; test what was chosen.
 
@@ -75,7 +108,7 @@ def search(recipe: str | Path,                   # of `run`
 
     >>> maet.search("mini", trials=60, out="runs/mini")  # doctest: +SKIP
     """
-    from maet.study.plan import must_fit
+    from maet.study.fitting import must_fit, with_keys
     from maet.study.recipes import Recipe
     from maet.study.rivals import models
     from maet.study.search import Rules, search_job
@@ -83,9 +116,10 @@ def search(recipe: str | Path,                   # of `run`
     from maet.training.settings import load
 
     what = load(Recipe, recipe)
+    what = with_keys(what, _batches(what)[0])
     rules = Rules(tuple(methods or SEARCHED), trials, items, dev)
     must_fit(what, partial(models, methods=list(rules.methods)))
-    return search_job(what, out, seed, rules, ledger)
+    return search_job(what, out, seed, rules, ledger or Path(out)/"results"/"search.jsonl")
 
 # %% ../nbs/89_verbs.ipynb #452ea018
 def base(recipe: str | Path, # YAML: corpora or a mini world, shares, vocabulary, model, training
@@ -104,6 +138,7 @@ def base(recipe: str | Path, # YAML: corpora or a mini world, shares, vocabulary
 # %% ../nbs/89_verbs.ipynb #1313f122
 def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for key neurons, keys
           out: str | Path,    # checkpoint folder (dense, LoRA) or pack file (key neurons) to be
+          say: Callable[[str], None] = print, # gets what is not taken as it is written
           ) -> dict:          # losses, held_out, steps, tokens, trained, bytes, seconds
     """One CPT or SFT run: dense, LoRA or key-neuron, in this process or by DeepSpeed.
 
@@ -113,11 +148,15 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
     >>> maet.train("expert.yml", "experts/es.safetensors")  # doctest: +SKIP
     """
     from maet.study.algorithm import Run, train_run
-    from maet.study.plan import must_fit
+    from maet.study import fitting
     from maet.training.settings import load
 
     what = load(Run, recipe)
-    must_fit(what)
+    batches = fitting.batches_here(what)
+    lines = fitting.rounded(what) + fitting.said_of_batches(batches, fitting.this_device(what))
+    for line in lines: say(line)
+    what = fitting.with_keys(what, batches)
+    fitting.must_fit(what)
     return train_run(what, out)
 
 # %% ../nbs/89_verbs.ipynb #533f83dd
@@ -127,29 +166,57 @@ def plan(recipe: str | Path,               # of `run`, `train` or `base`
          zero: int | None = None,          # ZeRO stage; None: the recipe's
          offload: bool = False,            # optimizer states in the host's memory
          utilisation: float = 0.4,         # share of the GPU's dense rate
-         config: str | Path | None = None, # folder with config.json, if the base is not here
+         config: str | Path | None = None, # config.json or its folder, if the base is not here
+         price: float | None = None,       # of an hour of a GPU, in any currency
          ) -> str:                         # tables in words
     """What a run will train, read, write and hold, and how long it takes.
 
-    For a recipe also what each rival costs. Starts nothing.
+    For a recipe also what each method and rival costs. Starts nothing. What `run` refuses for the
+    recipe's sake, this refuses; what `run` would miss on this machine is listed.
 
     >>> "tokens" in maet.plan("8b.yml", config="base")
     True
     """
-    from maet.study.algorithm import transferred
-    from maet.study.plan import cluster_of, describe, read
-    from maet.study.recipes import Recipe
-    from maet.study.rivals import cost_table, models
-    from maet.weights.tensors import meta_model
+    from maet.study.fitting import cluster_of, read
+    from maet.study.outlook import outlook
+    from maet.study.shapes import base_config
 
     what = read(recipe)
-    start = meta_model(config).config if config else None
+    start = base_config(config) if config else None
     cluster = cluster_of(what, gpu=gpu, gpus=gpus, zero=zero, offload=offload or None,
-                         utilisation=utilisation)
-    if not isinstance(what, Recipe): return describe(what, cluster, start, transferred)
+                         utilisation=utilisation, price=price)
+    return outlook(what, cluster, start)
 
-    needed = describe(what, cluster, start, partial(models, methods=what.methods))
-    return f"{needed}\n\nevery row that `maet run` knows, at one budget:\n{cost_table(what, start)}"
+# %% ../nbs/89_verbs.ipynb #4ca39dbb
+def init(base: str,                        # a hub id, or a folder
+         ability: str = "mathematics",     # or science
+         languages: list[str] = ["es", "bn"],
+         gpu: str = "RTX-4090",            # one of the table in the room of plans
+         hours: float = 10,                # that all training may take, by plan
+         config: str | Path | None = None, # config.json or its folder, if the base is not to be had
+         ) -> str:                         # YAML
+    """A recipe for `run` that fits one GPU and so many hours, with a comment for every choice.
+
+    >>> "locate:" in maet.init("base", languages=["es"], gpu="L4", hours=0.1)
+    True
+    """
+    from maet.study.drafts import Aim, draft
+    from maet.study.shapes import base_config
+
+    aim = Aim(str(base), ability, tuple(languages), gpu, hours)
+    return draft(aim, base_config(config) if config else None)
+
+# %% ../nbs/89_verbs.ipynb #9818dae4
+def keys(schema: bool = False, # as JSON Schema, by which editors complete YAML
+         ) -> str:             # a page in Markdown
+    """Every key of a recipe: what it means, its default, what it may be.
+
+    >>> "`locate.ratio`" in maet.keys()
+    True
+    """
+    from maet.study.keys import page, schema_text
+
+    return schema_text() if schema else page()
 
 # %% ../nbs/89_verbs.ipynb #bc6cc6bd
 def locate(base: str | Path,              # before training; or a recipe: base, corpora, training
@@ -191,11 +258,13 @@ def _tuned(tuned: str | Path, before):
 def _located(recipe: str | Path, out: str | Path) -> dict: # as `locate`
     "Key neurons from a text."
     from maet.study.algorithm import Probe, locate_run
-    from maet.study.plan import must_fit
+    from maet.study.fitting import batches_here, must_fit, with_keys
     from maet.training.settings import load
 
     what = load(Probe, recipe)
-    must_fit(what.run)
+    fitted = with_keys(what.run, batches_here(what.run))
+    must_fit(fitted)
+    what = replace(what, training=replace(what.training, device_batch=fitted.training.device_batch))
     return locate_run(what, out)
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6
@@ -257,9 +326,9 @@ def merge(recipe: str | Path | dict,    # a file in mergekit's language, or its 
 
 # %% ../nbs/89_verbs.ipynb #03e017ec
 def evaluate(model: str | Path,                 # a checkpoint, an adapter or BASE+ADAPTER
-             tasks: list[str] = ["mini"],       # groups (mgsm, science, ood, mini, ...) or tasks
-             languages: list[str] = ["en", "es", "zh", "bn", "te"],
-             data: str | Path | None = None,    # folder with <task>/<language>.jsonl; None: the hub
+             tasks: list[str] | None = None,    # groups (mgsm, science, ...) or tasks; None: all here
+             languages: list[str] | None = None, # None: those that the exams have
+             data: str | Path | None = None,    # folder with <task>/<language>.jsonl; None: see below
              out: str | Path | None = None,     # folder for answers; called again, it goes on there
              against: str | Path | None = None, # another model's `out`: paired tests, same items
              say: Callable[[str], None] = print, # gets a line of scores, as soon as it is known
@@ -267,6 +336,8 @@ def evaluate(model: str | Path,                 # a checkpoint, an adapter or BA
              ) -> None:
     """Examine a model with lm-eval, language by language, with standard errors.
 
+    Without tasks and data the exams of the run that the model came from are asked; with tasks and
+    without data those of the hub.
     `how` is limit, shots, batch_size (64), device, dtype, backend (hf or vllm),
     backend_args (YAML), chat_template and allow_code.
     Raises MaetError, before the first question, for what cannot be asked.
@@ -274,7 +345,9 @@ def evaluate(model: str | Path,                 # a checkpoint, an adapter or BA
     >>> maet.evaluate("merged", tasks=["mgsm"], out="samples/merged")  # doctest: +SKIP
     """
     from maet.exams.evaluation import evaluation_job
+    from maet.exams.here import asked_here
 
+    tasks, languages, data = asked_here(model, tasks, languages, data)
     how = {"batch_size": 64} | how
     for line in evaluation_job(model, data, tasks, languages, out=out, against=against, **how):
         say(line)

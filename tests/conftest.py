@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are tiny: threads that wait for each other are slower than one
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; DeepSpeed would import the compiler in every rank
 os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some hundred processes compiles the library again
 
 
 # ---- two workers ----
@@ -17,7 +18,7 @@ os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where this is set
 # These start ranks, kill them or watch a clock: no two of them may run at once.
 ONE_AT_A_TIME = {"test_run", "test_launch", "test_fuzz", "test_interrupted", "test_training_kill", "test_training_ranks", "test_written_ranks",
                  "test_gradient_ranks"}
-EACH_BY_ITSELF = {"test_notebooks", "test_project"}  # nothing is shared between these tests
+EACH_BY_ITSELF = ["test_project", "test_notebooks"]  # nothing is shared between these tests
 
 
 def file_of(nodeid: str) -> str: # tests/test_run.py::test_seeds[1] -> test_run
@@ -28,7 +29,7 @@ def turn(nodeid: str) -> int: # 0: first
     "The longer the piece, the earlier: what only one worker may do, whole files, single tests. So both workers end together."
     file = file_of(nodeid)
     if file in ONE_AT_A_TIME: return 0
-    return 2 if file in EACH_BY_ITSELF else 1
+    return 2 + EACH_BY_ITSELF.index(file) if file in EACH_BY_ITSELF else 1
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -121,7 +121,7 @@ def measures(house: list[Room]) -> list[Measure]:
 WIDTH, LEFT, LINE = 900, 120, 116  # pixels: the picture, the names of wings; characters of a line
 
 
-DOORS = {"errors", "verbs", "cli", "__init__"}
+DOORS = {"errors", "verbs", "endings", "options", "cli", "__init__"}
 
 
 def wing_of(module: str) -> str: # weights.tensors -> weights

@@ -16,7 +16,7 @@ import yaml
 from maet.exams import evaluation, exams, published
 from maet.method import merge
 from maet.record import claim_figures, claims, figures, ledger, report
-from maet.study import plan, scores, studies, study
+from maet.study import fitting, plan, scores, studies, study
 from maet.study import trials as trials_room
 from maet.training import follow, jobs, launch
 from maet.weights.adapted import open_checkpoint
@@ -260,9 +260,9 @@ def recipe(content: dict, name: str, folder: Path):
 
 def read_plan(name: str) -> None:
     "What `maet plan` says, and what `maet train` and `maet run` ask before they begin."
-    what = plan.read(name)
-    plan.describe(what, plan.cluster_of(what))
-    plan.must_fit(what)
+    what = fitting.read(name)
+    plan.describe(what, fitting.cluster_of(what))
+    fitting.must_fit(what)
 
 
 def read_study() -> None:

@@ -123,17 +123,37 @@ def test_peak_is_within_a_tenth_of_the_measured_one(peaks, case):
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
-    from maet.study import plan
+    from maet.study import fitting
     from maet.training.jobs import Launch
     from maet.study.algorithm import Run
     config().save_pretrained(tmp_path)  # no weights are there: it is known before they are read
     run = lambda devices: Run(str(tmp_path), [Source("text.jsonl")], training("dense"), launch=Launch(devices=devices, zero=2))
-    monkeypatch.setattr(plan, "device_memory", lambda ranks: 1e8)
-    with pytest.raises(MaetError, match=r"train \(dense\) needs .* GB on each of 2 devices, and one has 0.1 GB; try") as said: plan.must_fit(run(2))
+    monkeypatch.setattr(fitting, "device_memory", lambda ranks: 1e8)
+    with pytest.raises(MaetError, match=r"train \(dense\) needs .* GB on each of 2 devices, and one has 0.1 GB; even with device_batch: 1") as said: fitting.must_fit(run(2))
     assert "\n" not in str(said.value)
-    with pytest.raises(MaetError, match="3 ranks with .* cannot share"): plan.must_fit(run(3))
-    monkeypatch.setattr(plan, "device_memory", lambda ranks: 1e11)
-    plan.must_fit(run(2))
+    with pytest.raises(MaetError, match="3 ranks with .* cannot share"): fitting.must_fit(run(3))
+    monkeypatch.setattr(fitting, "device_memory", lambda ranks: 1e11)
+    fitting.must_fit(run(2))
+
+
+@pytest.mark.parametrize("name, offloads", [("0.6b", False), ("1b", True)])
+def test_the_recipes_between_fit_a_card_of_24_gb_and_ten_hours(name, offloads):
+    "On one RTX-4090, with what a card does not give; corpora and exam are the hub's, by name and revision."
+    from functools import partial
+    from maet.study.fitting import ROOM, cluster_of
+    from maet.study.plan import config_of, plan
+    from maet.study.recipes import Recipe
+    from maet.study.rivals import models
+    recipe = load(Recipe, name)
+    cluster = cluster_of(recipe, gpu="RTX-4090")
+    rows = plan(recipe, cluster, config_of(recipe), partial(models, methods=recipe.methods))
+    trained = [row for row in rows if row["mode"]]
+    assert {row["mode"] for row in trained} == {"gradient", "key-neuron", "dense"}
+    assert max(row["memory"] for row in trained) <= ROOM*24e9
+    assert 8 < sum(row["seconds"] for row in trained)/3600 <= 10
+    assert len(recipe.languages) == 2 and len(recipe.abilities) == 1 and recipe.methods == ["base", "ability-cpt", "maet"]
+    assert not cluster.offload and bool(cluster.rivals and cluster.rivals.offload) == offloads
+    assert all(source.remote and source.revision for source in recipe.corpora.values()) and recipe.exam.hub and recipe.exam.revision
 
 
 def test_the_paper_s_recipe_is_planned_without_its_base_or_corpora():

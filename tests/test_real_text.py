@@ -1,10 +1,11 @@
 "Real corpora and the real MGSM, where a folder `shared/data` lies beside the project; said and skipped where it does not."
-import gzip, json, os, signal, subprocess, sys
+import gzip, json
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from maet.text import tables
 from maet.text.documents import Source
@@ -18,6 +19,7 @@ from maet.study.recipes import Recipe, make_tokenizer
 from maet.study.stages import Store
 from maet.training.settings import load
 from maet.weights.tensors import MaetError
+from tiny import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -103,16 +105,11 @@ def test_only_answers_are_learnt(tokenizer, tmp_path):
         assert {part.strip() for text in learnt for part in text.split("<|end|>")[:-1]} <= answers  # whole ones, and nothing else
 
 
-WRITER = """
-import sys
-from maet.text import tables
-from transformers import AutoTokenizer
-from maet.text.documents import Source
-from maet.text.tables import write_tokens
-out, tokenizer, *paths = sys.argv[1:]
-tables.CHUNK = 10_000
-write_tokens(out, [Source(p, n + 1) for n, p in enumerate(paths)], AutoTokenizer.from_pretrained(tokenizer), 200_000, 256, 7, False, lambda now, of: print(now, flush=True))
-"""
+def writer(out, tokenizer, paths, told):
+    "What the killed process does. It tells how far it is."
+    tables.CHUNK = 10_000
+    sources = [Source(path, n + 1) for n, path in enumerate(paths)]
+    write_tokens(out, sources, AutoTokenizer.from_pretrained(tokenizer), 200_000, 256, 7, False, lambda now, of: told.send(now))
 
 
 def test_a_killed_writer_goes_on(tokenizer, tmp_path, monkeypatch):
@@ -120,13 +117,16 @@ def test_a_killed_writer_goes_on(tokenizer, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr(tables, "CHUNK", 10_000)
     sources = [general(l, share=n + 1) for n, l in enumerate(SEVEN)]
-    arguments = [tmp_path / "killed.safetensors", tmp_path / "tokenizer", *(s.path for s in sources)]
-    reached = 0
+    out, reached = tmp_path / "killed.safetensors", 0
     for more in (2, 5):
-        with subprocess.Popen([sys.executable, "-c", WRITER, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as writer:
-            lines = [int(next(writer.stdout)) for _ in range(more)]
-            writer.send_signal(signal.SIGKILL)
-        assert lines[0] > reached and not arguments[0].exists()  # it did not begin again
+        ours, theirs = processes.Pipe(duplex=False)
+        process = processes.Process(target=writer, args=(out, tmp_path / "tokenizer", [s.path for s in sources], theirs))
+        process.start()
+        theirs.close()
+        lines = [ours.recv() for _ in range(more)]
+        process.kill()
+        process.join()
+        assert lines[0] > reached and not out.exists()  # it did not begin again
         reached = lines[-1]
     said = []
     write = lambda name, progress=None: write_tokens(tmp_path / name, sources, tokenizer, 200_000, 256, 7, False, progress)

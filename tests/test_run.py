@@ -1,12 +1,13 @@
 "The main job as a process: whole, killed again and again, and the same bytes at the end."
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, pickle, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tiny import content, finish, kill_at, larger_disk, on_a_small_disk, processes, small_disk
+from maet.study.measured import MEASURES
+from tiny import content, ended, finish, kill_at, larger_disk, on_a_small_disk, small_disk
 from tiny import start as begin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +30,14 @@ exam: {batch_size: 32}
 """)
 
 
+def run(out: str, recipe: str = "tiny.yml") -> tuple[str, ...]:
+    "The arguments of the main job."
+    return "run", "--recipe", recipe, "--out", out, "--ledger", f"{out}.jsonl"
+
+
 def start(folder: Path, out: str) -> subprocess.Popen:
-    (folder / "tiny.yml").write_text(yaml.safe_dump(TINY))
-    command = [sys.executable, "-m", "maet.cli", "run", "--recipe", "tiny.yml", "--out", out, "--ledger", f"{out}.jsonl"]
+    "The command as a shell starts it. Most of that is imports; what needs no shell is forked, by `begin` and `ended`."
+    command = [sys.executable, "-m", "maet.cli", *run(out)]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"},
                             # a shell that runs the tests in the background has them, and so their children, ignore SIGINT
@@ -45,10 +51,11 @@ def merged(folder: Path, out: str) -> bytes:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder, began = tmp_path_factory.mktemp("runs"), time.monotonic()
+    (folder / "tiny.yml").write_text(yaml.safe_dump(TINY))
+    (folder / "alone.yml").write_text(yaml.safe_dump(TINY | {"workers": 1}))
     process = start(folder, "whole")
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
-    (folder / "alone.yml").write_text(yaml.safe_dump(TINY | {"workers": 1}))
     return folder, said, time.monotonic() - began
 
 
@@ -68,17 +75,10 @@ def test_a_second_call_makes_nothing_and_adds_nothing(undisturbed):
     folder, said, _ = undisturbed
     stages, lines = sorted(p for p in (folder / "whole").glob("*-*") if p.name != "seed-0"), (folder / "whole.jsonl").read_bytes()
     times = [p.stat().st_mtime_ns for p in stages]
-    again, _ = start(folder, "whole").communicate(timeout=600)
+    code, again = ended(folder, run("whole"))
+    assert code == 0, again
     assert [p.stat().st_mtime_ns for p in stages] == times and (folder / "whole.jsonl").read_bytes() == lines
     assert again.splitlines()[-3:] == said.splitlines()[-3:]
-
-
-def command(folder: Path, out: str) -> None:
-    "What a forked process does: the command, with one worker."
-    os.chdir(folder)
-    with open(f"{out}.log", "w") as log: os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-    from maet.cli import main
-    main(["run", "--recipe", "alone.yml", "--out", out, "--ledger", f"{out}.jsonl"])
 
 
 def test_killed_ten_times_it_ends_with_the_same_bytes(undisturbed):
@@ -88,38 +88,35 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(undisturbed):
     while kills < 10:
         before = made()
         if kills in (0, 5): process = start(folder, "killed")
-        else: (process := processes.Process(target=command, args=(folder, "killed"))).start()
-        ended = lambda: process.poll() is not None if kills in (0, 5) else not process.is_alive()
-        while made() <= before and not ended(): time.sleep(0.005)
+        else: process, _ = begin(folder, run("killed", "alone.yml"))
+        over = lambda: process.poll() is not None if kills in (0, 5) else not process.is_alive()
+        while made() <= before and not over(): time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
-        if ended(): break
+        if over(): break
         os.kill(process.pid, signal.SIGKILL)
         process.communicate() if kills in (0, 5) else process.join()
         kills += 1
     assert kills == 10
-    said, _ = (process := start(folder, "killed")).communicate(timeout=600)
-    assert process.returncode == 0, said
+    code, said = ended(folder, run("killed"))
+    assert code == 0, said
     assert merged(folder, "killed") == merged(folder, "whole")
 
 
-def test_one_process_gives_the_same_bytes_as_two(undisturbed, monkeypatch):
+def test_one_process_gives_the_same_bytes_as_two(undisturbed):
     folder, *_ = undisturbed
-    monkeypatch.setitem(TINY, "workers", 1)
-    process = start(folder, "alone")
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and merged(folder, "alone") == merged(folder, "whole"), said
+    code, said = ended(folder, run("alone", "alone.yml"))
+    assert code == 0 and merged(folder, "alone") == merged(folder, "whole"), said
 
 
-def test_what_stops_a_worker_is_one_line(undisturbed, monkeypatch):
+def test_what_stops_a_worker_is_one_line(undisturbed):
     folder, *_ = undisturbed
     base = shutil.copytree(next((folder / "whole").glob("base.1-*")) / "base", folder / "poisoned")
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    monkeypatch.setitem(TINY, "base", str(base))
-    process = start(folder, "broken")
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 2 and "Traceback" not in said and "maet: " in said.splitlines()[-1] and "holds nan" in said, said
+    (folder / "broken.yml").write_text(yaml.safe_dump(TINY | {"base": str(base)}))
+    code, said = ended(folder, run("broken", "broken.yml"))
+    assert code == 2 and "Traceback" not in said and "maet: " in said.splitlines()[-1] and "holds nan" in said, said
     assert not list((folder / "broken").glob("dense*")) and not list((folder / "broken").glob(".*.part"))
 
 
@@ -139,12 +136,12 @@ def test_a_study_finds_what_another_has_trained(undisturbed):
     (folder / "sweep.yml").write_text(yaml.safe_dump(dict(recipe="tiny.yml", methods=["base", "soup", "maet"], seeds=[0], vary={"transfer.gamma": [0.1, 0.2]})))
     trained = lambda: {p.name for p in (folder / "swept").glob("*-*") if (p / "expert").exists() or (p / "expert.safetensors").exists()}
     before = trained()
-    command = [sys.executable, "-m", "maet.cli", "run", "--study", "sweep.yml", "--out", "swept"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode == 0, done.stderr
+    code, said = ended(folder, ("run", "--study", "sweep.yml", "--out", "swept"))
+    assert code == 0, said
     assert {name.split("-")[0] for name in trained() - before} == {"dense.mathematics.en", "dense.general.es", "dense.general.bn"}  # a soup's experts
-    assert "| MAET (transfer.gamma 0.1) " in done.stdout and (folder / "swept" / "seed-0" / "sweep.md").is_file()
-    rows = [json.loads(line) for line in (folder / "data" / "results" / "sweep.jsonl").read_text().splitlines()]
+    assert "| MAET (transfer.gamma 0.1) " in said and (folder / "swept" / "seed-0" / "sweep.md").is_file()
+    rows = [json.loads(line) for line in (folder / "swept" / "results" / "sweep.jsonl").read_text().splitlines()]
+    assert not (folder / "data").exists()  # recording is asked for
     assert sum("minus" in r["setting"] for r in rows) == (2 + 2 + 1) * (3 + 1)  # MAET minus base and minus soup in each setting, soup minus base
     rows = [r for r in rows if "minus" not in r["setting"]]
     assert len(rows) == (2 + 1 + 1) * (3 + 1) and {r["study"] for r in rows} == {"sweep"}  # what a setting does not change is a row once
@@ -172,23 +169,31 @@ MEASURED = {"selected": "share", "overlap": "share", "expert_maps": "share", "wo
 
 @pytest.mark.parametrize("measure", MEASURED)
 def test_a_measure_reads_what_a_run_left(undisturbed, tmp_path, measure):
-    "In its folder, and makes what it lacks; called again, every row is known."
-    folder, *_ = undisturbed
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    shutil.copytree(folder / "whole", tmp_path / "out", symlinks=True)
-    recipe = TINY if measure != "world" else TINY | {"languages": ["es", "zh", "bn", "te"]}
+    "In its folder, and makes what it lacks, one of them with two workers; called again, every row is known."
+    (folder, *_), project = undisturbed, tmp_path / "project"
+    shutil.copytree(folder / "whole", project / "out", symlinks=True)
+    (project / "data").symlink_to(ROOT / "data")
+    recipe = TINY | {"workers": 2 if measure == "world" else 1}
+    if measure == "world": recipe |= {"languages": ["es", "zh", "bn", "te"]}
     base = next((folder / "whole").glob("base.1-*")) / "base"
-    if measure == "empirical": recipe = recipe | {"languages": ["zh", "bn"], "base": str(base)}
-    (tmp_path / "tiny.yml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "asked.yml").write_text(yaml.safe_dump({"recipe": "tiny.yml", "measure": measure, "seeds": [0]}))
-    command = [sys.executable, "-m", "maet.cli", "run", "--study", "asked.yml", "--out", "out", "--ledger", "rows.jsonl"]
+    if measure == "empirical": recipe |= {"languages": ["zh", "bn"], "base": str(base)}
+    (project / "tiny.yml").write_text(yaml.safe_dump(recipe))
+    (project / "asked.yml").write_text(yaml.safe_dump({"recipe": "tiny.yml", "measure": measure, "seeds": [0]}))
+    arguments = "run", "--study", "asked.yml", "--out", "out", "--ledger", "rows.jsonl"
     calls = 2 if measure == "selected" else 1
-    told = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(calls)]
-    assert not any(done.returncode for done in told), told[0].stderr + told[-1].stderr
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (code, said), *more = [ended(project, arguments, "../log") for _ in range(calls)]
+    assert code == 0 and not any(code for code, _ in more), (said, more)
+    rows = [json.loads(line) for line in (project / "rows.jsonl").read_text().splitlines()]
     assert any(row["metric"] == MEASURED[measure] for row in rows) and {row["study"] for row in rows} == {"asked"}
-    assert {path.name for path in tmp_path.iterdir()} == {"asked.yml", "data", "out", "rows.jsonl", "tiny.yml"}
-    assert f"{len(rows)} of them new" in told[0].stdout and all(" 0 of them new" in again.stdout for again in told[1:])
+    assert {path.name for path in project.iterdir()} == {"asked.yml", "data", "out", "rows.jsonl", "tiny.yml"}
+    assert f"{len(rows)} of them new" in said and all(" 0 of them new" in again for _, again in more)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_what_a_measure_wants_reaches_a_worker(measure):
+    "It is sent by its name."
+    wanted = MEASURES[measure].wanted
+    assert pickle.loads(pickle.dumps(wanted)) is wanted
 
 
 def test_a_measure_that_nobody_knows(tmp_path):

@@ -10,7 +10,8 @@ TEXTS = ["a few words", "few words and more words", "words"] * 9
 
 # The server imports the slow packages once and computes nothing; each run is a process forked from it.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["maet.cli", "maet.search", "maet.claims", "huggingface_hub.repocard", "transformers.trainer", "transformers.models.llama.modeling_llama",
+processes.set_forkserver_preload(["maet.cli", "maet.study.search", "maet.study.measured", "maet.record.report", "maet.training.train",
+                                  "huggingface_hub.repocard", "transformers.trainer", "transformers.models.llama.modeling_llama",
                                   "transformers.models.gpt2.modeling_gpt2", "lm_eval.models.huggingface", "seaborn", "optuna"])
 
 
@@ -80,6 +81,13 @@ def finish(folder: Path, arguments: Sequence[str], log: str = "log") -> float: #
     process.join()
     assert process.exitcode == 0, (folder/log).read_text()
     return time.monotonic() - began
+
+
+def ended(folder: Path, arguments: Sequence[str], log: str = "log") -> tuple[int, str]: # exit code, what it said
+    "Run a command to its end, whatever that is."
+    process, _ = start(folder, arguments, log)
+    process.join()
+    return process.exitcode, (folder/log).read_text()
 
 
 def kill_at(process, moment: float) -> bool: # was it still alive?

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from maet.weights.checkpoints import Checkpoint
 from maet.weights.differences import apply_delta
 from maet.weights.names import layout, needed_layout
-from maet.training.sparse import VALUES, _write, expert_delta, freeze
+from maet.training.changes import expert_delta
+from maet.training.sparse import VALUES, _write, freeze
 from maet.training.schedule import Training
 from maet.training.loading import load_base
 from maet.training.experts import write_expert

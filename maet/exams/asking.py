@@ -16,6 +16,7 @@ import torch
 
 from ..weights.tensors import MaetError
 from ..weights.files import whole
+from ..text.files import write_rows
 from .questions import rows_file, template
 from .exams import Exam, bleu, exam, held, tasks_of
 from .examinee import examinee
@@ -134,8 +135,7 @@ def _written(row: dict, sample: dict) -> dict:
 # %% ../../nbs/44_exams.asking.ipynb #a9334987
 def _keep(path: Path, rows: list[dict]):
     "One JSON object a line, all of them or none."
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    with whole(path) as part: Path(part).write_text("".join(lines), encoding="utf-8")
+    with whole(path) as part: write_rows(part, rows)
 
 # %% ../../nbs/44_exams.asking.ipynb #da4c1dd3
 def _results(exams: list[Exam], report: dict, seconds: float, out: Path | None, ended: dict,

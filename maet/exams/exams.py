@@ -14,8 +14,11 @@ from typing import NamedTuple
 import torch
 
 from ..weights.tensors import MaetError
+from ..text.files import write_rows
 from .answers import read_number
-from .questions import _first, _jinja, read_exam, read_shots, template
+from maet.exams.questions import (
+    _config, _first, _jinja, from_hub, read_exam, read_shots, template,
+)
 
 # %% ../../nbs/42_exams.exams.ipynb #761f22b2
 def _limits():
@@ -290,3 +293,26 @@ def tasks_of(exams: list[Exam]) -> list: # lm_eval.api.task.Task
     _register()
     configs = [section.config for exam in exams for section in exam.sections]
     return list(TaskManager(include_defaults=False).load(configs)["tasks"].values())
+
+# %% ../../nbs/42_exams.exams.ipynb #2de0dab3
+def check_on_hub(dataset: str, task: str, languages: list[str]) -> None:
+    "Raises MaetError where the hub's data set is not that of the task, or lacks a language."
+    source = template(task)["metadata"].get("source") or {}
+    if source.get("dataset") != dataset:
+        theirs = source.get("dataset", "no data set of the hub")
+        raise MaetError(f"exam.hub: task {task!r} is asked from {theirs}, not from {dataset}")
+    for language in held(task, languages):
+        for part in language.split("-"): _config(task, source, part)
+
+def hub_exams(dataset: str, tasks: list[str], languages: list[str], out: Path,
+              revision: str | None = None) -> None:
+    "Exams of the hub, as exam files in `out`. Raises MaetError."
+    for task in tasks:
+        check_on_hub(dataset, task, languages)
+        has_shots = "shots" in template(task)["metadata"]["source"]
+        for language in held(task, languages):
+            rows = from_hub(task, language, revision=revision)
+            write_rows(out / task / f"{language}.jsonl", [row for _, row in rows])
+            if not has_shots: continue
+            shots = from_hub(task, language, "shots", revision)
+            write_rows(out / task / "shots" / f"{language}.jsonl", [row for _, row in shots])

@@ -6,13 +6,13 @@
 __all__ = ['mgsm_exams', 'published_exams']
 
 # %% ../../nbs/42c_exams.published.ipynb #5ad465b0
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .questions import _after_label, _lines, plain_number, template
 from ..weights.tensors import MaetError, parse_json, reading
+from ..text.files import write_rows
+from .questions import _after_label, _lines, plain_number, template
 
 # %% ../../nbs/42c_exams.published.ipynb #9109c85a
 def _published_mgsm(folder: Path, language: str, examples: dict) -> tuple[list[dict], list[dict]]:
@@ -62,22 +62,17 @@ def mgsm_exams(folder: str | Path,   # with mgsm_<language>.tsv and exemplars.js
         shots = [_shot(row) for row in given]
         name = f"{language}.jsonl"
         for task in ("mgsm_cot", "mgsm_direct"):
-            _write(Path(out) / task / name, problems)
-            _write(Path(out) / task / "shots" / name, shots)
+            write_rows(Path(out) / task / name, problems)
+            write_rows(Path(out) / task / "shots" / name, shots)
         worked = [{"id": n, "question": row["question"], "answer": row["answer"]}
                   for n, row in enumerate(given)]
-        _write(Path(out) / "bits_per_byte" / name, worked)
+        write_rows(Path(out) / "bits_per_byte" / name, worked)
 
 # %% ../../nbs/42c_exams.published.ipynb #a8199c34
 def _shot(row: dict) -> dict:
     "An exemplar without the labels, which the prompt writes itself."
     return {"question": _after_label(row["question"]), "answer": _after_label(row["answer"]),
             "target": str(row["answer_number"])}
-
-def _write(path: Path, rows: list[dict]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/42c_exams.published.ipynb #cc715e6b
 HELD_OUT = "ntrex"  # a source of prose that no training may read
@@ -150,7 +145,7 @@ def published_exams(folder: str | Path, # with mgsm/, msvamp/, science/, general
     for home in homes:
         if home in MGSM: continue
         for language, file in _files(Path(folder), home, languages).items():
-            _write(Path(out) / home / f"{language}.jsonl", _rows(file, OTHERS[home]))
+            write_rows(Path(out) / home / f"{language}.jsonl", _rows(file, OTHERS[home]))
 
 # %% ../../nbs/42c_exams.published.ipynb #f268a393
 def published_files(folder: str | Path, tasks: list[str], languages: list[str]) -> list[Path]:

@@ -248,11 +248,11 @@ def their_row(forms: dict[str, str], # column of ours -> Jinja over theirs
     return made
 
 # %% ../../nbs/40_exams.questions.ipynb #bc33ea4e
-def _download(dataset: str, config: str, split: str):
+def _download(dataset: str, config: str, split: str, revision: str | None = None):
     """Rows of a data set of the hub, as dictionaries. No code of the data set's own is run:
     `datasets` refuses scripts."""
     import datasets
-    try: return datasets.load_dataset(dataset, config, split=split)
+    try: return datasets.load_dataset(dataset, config, split=split, revision=revision)
     except Exception as e:  # offline, behind a form, renamed: the hub's client raises many kinds
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise MaetError(f"{dataset} ({config}, {split}) cannot be had from the hub ({reason}): "
@@ -266,13 +266,14 @@ def _config(task: str, source: dict, language: str) -> str:
 # %% ../../nbs/40_exams.questions.ipynb #87530688
 def from_hub(task: str, language: str,
              part: str = "split",             # or "shots": the exemplars
+             revision: str | None = None,     # commit or tag of the data set
              ) -> list[tuple[str, dict]]:     # (where it stands, row)
     """All rows of an exam, or its exemplars. Raises MaetError: no such language, connection or
     source."""
     source = template(task)["metadata"].get("source")
     if source is None:
         raise MaetError(f"task {task!r} is on no hub: give a folder of exam files as data")
-    if "-" in language: return _both(task, source, *language.split("-", 1))
+    if "-" in language: return _both(task, source, *language.split("-", 1), revision)
     config = _config(task, source, language)
     forms = source["row"]
     wanted = source.get("where", {})
@@ -281,24 +282,25 @@ def from_hub(task: str, language: str,
         wanted = source.get("shots_where", {})
     name, split = source["dataset"], source[part]
     found = []
-    for n, theirs in enumerate(_download(name, config, split)):
+    for n, theirs in enumerate(_download(name, config, split, revision)):
         row = their_row(forms, theirs)
         if all(row[column] in values for column, values in wanted.items()):
             found.append((f"{name} ({config}, {split}): row {n}", row))
     return found
 
 # %% ../../nbs/40_exams.questions.ipynb #2f8cb4a5
-def _both(task: str, source: dict, of: str, into: str) -> list[tuple[str, dict]]:
+def _both(task: str, source: dict, of: str, into: str, revision: str | None,
+          ) -> list[tuple[str, dict]]:
     "A translation exam: the two languages' rows, joined by their ids."
     configs = [_config(task, source, language) for language in (of, into)]
-    texts, references = (_texts(source, config) for config in configs)
+    texts, references = (_texts(source, config, revision) for config in configs)
     found = []
     for i, text in texts.items():
         row = {"id": i, "source": text, "target": references.get(i)}
         found.append((f"{source['dataset']}: id {i}", row))
     return found
 
-def _texts(source: dict, config: str) -> dict: # id -> text
-    theirs = _download(source["dataset"], config, source["split"])
+def _texts(source: dict, config: str, revision: str | None) -> dict: # id -> text
+    theirs = _download(source["dataset"], config, source["split"], revision)
     rows = [their_row(source["row"], row) for row in theirs]
     return {row["id"]: row["text"] for row in rows}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
+from ..weights.columns import columns
 from ..weights.tensors import place
 
 # %% ../../nbs/33b_method.key_shares.ipynb #180d0631
@@ -56,7 +57,5 @@ def warning(shares: list[Share]) -> str: # by kind; "" where there is none
 # %% ../../nbs/33b_method.key_shares.ipynb #58b272c4
 def describe(shares: list[Share]) -> str:
     "A line a part: its share of the key neurons, and of the scalars."
-    width = max(len(share.part) for share in shares)
-    lines = [f"{'':{width}}  key neurons  scalars"]
-    lines += [f"{part:{width}}  {keys:11.1%}  {scalars:7.1%}" for part, keys, scalars in shares]
-    return "\n".join(lines)
+    lines = [(part, f"{keys:.1%}", f"{scalars:.1%}") for part, keys, scalars in shares]
+    return columns([("", "key neurons", "scalars"), *lines])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..weights.tensors import MaetError, place
+from ..weights.columns import columns, sized
 from ..weights.streams import FLOATS, PIECE, cores
 from ..weights.checkpoints import Checkpoint, identity, local
 from ..weights.saving import write_checkpoint
@@ -271,14 +272,6 @@ def held_bytes(opened: Mixture | Transferred, models: int) -> int:
     blocks = 12 if opened.method.first else 6
     return blocks * (cores() + 1) * (models + 2) * 4 * PIECE
 
-# %% ../../nbs/38_method.mergekit.ipynb #0f290a4c
-def readable(count: float) -> str:
-    "Bytes for people."
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000: break
-        count, unit = count / 1000, "TB"
-    return f"{count:.3g} {unit}"
-
 # %% ../../nbs/38_method.mergekit.ipynb #d321d6f7
 def plan(opened: Mixture | Transferred, out: str | Path) -> str:
     "What will be read, written and held, as a table."
@@ -291,20 +284,10 @@ def plan(opened: Mixture | Transferred, out: str | Path) -> str:
 
     rows = [("method", opened.method.name, opened.method.paper, "")]
     for model, count, times in readings:
-        rows.append(("read", model, readable(count), f"{times} x"))
-    rows.append(("write", str(out), readable(written), f"{shards}, {dtype}"))
-    rows.append(("hold", "", f"about {readable(held)}", growth))
-    return aligned_columns(rows)
-
-# %% ../../nbs/38_method.mergekit.ipynb #880e9ef4
-def aligned_columns(rows: list[tuple[str, ...]]) -> str:
-    "Rows of words as lines, column under column."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        words = [word.ljust(width) for word, width in zip(row, widths)]
-        lines.append("  ".join(words).rstrip())
-    return "\n".join(lines)
+        rows.append(("read", model, sized(count, 3), f"{times} x"))
+    rows.append(("write", str(out), sized(written, 3), f"{shards}, {dtype}"))
+    rows.append(("hold", "", f"about {sized(held, 3)}", growth))
+    return columns(rows, numbers=False)
 
 # %% ../../nbs/38_method.mergekit.ipynb #2a76bf5d
 def merge_by(method: Method,

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from . import estimates, ledger, plots
 from ..weights.tensors import MaetError
+from ..weights.columns import markdown
 from ..training.settings import read_yaml, strict
 from .estimates import Estimate, estimate, named
-from .figures import markdown, read_table, said, wanted
+from .figures import read_table, said, wanted
 
 # %% ../../nbs/54_record.claims.ipynb #ac3478d6
 POINT = 0.01  # of a share: the tolerance of a claim of no difference
@@ -41,10 +42,13 @@ class Evidence:
     minus: dict[str, list] = field(default_factory=dict)
     over: str | None = None    # field over whose values a mean is taken
     lies: str | list[float | None] = "above"  # a region, or [low, high]; null: no border there
+    relative: bool = False     # a share of what `minus` has
 
     def __post_init__(self):
         if self.minus and not self.of:
             raise MaetError("minus: it is taken off `of`, and that is not given")
+        if self.relative and not self.minus:
+            raise MaetError("relative: to what? `minus` is not given")
 
     def region(self) -> tuple[float, float]: # low, high, in the ledger's unit
         borders = REGIONS.get(self.lies) if isinstance(self.lies, str) else self.lies
@@ -116,6 +120,13 @@ def _difference(rows, about: dict, of: dict, minus: dict, over: str | None) -> d
     error = math.hypot(a["stderr"], b["stderr"])
     return a | {"value": a["value"] - b["value"], "stderr": error, "n": min(a["n"], b["n"]),
                 "paired": not error}
+
+# %% ../../nbs/54_record.claims.ipynb #06473d6f
+def _relative(found: dict, level: dict) -> dict: # level: the row that was taken off
+    "A difference as a share of what was taken off."
+    share = found["value"] / level["value"]
+    error = math.hypot(found["stderr"], share * level["stderr"]) / level["value"]
+    return found | {"value": share, "stderr": error, "metric": "relative gain"}
 
 # %% ../../nbs/54_record.claims.ipynb #17ba0791
 class Measured(NamedTuple):
@@ -215,6 +226,9 @@ def differences(evidence: Evidence,
         shared = {field: value for field, value in about.items() if field in naming}
         name = _named(of, minus, shared)
         one = _difference(rows, about, of, minus, evidence.over)
+        if one and evidence.relative:
+            level = _one(rows, about | minus | {"setting.minus": None}, evidence.over)
+            one = _relative(one, level) if level and level["value"] else None
         found.append({"name": name} | (one or {"missing": f"{name}, {said(about)} in {path}"}))
     columns = ["name", "metric", "value", "stderr", "n", "paired", "missing"]
     groups = pd.DataFrame(found, columns=columns).groupby("name", sort=False)
@@ -317,7 +331,11 @@ def findings(ledgers: str | Path = "data/results",
     return found
 
 # %% ../../nbs/54_record.claims.ipynb #12c6fc06
-PAPERS = {"maet": "MAET", "swap": "Layer swapping"}  # column `paper` of claims.csv -> in print
+PAPERS = {  # column `paper` of claims.csv -> in print
+    "maet": "MAET",
+    "maec": "MAET, later versions (MAEC)",
+    "swap": "Layer swapping",
+}
 
 def grid(found: Iterable[Finding]) -> list[list[str]]: # the header first
     "Claims, verdicts, both evidences, and what may explain one that is not replicated."
@@ -333,7 +351,7 @@ def grid(found: Iterable[Finding]) -> list[list[str]]: # the header first
 # %% ../../nbs/54_record.claims.ipynb #e0060084
 def told(found: Iterable[Finding]) -> str:
     "The same in Markdown, all columns to the left: they are words."
-    return markdown(grid(found)).replace("---:", "---")
+    return markdown(grid(found), numbers=False)
 
 # %% ../../nbs/54_record.claims.ipynb #298880bd
 def by_paper(found: dict[str, Finding]) -> dict[str, list[Finding]]:

@@ -36,13 +36,13 @@ from .texts import Texts, backbone, named, tokens, trained_from
 @dataclass
 class Run:
     "One run of CPT or SFT: `maet train`."
-    base: Base | str          # a checkpoint folder, a model of the hub, or how to make one
-    corpora: list[Source]
-    training: Training
-    keys: list[str] = field(default_factory=list)     # keys files; their union is trained
-    held_out: list[Source] = field(default_factory=list)  # whose loss is measured
-    held_out_tokens: int = 65_536
-    launch: Launch = field(default_factory=Launch)
+    base: Base | str = setting(..., "A checkpoint folder, a model of the hub, or how to make one")
+    corpora: list[Source] = setting(..., "What is read")
+    training: Training = setting(..., "Every hyper-parameter")
+    keys: list[str] = setting(list, "Keys files; their union is trained")
+    held_out: list[Source] = setting(list, "Whose loss is measured")
+    held_out_tokens: int = setting(65_536, "How much of it")
+    launch: Launch = setting(Launch, "Where it runs")
 
     def __post_init__(self):
         at_least(1, held_out_tokens=self.held_out_tokens)
@@ -156,7 +156,7 @@ class Pipeline:
     @cached_property
     def base(self) -> Path: # Theta_o
         base = self.recipe.base
-        if isinstance(base, str): return Path(base)
+        if isinstance(base, str): return local(base)
         return backbone(base, self.store, self.texts)
 
     @cached_property
@@ -184,6 +184,7 @@ def trained(run: Pipeline, name: str,
             keys: tuple = (),           # keys files; their union is trained
             start: Path | None = None,  # another checkpoint than the base
             result: str = "expert",     # what it is called; a dense .safetensors is a pack of moves
+            launch: Launch | None = None, # where it runs; none: where the recipe says
             ) -> Path:
     "An expert: a checkpoint, or with keys files a pack."
     start = start or run.base
@@ -192,8 +193,9 @@ def trained(run: Pipeline, name: str,
     if keys: result = "expert.safetensors"
     shares = {corpus: share for corpus, share in shares.items() if share}
     table = tokens(run.texts, run.base, run.base_identity, shares, training)
-    name, identity, launch = f"{name}.{named(shares)}", run.identity(start), run.recipe.launch
-    return trained_from(run.store, name, start, identity, table, training, result, keys, launch)
+    name, launch = f"{name}.{named(shares)}", launch or run.recipe.launch
+    return trained_from(run.store, name, start, run.identity(start), table, training, result,
+                        keys, launch)
 
 # %% ../../nbs/63_study.algorithm.ipynb #f2f89b75
 def _ranking(run: Pipeline) -> dict:

@@ -17,7 +17,7 @@ import torch
 from ..record.ledger import append, commit, versions
 from .algorithm import Pipeline
 from .recipes import Recipe
-from .stages import Progress, Store, side_by_side
+from .stages import Progress, Store, missing, side_by_side
 from .study import at_work
 
 # %% ../../nbs/69b_study.measures.ipynb #93e19047
@@ -49,7 +49,7 @@ def measured(measure: Measure, recipe: Recipe, out: Path, seeds: list[int]) -> l
     with at_work(out), one_thread():
         store = Store(out)
         store.progress = Progress(plan.plan, out)
-        if recipe.workers > 1: side_by_side(asked, out, recipe.workers)
+        if recipe.workers > 1 and missing(plan.plan, out): side_by_side(asked, out, recipe.workers)
         return measure.rows(asked(store))
 
 # %% ../../nbs/69b_study.measures.ipynb #c3321815

@@ -100,6 +100,15 @@ def of_swaps(run: Pipeline, ability: str, constants: dict) -> dict[str, Mix]:
         mixes[language] = Mix(f"layer-swap.{ability}.{language}", "layer_swap", models, None, zones)
     return mixes
 
+# %% ../../nbs/68c_study.pupils.ipynb #4b801566
+def piece_of(base: Checkpoint, change) -> Piece: # change: tensor by name, as `apply_delta` takes it
+    "Any run of a base with a change added, rounded once."
+    def piece(name, start, stop):
+        before = base.piece(name, start, stop)
+        terms = terms_of(change, name, start, stop)
+        return plus(before, terms) if terms else before
+    return piece
+
 # %% ../../nbs/68c_study.pupils.ipynb #1574bddb
 def maet_packs(run: Pipeline, ability: str) -> list[Path]:
     "What MAET reads: the two experts of Eq. 2, then one of each language."
@@ -120,11 +129,7 @@ def of_maet(run: Pipeline, ability: str) -> Callable[[dict], Piece]:
                               transfer.similarity, transfer.kinds,
                               outside=transfer.outside, end=transfer.end)
 
-        def piece(name, start, stop):
-            before = base.piece(name, start, stop)
-            terms = terms_of(change, name, start, stop)
-            return plus(before, terms) if terms else before
-        return piece
+        return piece_of(base, change)
     return merged_by
 
 # %% ../../nbs/68c_study.pupils.ipynb #d8a07904

@@ -7,7 +7,7 @@ __all__ = ['Base', 'Recipe']
 
 # %% ../../nbs/60_study.recipes.ipynb #78780e48
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -208,14 +208,23 @@ class ExamSettings:
     data: str | None = setting(None, "A folder of exams; without it the mini world's test part")
     published: str | None = setting(
         None, "Or a folder with collections as they are published: mgsm/, msvamp/, science/, general/")
+    hub: str | None = setting(None, "Or the hub's: owner/name of the data set that the tasks name")
+    revision: str | None = setting(None, "Commit or tag of it: fixed, others ask the same questions")
     batch_size: int = setting(128, "Questions at once", ge=1)
     limit: int | None = setting(None, "First so many items only", ge=1)
     shots: int | None = setting(
         None, "Worked examples before each item; none: as many as the exam has", ge=0)
 
-    def __post_init__(self): check_rules(self)
+    def __post_init__(self):
+        check_rules(self)
+        if sum(map(bool, (self.data, self.published, self.hub))) > 1:
+            raise MaetError("data, published, hub: give one of them")
+        if self.revision and not self.hub: raise MaetError("revision: it is of hub, which lacks")
 
 # %% ../../nbs/60_study.recipes.ipynb #17ba0791
+RIVALS = ("dense", "lora", "sft")  # ways to train them, and the first word of their stages
+
+# %% ../../nbs/60_study.recipes.ipynb #bcef375b
 @dataclass
 class Rivals:
     """How what MAET is compared with (rivals) is trained: only what differs from `training`.
@@ -224,8 +233,10 @@ class Rivals:
     dense: dict = setting(dict, "All weights are trained")
     lora: dict = setting(dict, "Adapters are trained")
     sft: dict = setting(dict, "Dense, on pairs")
+    launch: Launch | None = setting(
+        None, "Where each of these runs; none: where the experts do. For what does not fit there")
 
-    def training(self, how: str, of: Training) -> Training: # how: a field of this class
+    def training(self, how: str, of: Training) -> Training: # how: one of RIVALS
         "`of` trained this way. Raises MaetError for a key that is unknown, or not to be chosen."
         chosen = getattr(self, how)
         fixed = sorted({"tokens", "mode", "seed"} & set(chosen))
@@ -265,7 +276,7 @@ class Recipe:
         plain_names("languages", [self.reference, *plain_names("languages", self.languages)])
         plain_names("abilities", self.abilities)
         plain_names("corpora", self.corpora or ["none"], ".+")
-        if self.workers > 1 and self.launch.apart:
-            raise MaetError(f"workers: {self.workers} trainings side by side, "
-                            "each with ranks of its own, would share the machine; use workers: 1")
-        for how in fields(Rivals): self.rivals.training(how.name, self.training)
+        apart = self.launch.apart or (self.rivals.launch or self.launch).apart
+        if self.workers > 1 and apart:
+            raise MaetError("workers: trainings with ranks of their own would share the machine; use 1")
+        for how in RIVALS: self.rivals.training(how, self.training)

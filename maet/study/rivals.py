@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 from ..weights.tensors import MaetError, shapes
+from ..weights.columns import columns
 from ..training.schedule import Training, batch_sequences
 from ..method.merge import merge
 from ..record.estimates import METHODS
@@ -20,7 +21,7 @@ from .recipes import Recipe
 from .stages import Stage
 from .algorithm import Pipeline, budget, by_form, trained, trainings, transferred
 from .memory import trained_form
-from .plan import Unread, config_of
+from .plan import Cluster, Unread, config_of, plan_run
 
 # %% ../../nbs/66_study.rivals.ipynb #ac3478d6
 def cpt(run: Pipeline,
@@ -35,7 +36,8 @@ def cpt(run: Pipeline,
         raise MaetError(f"rivals.{how}: {tokens} tokens are less than one batch of {batch}; "
                         "make the batch smaller or train longer")
     whole_batches = tokens // batch * batch
-    return trained(run, how, shares, replace(training, tokens=whole_batches), start=start)
+    return trained(run, how, shares, replace(training, tokens=whole_batches), start=start,
+                   launch=run.recipe.rivals.launch)
 
 # %% ../../nbs/66_study.rivals.ipynb #17e43220
 def general(run: Pipeline) -> dict[str, float]: # shares
@@ -218,14 +220,15 @@ def ability_texts(stages: Iterable[Stage], run: Pipeline, ability: str) -> list[
     return sorted(corpus for corpus in read if corpus.endswith(endings))
 
 # %% ../../nbs/66_study.rivals.ipynb #b4afead8
-def cost(run: Pipeline, name: str, ability: str, config) -> dict:
-    "A row's line of the cost table. `run`: as in plan, one that reads nothing."
+def cost(run: Pipeline, name: str, ability: str, config, cluster: Cluster | None = None) -> dict:
+    "A row's line of the cost table. `run`: as in plan, one that reads nothing. `cluster`: for hours."
     plan = run.planned()
     made = ROWS[name].make(plan, ability)
     stages = list(trainings(plan.store.plan).values())
     tokens = sum(stage.cost for stage in stages)
 
     tokens_that_move_all = 0
+    seconds = 0
     counts, of_keys = [], []  # of scalars moved, by each training
     for stage in stages:
         training = Training.of(stage.inputs["training"])
@@ -234,17 +237,30 @@ def cost(run: Pipeline, name: str, ability: str, config) -> dict:
         counts.append(scalars)
         if training.mode == "key-neuron": of_keys.append(scalars)
         if training.mode == "dense": tokens_that_move_all += stage.cost
+        if cluster:
+            granularity = run.recipe.locate.granularity
+            seconds += plan_run(stage.name, config, training, cluster, ratio, granularity)["seconds"]
 
     # MAET's probes only point at what will be trained
     return dict(row=name, tokens=tokens, trained=max(of_keys or counts, default=0),
-                full=tokens_that_move_all / max(tokens, 1), trainings=len(stages),
+                full=tokens_that_move_all / max(tokens, 1), trainings=len(stages), hours=seconds / 3600,
                 models=1 if isinstance(made, Path) else len(made),
                 ability_texts=ability_texts(plan.store.plan.values(), run, ability))
 
 # %% ../../nbs/66_study.rivals.ipynb #472b07b9
-def _cost_cells(line: dict) -> list[str]:
+HEAD = ["tokens", "trainings", "scalars moved at most", "tokens that move all", "models"]
+
+def _hours(line: dict, cluster: Cluster | None) -> list[str]: # no cell, one, or two
+    "Hours of a row and, where a price is given, what they cost."
+    if cluster is None: return []
+    hours = [f"{line['hours']:.3g}"]
+    if cluster.price is None: return hours
+    return [*hours, f"{line['hours'] * cluster.gpus * cluster.price:.2f}"]
+
+def _cost_cells(line: dict, cluster: Cluster | None) -> list[str]:
     "A line of `cost` in words."
     return [METHODS[line["row"]],
+            *_hours(line, cluster),
             f"{line['tokens']:,}",
             str(line["trainings"]),
             f"{line['trained']:,}",
@@ -253,20 +269,15 @@ def _cost_cells(line: dict) -> list[str]:
             ", ".join(line["ability_texts"]) or "no"]
 
 # %% ../../nbs/66_study.rivals.ipynb #c2bce7d8
-def cost_table(recipe: Recipe, config=None, rows: Iterable[str] = ROWS) -> str:
-    """As text, for `maet plan`. Nothing has to be there.
-    `config`: of the base, where the base is not here."""
+def cost_table(recipe: Recipe, config=None, rows: Iterable[str] = ROWS,
+               cluster: Cluster | None = None) -> str:
+    """As text, for `maet plan`. Nothing has to be there, not even the corpora that a row reads.
+    `config`: of the base, where the base is not here; `cluster`: where it runs, for hours and price."""
     run = Unread(recipe)
+    run.texts.strict = False
     if config is None: config = config_of(recipe)
     ability = next(iter(recipe.abilities))
-    table = [["", "tokens", "trainings", "scalars moved at most", "tokens that move all", "models",
-              f"{ability} text in a target language"]]
-    table += [_cost_cells(cost(run, name, ability, config)) for name in rows]
-
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = []
-    for name, *numbers in table:
-        cells = [name.ljust(widths[0])]
-        cells += [number.rjust(width) for number, width in zip(numbers, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    hours = ["hours", "price"][:len(_hours(dict(hours=0), cluster))]
+    table = [["", *hours, *HEAD, f"{ability} text in a target language"]]
+    table += [_cost_cells(cost(run, name, ability, config, cluster), cluster) for name in rows]
+    return columns(table)

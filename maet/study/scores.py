@@ -15,6 +15,8 @@ from typing import NamedTuple
 from ..weights.tensors import MaetError, read_lines
 from ..text.tables import digest
 from ..text.miniworld import ABILITIES, write_texts
+from ..exams.questions import template
+from ..exams.exams import check_on_hub, hub_exams
 from ..exams.published import published_exams, published_files
 from ..exams.asking import examine, ratio_stderr
 from ..exams.evaluation import ASKING, average
@@ -29,14 +31,38 @@ from .studies import Study, methods_of, settings, words
 def exam_data(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
     """The folder with the exams of a recipe, and what determines it.
 
-    The exams are a folder of the user's, MGSM as published, or the mini world's test part,
-    with its held-out text where that is asked for."""
+    The exams are a folder of the user's, collections as published, the hub's, or the mini world's
+    test part, with its held-out text where that is asked for."""
     exam = run.recipe.exam
     if exam.data:
         digests = [(file.name, digest(file)) for file in Path(exam.data).rglob("*.jsonl")]
         return Path(exam.data), str(sorted(digests))
     if exam.published: return published(run, tasks)
+    if exam.hub: return of_hub(run, tasks)
     return world_exams(run, tasks)
+
+# %% ../../nbs/67_study.scores.ipynb #704e11b0
+def of_hub(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
+    "The hub's exams: a stage, which a run makes before it trains."
+    exam = run.recipe.exam
+    languages = [run.recipe.reference, *run.recipe.languages]
+
+    def make(part, step): hub_exams(exam.hub, tasks, languages, part, exam.revision)
+
+    asked = dict(hub=exam.hub, revision=exam.revision, tasks=tasks, languages=languages)
+    stage = run.store.stage("exams", make, **asked)
+    return stage, stage.name
+
+def check_exams(recipe: Recipe) -> None:
+    "Raises MaetError for an exam that no machine could ask."
+    exam, languages = recipe.exam, [recipe.reference, *recipe.languages]
+    tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
+    for task in tasks:
+        template(task)  # is there such an exam?
+        if exam.hub: check_on_hub(exam.hub, task, languages)
+    if exam.data or exam.published or exam.hub or recipe.world: return
+    raise MaetError("exam: there is none; give data (a folder), hub (a data set) or published in "
+                    "`exam`, or a `world`")
 
 # %% ../../nbs/67_study.scores.ipynb #b40cf80e
 def published(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:

@@ -24,10 +24,11 @@ from .pupils import Piece, Pupil, SEARCHED
 from .recipes import Recipe
 from .rivals import ROWS
 from .scores import ITEM_COST, examined, paired
-from .stages import Progress, Store, side_by_side
+from .stages import Progress, Store, missing, side_by_side
 from .study import at_work, compared
 from .trials import best, distributions, read_trials, search
 from ..text.tables import digest
+from ..weights.columns import markdown
 from ..weights.tensors import MaetError
 
 # %% ../../nbs/69_study.search.ipynb #887309d0
@@ -211,7 +212,7 @@ def _average(rows, **setting): # a frame; gives its row
     where = {f"setting.{key}": [value] for key, value in setting.items()}
     return matching(rows, {"language": ["average"]} | where).iloc[0]
 
-def _summary_line(rows, rules: Rules) -> str:
+def _summary_cells(rows, rules: Rules) -> str:
     "`rows`: a frame, of one task and one method."
     scores = [_average(rows, part="dev", trial=1), _average(rows, part="dev", trial=rules.trials),
               _average(rows, constants="default"), _average(rows, constants="chosen")]
@@ -224,20 +225,20 @@ def _summary_line(rows, rules: Rules) -> str:
     cells.append(f"{100 * gain.value:+.1f} ±{100 * gain.stderr:.1f}, "
                  f"{compared(gain.value, gain.stderr)} the default")
     cells.append(", ".join(constants))
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 # %% ../../nbs/69_study.search.ipynb #ebbd5cb4
-HEAD = ("| ability | method | dev, default | dev, chosen | test, default | test, chosen | "
-        "gain on the test | constants |")
+HEAD = ["ability", "method", "dev, default", "dev, chosen", "test, default", "test, chosen",
+        "gain on the test", "constants"]
 
 def summary(rows: list[dict], rules: Rules) -> str: # Markdown
     "A line for each ability and method: dev and test, default and chosen, and the constants."
-    lines = [HEAD, "| --- " * 8 + "|"]
+    lines = [HEAD]
     rows = frame(rows)
     for task, method in product(rows.task.unique(), rules.methods):
         of_both = rows[(rows.task == task) & (rows.method == method)]
-        lines.append(_summary_line(of_both, rules))
-    return "\n".join(lines)
+        lines.append(_summary_cells(of_both, rules))
+    return markdown(lines, numbers=False)
 
 # %% ../../nbs/69_study.search.ipynb #63266754
 def search_job(recipe: Recipe, out: str | Path, seed: int = 0, rules: Rules = Rules(),
@@ -255,7 +256,8 @@ def search_job(recipe: Recipe, out: str | Path, seed: int = 0, rules: Rules = Ru
             wanted(dry)
             store = Store(out)
             store.progress = Progress(dry.plan, out)
-            if recipe.workers > 1: side_by_side(wanted, out, recipe.workers)
+            if recipe.workers > 1 and missing(dry.plan, out):
+                side_by_side(wanted, out, recipe.workers)
             rows = wanted(store)
     if ledger: append(ledger, rows)
     return summary(rows, rules)

@@ -7,7 +7,7 @@ __all__ = ['Stage', 'Store', 'Progress', 'side_by_side']
 
 # %% ../../nbs/61_study.stages.ipynb #186b3668
 import hashlib, json, math, multiprocessing, os, re, shutil, signal, threading, time, traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -142,6 +142,11 @@ def progress_bar(title: str,           # what it stands for
     finally:
         if bar is not None: bar.close()
 
+# %% ../../nbs/61_study.stages.ipynb #7d623469
+def missing(plan: Iterable[str], root: Path) -> list[str]:
+    "The stages of a plan that are not there."
+    return [name for name in plan if not (root / name).exists()]
+
 # %% ../../nbs/61_study.stages.ipynb #eac5be52
 class Progress:
     "A bar a stage, and the time that the whole run still needs."
@@ -152,8 +157,7 @@ class Progress:
 
     def left(self) -> int:
         "Tokens of training that the stages which are not there will cost."
-        return sum(stage.cost for name, stage in self.plan.items()
-                   if not (self.root / name).exists())
+        return sum(self.plan[name].cost for name in missing(self.plan, self.root))
 
     def title(self, name: str) -> str:
         "[ 7/31] expert.mathematics (about 6.0 min left)"
@@ -194,7 +198,7 @@ def in_order(plan: dict[str, Stage]) -> dict[str, set[str]]:
 # %% ../../nbs/61_study.stages.ipynb #348f6349
 def ready(root: Path, needed: dict[str, set[str]]) -> list[str]: # needed: stage -> what it needs
     "What is not there and could be made now, in the order of `needed`."
-    there = {name for name in needed if (root / name).exists()}
+    there = needed.keys() - missing(needed, root)
     return [name for name in needed if name not in there and needed[name] <= there]
 
 # %% ../../nbs/61_study.stages.ipynb #a9334987
@@ -209,7 +213,7 @@ def _make_all(wanted: Callable[[Store], None], out: Path, number: int, errors) -
     wanted(store)
     store.progress = Progress(store.plan, out, number)
     order = in_order(store.plan)
-    while not all((out / name).exists() for name in order) and errors.empty():
+    while missing(order, out) and errors.empty():
         made_one = any(store.make(name, wait=False) for name in ready(out, order))
         if not made_one: time.sleep(0.1)
 

@@ -7,23 +7,30 @@ __all__ = ['study_job']
 
 # %% ../../nbs/68_study.study.ipynb #0dddabe6
 import os, shutil
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ..weights.tensors import MaetError
+from ..weights.columns import markdown
+from ..weights.checkpoints import Checkpoint, on_hub
+from ..text.streams import check
 from ..exams.questions import read_exam, template
+from ..exams.exams import held
 from ..record.ledger import append
 from ..record.estimates import METHODS
 from ..record.plots import dots, scores
 from ..record.pictures import put, save
-from .stages import Progress, Store, on_disk, side_by_side
+from .stages import Progress, Stage, Store, missing, on_disk, side_by_side
+from .recipes import Recipe
 from .algorithm import Pipeline
+from .plan import Unread
 from .rivals import ROWS, models
-from .scores import examined, paired, paired_texts, rows_of, wanted
+from .scores import check_exams, examined, paired, paired_texts, rows_of, wanted
 from .studies import Study, methods_of, settings
 
 # %% ../../nbs/68_study.study.ipynb #472b07b9
@@ -42,15 +49,6 @@ def _cell(row: dict | None, percent: bool) -> str:
     if percent: return f"{100 * value:.1f} ±{100 * error:.1f}"
     return f"{value:.3f} ±{error:.3f}"
 
-def _aligned(lines: list[list[str]]) -> str:
-    "Lines of cells as a Markdown table that can be read in a terminal too."
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    written = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        written.append(f"| {' | '.join(cells)} |")
-    return "\n".join(written)
-
 # %% ../../nbs/68_study.study.ipynb #56c9ad31
 def table(rows: list[dict], task: str, languages: list[str], title: str = "") -> str: # Markdown
     """Methods by languages: value ± standard error, in percent where the metric is a share.
@@ -60,11 +58,10 @@ def table(rows: list[dict], task: str, languages: list[str], title: str = "") ->
     percent = metric != "bits_per_byte"
 
     lines = [[f"{title or task} ({metric}{', %' if percent else ''})", *languages]]
-    lines.append(["---"] * len(lines[0]))
     for name in dict.fromkeys(name for name, _ in found):
         cells = [_cell(found.get((name, language)), percent) for language in languages]
         lines.append([name, *cells])
-    return _aligned(lines)
+    return markdown(lines, numbers=False, padded=True)
 
 # %% ../../nbs/68_study.study.ipynb #8bebcc7c
 def compared(gain: float, error: float) -> str:
@@ -130,20 +127,54 @@ def at_work(out: Path):
             left = {path.name for path in out.iterdir()}
             if left <= {".lock"}: shutil.rmtree(out)
 
+# %% ../../nbs/68_study.study.ipynb #1a608da2
+def must_be_here(recipe: Recipe) -> list[Callable[[], object]]:
+    "Checks that raise MaetError for what this machine has not got. Corpora of the hub come last."
+    base, exam, found = recipe.base, recipe.exam, []
+    if isinstance(base, str) and not on_hub(base): found.append(partial(Checkpoint, base))
+    for source in sorted(recipe.corpora.values(), key=lambda source: source.remote):
+        found.append(partial(check, source))
+    if not exam.data: return found
+    tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
+    for task in tasks:
+        for language in held(task, [recipe.reference, *recipe.languages]):
+            found.append(partial(read_exam, exam.data, task, language, exam.limit))
+    return found
+
+def check_recipe(recipe: Recipe, methods: list[str] | None = None) -> None:
+    "Raises MaetError for what no machine could run: a corpus, an exam or a method that there is not."
+    check_exams(recipe)
+    run = Unread(recipe)
+    for ability in recipe.abilities: models(run, ability, methods or recipe.methods)
+
+def not_here(recipe: Recipe) -> list[str]:
+    "What a run would ask of this machine and not find, a line each. The hub is not asked."
+    lines, files = [], {}
+    for name, source in recipe.corpora.items():
+        if not source.remote: files[name] = source
+    for here in must_be_here(replace(recipe, corpora=files)):
+        try: here()
+        except MaetError as error: lines.append(str(error))
+    return list(dict.fromkeys(lines))
+
 # %% ../../nbs/68_study.study.ipynb #92a91365
 def planned(study: Study, out: Path, seed: int) -> Store:
     """A store with all stages of a study in its plan, none of them made.
     Raises MaetError for what can be known before the start."""
     store = Store(out, dry=True)
     for _, recipe in settings(study):
-        Pipeline(recipe, store, seed).texts.check()
-        tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
-        for task in tasks: template(task)  # is there such an exam?
-        if not recipe.exam.data: continue
-        for task, language in product(tasks, [recipe.reference, *recipe.languages]):
-            read_exam(recipe.exam.data, task, language, recipe.exam.limit)
+        check_exams(recipe)
+        for here in must_be_here(recipe): here()
     wanted(study, seed, store)
     return store
+
+# %% ../../nbs/68_study.study.ipynb #4e703625
+def ask_hub_first(store: Store, plan: dict[str, Stage]) -> None:
+    "Make what the hub has to give now, and not after a night of training."
+    for folder, stage in plan.items():
+        if "hub" not in stage.inputs or (store.root / folder).exists(): continue
+        store.plan[folder] = stage
+        store.make(folder)
 
 # %% ../../nbs/68_study.study.ipynb #f6e1126c
 def main_results(run: Pipeline, methods: list[str], stem: Path,
@@ -202,7 +233,9 @@ def study_job(study: Study,
     with at_work(out):
         store = Store(out)
         store.progress = Progress(plan, out)
-        if workers > 1: side_by_side(partial(wanted, study, seed), out, workers)
+        ask_hub_first(store, plan)
+        if workers > 1 and missing(plan, out):
+            side_by_side(partial(wanted, study, seed), out, workers)
         rows = rows_of(study, name, seed, store)
         if ledger: append(ledger, rows)
         return report(study, name, store, seed, rows)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..weights.tensors import MaetError
-from ..weights.checkpoints import Checkpoint
+from ..weights.checkpoints import Checkpoint, local
 from ..weights.gguf import dequantise, gguf_digest, gguf_file
 from ..text.documents import Source
 from ..text.streams import check, documents, texts_in
@@ -58,7 +58,7 @@ class Texts:
 
     def source(self, name: str, share: float) -> Source:
         "Where `general/es`, say, is to be had."
-        _must_be_known(name, self.corpora or WORLD)
+        must_be_known(name, self.corpora or WORLD)
         if self.corpora: return replace(self.corpora[name], share=share)
         file = self.folder(name) / f"{name}.jsonl"
         if name.startswith(("forum/", "pairs/")):
@@ -93,7 +93,7 @@ def _oracle(store: Store, world: World) -> Path:
 
 FOLDERS = {"forum": _forums, "pairs": _forums, "code": _forums, "oracle": _oracle} # others: the world
 
-def _must_be_known(name: str, known: Collection[str]) -> None:
+def must_be_known(name: str, known: Collection[str]) -> None:
     if name in known: return
     raise MaetError(f"recipe: there is no corpus {name}; there are {', '.join(known)}")
 
@@ -157,7 +157,7 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
         base = dequantised(recipe, store)
         identity = base.parent.name
     elif recipe.start:
-        base = Path(recipe.start)
+        base = local(recipe.start)
         identity = Checkpoint(base).fingerprint
     else:
         base = untrained(recipe, store, texts)

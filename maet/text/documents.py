@@ -7,7 +7,7 @@ __all__ = ['Source']
 
 # %% ../../nbs/10_text.documents.ipynb #e7673b9a
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from string import Formatter
 
@@ -39,20 +39,25 @@ def _check_where(where: Mapping, path) -> None:
         keys = some(map(str, unknown))
         raise MaetError(f"{path}: where.{column}: unknown key {keys}; known are min, max")
 
+# %% ../../nbs/10_text.documents.ipynb #a13cf8bf
+def _key(default, description: str):
+    "A field with words for whoever writes a recipe."
+    return field(default=default, metadata={"description": description})
+
 # %% ../../nbs/10_text.documents.ipynb #ac3478d6
 @dataclass
 class Source:
     "Documents, and their part of a mixture."
-    path: str | Path              # file, folder or pattern of files, or "hf://owner/name"
-    share: float = 1.0            # of the tokens; only ratios between sources count
-    text: str = "text"            # column or form
-    name: str | None = None       # the hub's configuration, such as "spa_Latn"
-    split: str = "train"          # of a hub dataset
-    revision: str | None = None   # commit or tag of a hub dataset: fixed, others see the same text
-    where: dict | None = None     # column -> what is kept: a value, a list, or {min: , max: }
-    messages: str | None = None   # column of chats: [{"role": "user", "content": "..."}, ...]
-    prompt: str | None = None     # column or form
-    completion: str | None = None # column or form
+    path: str | Path = _key(MISSING, "File, folder or pattern of files, or hf://owner/name")
+    share: float = _key(1.0, "Of the tokens; only ratios between sources count")
+    text: str = _key("text", "Column, or a form with columns in braces")
+    name: str | None = _key(None, "The hub's configuration, such as spa_Latn")
+    split: str = _key("train", "Of a hub dataset")
+    revision: str | None = _key(None, "Commit or tag of a hub dataset; then others see the same text")
+    where: dict | None = _key(None, "Column -> what is kept: a value, a list, or {min: , max: }")
+    messages: str | None = _key(None, "Column of chats: [{role: user, content: ...}, ...]")
+    prompt: str | None = _key(None, "Column or form, which is read and not learnt")
+    completion: str | None = _key(None, "Column or form, which is learnt")
 
     def __post_init__(self):
         fault = _fault_of(self)

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/11_text.files.ipynb #39684c4b
 import errno, glob, gzip, io, json, os, re, stat, zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -195,3 +195,10 @@ def text_source(source: Source) -> tuple[Source, list[Path]]:
         if isinstance(row, Mapping): source = settled(source, row)
         break
     return source, files
+
+# %% ../../nbs/11_text.files.ipynb #11b0a002
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    "Rows as JSON lines; the folders above the file are made."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows: file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -7,12 +7,13 @@ __all__ = ['write_world', 'write_forums', 'write_oracle', 'write_texts']
 
 # %% ../../nbs/15_text.miniworld.ipynb #c8f7b27f
 import hashlib, json, random, shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import write_rows
 from .prose import ABILITIES, LANGUAGES, WORKPLACE, _cast, _joined, lexicon, prose, render
 
 # %% ../../nbs/15_text.miniworld.ipynb #fa35e192
@@ -324,13 +325,6 @@ def pairs(text: str) -> list[dict]: # prompt, completion, text (both)
         rows.append(dict(prompt=prompt, completion=completion, text=prompt + completion))
     return rows
 
-# %% ../../nbs/15_text.miniworld.ipynb #ca3512f4
-def _write(path: Path, rows: Iterable[dict]) -> None:
-    "Rows as JSON lines, one at a time."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows: file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
 # %% ../../nbs/15_text.miniworld.ipynb #ee4cfbb9
 def exam(ability: str, part: str, items: int, seed: int = 0) -> dict[str, list[dict]]:
     "Language -> rows, different questions of one part; row n is the same question in every language."
@@ -370,15 +364,15 @@ def write_world(out: Path,             # a folder, made if it is not there
     for language in LANGUAGES:
         rng = random.Random(f"{seed}/{language}")
         rows = ({"text": general(language, rng, trace)} for _ in range(documents))
-        _write(out / f"general/{language}.jsonl", rows)
-        _write(out / f"held_out/{language}.jsonl", islice(_held_out(language, rng), items))
+        write_rows(out / f"general/{language}.jsonl", rows)
+        write_rows(out / f"held_out/{language}.jsonl", islice(_held_out(language, rng), items))
 
     for ability in ABILITIES:
         rows = ({"text": text} for text in _documents_of(ability, seed, documents))
-        _write(out / f"{ability}/en.jsonl", rows)
+        write_rows(out / f"{ability}/en.jsonl", rows)
         for part in ("dev", "test"):
             for language, rows in exam(ability, part, items).items():
-                _write(out / f"exams/{part}/{ability}/{language}.jsonl", rows)
+                write_rows(out / f"exams/{part}/{ability}/{language}.jsonl", rows)
 
 # %% ../../nbs/15_text.miniworld.ipynb #aaa2c7fe
 def _forum_rows(name: str, rng: random.Random) -> Iterator[dict]:
@@ -403,12 +397,12 @@ def write_forums(out: Path,               # a folder, made if it is not there
     held_out/forum/<language>.jsonl, held_out/code.jsonl."""
     for name in [*(f"forum/{language}" for language in LANGUAGES), "code"]:
         rows = _forum_rows(name, random.Random(f"{seed}/{name}"))
-        _write(out / f"{name}.jsonl", _some(rows, "train", documents))
-        _write(out / f"held_out/{name}.jsonl", _some(rows, "test", items))
+        write_rows(out / f"{name}.jsonl", _some(rows, "train", documents))
+        write_rows(out / f"held_out/{name}.jsonl", _some(rows, "test", items))
 
     for ability in ABILITIES:
         rows = (row for text in _documents_of(ability, seed, documents) for row in pairs(text))
-        _write(out / f"pairs/{ability}/en.jsonl", rows)
+        write_rows(out / f"pairs/{ability}/en.jsonl", rows)
 
 # %% ../../nbs/15_text.miniworld.ipynb #933caf80
 def write_oracle(out: Path,               # a folder, made if it is not there
@@ -418,7 +412,7 @@ def write_oracle(out: Path,               # a folder, made if it is not there
     "oracle/<ability>/<language>.jsonl."
     for ability, language in product(ABILITIES, LANGUAGES):
         rows = ({"text": text} for text in _documents_of(ability, seed, documents, language))
-        _write(out / f"oracle/{ability}/{language}.jsonl", rows)
+        write_rows(out / f"oracle/{ability}/{language}.jsonl", rows)
 
 # %% ../../nbs/15_text.miniworld.ipynb #0286dd55
 TEXTS = {  # exam -> its files: of a world the first, of its forums the others
@@ -447,4 +441,4 @@ def write_texts(out: Path,           # a folder, made if it is not there
         folder = world if text == "general_text" else forums
         for language in ["en"] if text == "code_text" else LANGUAGES:
             rows = _items(folder / file.format(language), items)
-            _write(out / text / f"{language}.jsonl", rows)
+            write_rows(out / text / f"{language}.jsonl", rows)

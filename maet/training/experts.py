@@ -27,9 +27,10 @@ from ..weights.adapters import factors_of, product
 from ..weights.packs import save_pack
 from ..weights.deltas import Lazy
 from ..weights.differences import apply_delta
-from .sparse import expert_delta, sharded
+from .sparse import sharded
+from .changes import expert_delta
 from .schedule import GRADIENT, Training, batch_sequences, total_steps, total_tokens
-from .resuming import _on_disk, from_rank_0, meet, rank
+from .resuming import from_rank_0, meet, rank
 
 # %% ../../nbs/26_training.experts.ipynb #fe2ef495
 def _in_parts(parameter):
@@ -316,10 +317,7 @@ def _scored(candidates, path): # all ranks
 def _record(candidates):
     "Note the rows, and remove what is not among the best."
     place = candidates.place
-    fresh = place/"scores.json.new"
-    fresh.write_text(json.dumps(candidates.rows))
-    _on_disk(fresh)
-    os.replace(fresh, place/"scores.json")
+    with whole(place/"scores.json") as part: part.write_text(json.dumps(candidates.rows))
     kept = {candidates.path(row["step"]) for row in candidates.best()}
     kept.add(place/"scores.json")
     for path in set(place.iterdir()) - kept: _remove(path)

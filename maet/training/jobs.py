@@ -130,10 +130,13 @@ def deepspeed_config(launch: Launch) -> dict:
     if launch.offload and launch.zero == 3: zero["offload_param"] = {"device": "cpu"}
     return DEEPSPEED | {"zero_optimization": zero}
 
+def _write(path, content):
+    text = json.dumps(content, indent=2)
+    with whole(path) as part: part.write_text(text + "\n", encoding="utf-8")
+
 def write_config(path: str | Path, launch: Launch) -> Path:
     "A config to begin with, for an editor."
-    text = json.dumps(deepspeed_config(launch), indent=2)
-    with whole(path) as part: part.write_text(text + "\n")
+    _write(path, deepspeed_config(launch))
     return Path(path)
 
 # %% ../../nbs/28_training.jobs.ipynb #fa35e192
@@ -221,10 +224,6 @@ def _has(thing, **kinds): # key -> type
     return all(isinstance(thing.get(key), kind) for key, kind in kinds.items())
 
 # %% ../../nbs/28_training.jobs.ipynb #7112389f
-def _write(path, content):
-    text = json.dumps(content, indent=2)
-    with whole(path) as part: part.write_text(text + "\n", encoding="utf-8")
-
 def read_job(path: str | Path) -> Job:
     "A job file. MaetError: it is none."
     return strict(Job, _read(path), str(path))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..weights.tensors import MaetError
+from ..weights.files import sync, sync_one
 from ..text.tokens import Tokens
 
 # %% ../../nbs/23_training.resuming.ipynb #91032ad7
@@ -93,13 +94,6 @@ def _filled(config):
 # %% ../../nbs/23_training.resuming.ipynb #f6e1126c
 MARK = "whole.json"
 
-def _on_disk(*paths): # files and folders
-    "Wait until the disk has them."
-    for path in paths:
-        opened = os.open(path, os.O_RDONLY)
-        try: os.fsync(opened)
-        finally: os.close(opened)
-
 def _sizes(checkpoint): # bytes of each of its files but the mark
     files = [file for file in checkpoint.rglob("*") if file.is_file() and file.name != MARK]
     return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
@@ -109,10 +103,10 @@ def seal(checkpoint: Path, # a folder with everything in it
          run: str,         # what run it belongs to
          seconds: float):  # spent on it so far
     "Declare a checkpoint whole, once it is on the disk."
-    _on_disk(*checkpoint.rglob("*"), checkpoint)
+    sync(checkpoint)
     mark = {"run": run, "seconds": seconds, "sizes": _sizes(checkpoint)}
     (checkpoint/MARK).write_text(json.dumps(mark))
-    _on_disk(checkpoint/MARK, checkpoint, checkpoint.parent)
+    for path in (checkpoint/MARK, checkpoint, checkpoint.parent): sync_one(path)
 
 # %% ../../nbs/23_training.resuming.ipynb #8afd78de
 def _mark(checkpoint):

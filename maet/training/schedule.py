@@ -77,7 +77,7 @@ class Steps:
     batch_tokens: Whole = _whole(1_000_000, "Tokens of a step, over all ranks. Paper: 1M")
     sequence_length: Whole = _whole(2048, "Tokens of a sequence", least=2)
     whole_documents: bool = _flag(False, "No document is cut by a sequence's end; it is padded")
-    device_batch: Whole | None = _whole(None, "Sequences at once on a rank; none: all of a step's")
+    device_batch: Whole | None = _whole(None, "Sequences at once on a rank; none: as many of a step's as fit")
     learning_rate: Real = _key(5e-5, "At its highest. Paper: 5e-5",
                                "above 0 and below 1", gt=0, lt=1)
     schedule: Literal[tuple(SCHEDULES)] = _one_of(SCHEDULES, "cosine", "How the learning rate goes")

@@ -228,7 +228,7 @@ def read_yaml(source: str | Path) -> dict:
     """The content of a recipe: a YAML file, or the name of a shipped one, with or without .yml.
     MaetError: no such file, not YAML."""
     path = Path(source)
-    name = f"{path.stem}.yml"
+    name = f"{path.name.removesuffix('.yml')}.yml"
     is_shipped = path.parent == Path(".") and name in recipes()
     if is_shipped and not os.path.isfile(path): path = SHIPPED/name
     with reading(source, f"shipped recipes are {', '.join(recipes())}"):

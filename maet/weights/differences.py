@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 
 from .tensors import MaetError, place
+from .columns import markdown
 from .files import whole
 from maet.weights.streams import (
     FLOATS, PIECE, all_finite, finite, in_order, pieces, progress_bar, some,
@@ -382,13 +383,13 @@ def count_kinds(pack: Pack) -> dict[str, int]: # kind of tensor -> scalars that 
 def pack_card(checked: Mapping) -> str: # of `check_pack`
     "The text of a model card."
     meta, base = checked["meta"], checked["base_id"]
-    rows = [f"| {key} | {json.dumps(value)} |" for key, value in sorted(meta.items())
+    rows = [(key, json.dumps(value)) for key, value in sorted(meta.items())
             if not isinstance(value, Mapping)]
     text = (f"# A pack of {base or 'a base'}\n\nA delta to be added to its base by maet: "
             f"{checked['stored']:,} of {checked['scalars']:,} scalars ({checked['density']:.2%}), "
             f"{checked['bytes']:,} bytes.\n\n"
             f"The base's fingerprint is `{checked['base']}`.\n\n"
-            "| entry | value |\n| --- | --- |\n" + "\n".join(rows) + "\n")
+            + markdown([("entry", "value"), *rows], numbers=False) + "\n")
     return model_card(text, base_model=base, license=meta.get("licence"), library_name="maet",
                       tags=["maet", "pack", "merge"])
 
