@@ -30,7 +30,7 @@ from .recipes import Recipe
 from .algorithm import Pipeline
 from .plan import Unread
 from .rivals import ROWS, models
-from .scores import check_exams, examined, paired, paired_texts, rows_of, wanted
+from .scores import check_exams, examined, paired, paired_texts, published, rows_of, wanted
 from .studies import Study, methods_of, settings
 
 # %% ../../nbs/68_study.study.ipynb #472b07b9
@@ -134,8 +134,9 @@ def must_be_here(recipe: Recipe) -> list[Callable[[], object]]:
     if isinstance(base, str) and not on_hub(base): found.append(partial(Checkpoint, base))
     for source in sorted(recipe.corpora.values(), key=lambda source: source.remote):
         found.append(partial(check, source))
-    if not exam.data: return found
     tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
+    if exam.published: found.append(partial(published, Unread(recipe), tasks))
+    if not exam.data: return found
     for task in tasks:
         for language in held(task, [recipe.reference, *recipe.languages]):
             found.append(partial(read_exam, exam.data, task, language, exam.limit))
