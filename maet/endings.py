@@ -75,7 +75,7 @@ def of_plan(recipe: str) -> str:
     "Which command a recipe is for."
     from maet.training.settings import read_yaml
     content, name = read_yaml(recipe), Path(recipe).name.removesuffix(".yml")
-    if "phases" in content: return f"next: maet base {recipe} --out {name}"
+    if {"phases", "gguf"} & content.keys(): return f"next: maet base {recipe} --out {name}"
     if "abilities" in content: return f"next: maet run {recipe} --out runs/{name}"
     is_probe = {"ratio", "importance"} & content.keys()
     if is_probe: return f"next: maet locate {recipe} --out keys.safetensors"

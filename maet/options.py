@@ -80,8 +80,8 @@ Push = Annotated[Optional[str], typer.Option(
 Data = Annotated[Optional[Path], typer.Option(
     help="Folder with <task>/<language>.jsonl; without it, the hub is asked for --tasks.")]
 Tasks = Annotated[Optional[str], typer.Option(
-    help="Comma-separated groups (mgsm, science, global_mmlu, ood, belebele, flores, "
-         "mini, text) or tasks; without it, all of --data, or those of the model's run.")]
+    help="Comma-separated groups (mgsm, msvamp, bits, science, choices, global_mmlu, ood, "
+         "belebele, flores, mini, text) or tasks; without it, all of --data, or those of the model's run.")]
 Shots = Annotated[Optional[int], typer.Option(
     min=0,
     help="Exemplars; without it, each exam's own number.")]
@@ -117,7 +117,7 @@ Price = Annotated[Optional[float], typer.Option(
 # %% ../nbs/89c_options.ipynb #9fdb1de2
 What = Annotated[Optional[str], typer.Argument(
     metavar="[RECIPE]",
-    help="A file, or the name of a recipe that ships: mini, 0.6b, 1b, 8b, real-mini. Without it, mini.")]
+    help="A file, or the name of a recipe that ships: mini, real, 0.6b, 1b, 8b. Without it, mini.")]
 Scale = Annotated[Optional[str], typer.Option(
     help="The same, by the name of one that ships.")]
 RecipeFile = Annotated[Optional[str], typer.Option("--recipe", help="The same, as an option.")]

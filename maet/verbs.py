@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 # %% ../nbs/89_verbs.ipynb #2719ad2f
-def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0.6b, 1b, 8b, ...
+def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, real, 0.6b, 1b, 8b, ...
         out: str | Path | None = None,      # run folder: stages, tables, merged models; None: runs/<recipe>
         seed: int | None = None,            # of training and of the text's order; None: the study's
         study: str | Path | None = None,    # instead of a recipe: a study that ships, or a file
@@ -31,7 +31,7 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0
     from maet.study.study import study_job
 
     asked = load_study(study) if study else Study(str(recipe))
-    name = asked.name or (Path(study).stem if study else "main")
+    name = asked.name or (Path(study).stem if study else _study_of(recipe))
     out = Path(out or Path("runs")/Path(asked.recipe).name.removesuffix(".yml"))
     ledger = ledger or Path("data/results" if record else out/"results")/f"{name}.jsonl"
     if asked.measure:
@@ -42,6 +42,11 @@ def run(recipe: str | Path = "mini",        # a file, or one that ships: mini, 0
     for number in (asked.seeds if seed is None else [seed]):
         say(study_job(asked, name, out, number, ledger))
     return out
+
+# %% ../nbs/89_verbs.ipynb #9c8d46ff
+def _study_of(recipe: str | Path) -> str:
+    "What its rows are of: the paper's main table, or its sister on a real model, which has other exams."
+    return "real" if Path(recipe).stem == "real" else "main"
 
 # %% ../nbs/89_verbs.ipynb #5ea5a1e0
 def _fitted(asked, say: Callable[[str], None]): # a Study
@@ -234,12 +239,10 @@ def locate(base: str | Path,              # before training; or a recipe: base, 
     from maet.method.locate import locate
     from maet.weights.checkpoints import Checkpoint
 
-    if tuned is None:
-        found, before = _located(base, out)
-    else:
-        before = Checkpoint(base)
-        found = locate(before, _tuned(tuned, before), ratio, granularity, out, kinds=kinds,
-                       allow_mismatch=allow_mismatch)
+    if tuned is None: return _located(base, out)
+    before = Checkpoint(base)
+    found = locate(before, _tuned(tuned, before), ratio, granularity, out, kinds=kinds,
+                   allow_mismatch=allow_mismatch)
     return found | {"shapes": {name: before.shape(name) for name in before.names}}
 
 # %% ../nbs/89_verbs.ipynb #89b9612b
@@ -252,18 +255,17 @@ def _tuned(tuned: str | Path, before):
     return open_checkpoint(tuned, before)
 
 # %% ../nbs/89_verbs.ipynb #a576b5f6
-def _located(recipe: str | Path, out: str | Path): # what `locate` found; the base
+def _located(recipe: str | Path, out: str | Path) -> dict: # as `locate`
     "Key neurons from a text."
     from maet.study.algorithm import Probe, locate_run
     from maet.study.fitting import batches_here, must_fit, with_keys
     from maet.training.settings import load
-    from maet.weights.checkpoints import Checkpoint, local
 
     what = load(Probe, recipe)
     fitted = with_keys(what.run, batches_here(what.run))
     must_fit(fitted)
     what = replace(what, training=replace(what.training, device_batch=fitted.training.device_batch))
-    return locate_run(what, out), Checkpoint(local(what.base))
+    return locate_run(what, out)
 
 # %% ../nbs/89_verbs.ipynb #8b953ba6
 def pack(base: str | Path,                # before training

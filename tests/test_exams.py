@@ -11,7 +11,8 @@ from maet.exams.evaluation import average, compare, evaluation_job, over_levels
 from maet.exams.asking import examine
 from maet.exams.examinee import examinee
 from maet.exams.questions import GROUPS, TASKS, expand, read_exam, template
-from maet.exams.exams import exam, held, mgsm_exams, tasks_of
+from maet.exams.exams import exam, held, tasks_of
+from maet.exams.published import mgsm_exams
 from maet.exams.answers import read_number
 from maet.weights.tensors import MaetError
 

@@ -12,7 +12,7 @@ from maet.text.documents import Source
 from maet.text.tokens import corpus
 from maet.text.streams import documents
 from maet.text.tables import identity, open_tokens, read_meta, write_tokens
-from maet.exams.exams import mgsm_exams
+from maet.exams.published import mgsm_exams, published_exams
 from maet.exams.questions import read_exam
 from maet.study import empirical
 from maet.study.recipes import Recipe, make_tokenizer
@@ -55,7 +55,22 @@ def test_real_scripts_survive_the_tokenizer(tokenizer):
 def test_the_recipe_finds_its_files(monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load(Recipe, "real-mini.yml")
-    assert all(Path(c.path).is_file() for c in recipe.corpora.values()) and Path(recipe.exam.mgsm).is_dir()
+    assert all(Path(c.path).is_file() for c in recipe.corpora.values()) and Path(recipe.exam.published).is_dir()
+
+
+def test_what_the_real_model_is_asked_was_never_read(tmp_path, monkeypatch):
+    "The recipe `real` finds its files; the same problems in four languages; held-out prose begins no document of any corpus."
+    monkeypatch.chdir(ROOT)
+    recipe = load(Recipe, "real")
+    tasks = recipe.abilities["mathematics"].tasks
+    published_exams(recipe.exam.published, tasks, LANGUAGES, tmp_path)
+    targets = [[row["target"] for row in read_exam(tmp_path, "msvamp", l)] for l in ("en", "es", "zh", "bn")]
+    assert len(targets[0]) == 700 and targets.count(targets[0]) == 4
+    right, wrong = (read_exam(tmp_path, task, "te") for task in ("mgsm_answers", "mgsm_shuffled"))
+    assert [r["question"] for r in right] == [r["question"] for r in wrong] and sorted(r["target"] for r in right) == sorted(r["target"] for r in wrong)
+    assert sum(a["target"] == b["target"] for a, b in zip(right, wrong)) < 8  # of 150: problems that happen to have the same answer
+    begins = {text[:60] for source in recipe.corpora.values() for text in documents(source)}
+    for l in LANGUAGES: assert len(held := read_exam(tmp_path, "general_text", l)) > 100 and begins.isdisjoint(row["text"][:60] for row in held)
 
 
 def test_a_source_says_the_same_in_every_form(tmp_path):

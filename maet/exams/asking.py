@@ -17,7 +17,7 @@ import torch
 from ..weights.tensors import MaetError
 from ..weights.files import whole
 from ..text.files import write_rows
-from .questions import template
+from .questions import rows_file, template
 from .exams import Exam, bleu, exam, held, tasks_of
 from .examinee import examinee
 
@@ -257,7 +257,7 @@ def _has_shots(exam: Exam) -> bool:
 
 # %% ../../nbs/44_exams.asking.ipynb #667be543
 def _exams(data, tasks: list[str], languages: list[str], limit: int | None, shots: int | None,
-           allow_code: bool) -> list[Exam]:
+           allow_code: bool, only_there: bool = False) -> list[Exam]:
     "What is asked, each exam once. Raises MaetError, also where code would run without consent."
     for task in tasks:
         if template(task).get("unsafe_code") and not allow_code:
@@ -266,6 +266,7 @@ def _exams(data, tasks: list[str], languages: list[str], limit: int | None, shot
     found = []
     for task in dict.fromkeys(tasks):
         for language in held(task, languages):
+            if only_there and not rows_file(data, task, language).is_file(): continue
             found.append(exam(data, task, language, limit, shots))
     if not found: raise MaetError("no exam is asked: name at least one task and one language")
     return found
@@ -316,12 +317,13 @@ def examine(model,                    # a checkpoint folder or hub id, or an lm_
             dtype: str = "auto",      # auto: the checkpoint's own
             chat_template: bool = False, # prompts, and exemplars as turns, in the model's template
             allow_code: bool = False, # run what the model wrote (HumanEval, MBPP)
+            only_there: bool = False, # no error for a language that a task of `data` has no file of
             backend_args: dict | None = None, # for lm-eval's class of the backend
             ) -> list[dict]:          # task, language, metric, value, stderr, n, seconds
     """Examine a model with lm-eval, in one call for all tasks and languages. Raises MaetError
     before the first question."""
     out = None if out is None else Path(out)
-    exams = _exams(data, tasks, languages, limit, shots, allow_code)
+    exams = _exams(data, tasks, languages, limit, shots, allow_code, only_there)
     lm = model
     if isinstance(model, (str, Path)):
         lm = _seated(model, exams, out, chat_template, backend_args,

@@ -141,6 +141,18 @@ def _first(rows: list[dict], limit: int | None, by: str | None) -> list[dict]:
     chosen = sorted(place for _, place in sorted(turns)[:limit])
     return [rows[place] for place in chosen]
 
+# %% ../../nbs/40_exams.questions.ipynb #88ad2249
+def rows_file(data: str | Path, task: str, language: str) -> Path:
+    "Where an exam's rows are; several exams may ask about the same rows."
+    return Path(data) / template(task)["metadata"].get("reads", task) / f"{language}.jsonl"
+
+def _shuffled(rows: list[dict], column: str, where: str) -> list[dict]:
+    "Each row with the column of the row that is half of the rows away: neighbours are often alike."
+    if len(rows) < 2: raise MaetError(f"{where}: one row cannot have the {column} of another")
+    away = len(rows) // 2
+    others = rows[away:] + rows[:away]
+    return [row | {column: other[column]} for row, other in zip(rows, others)]
+
 # %% ../../nbs/40_exams.questions.ipynb #5725fdb6
 def read_exam(data: str | Path | None,  # folder that holds one folder per task; None: the hub
               task: str,                # a key of TASKS
@@ -152,12 +164,14 @@ def read_exam(data: str | Path | None,  # folder that holds one folder per task;
     config = template(task)
     if not re.fullmatch(r"[\w-]+", language):
         raise MaetError(f"language {language!r}: a name of letters, digits, - and _ is wanted")
-    if data is None: found = from_hub(task, language)
-    else: found = _lines(Path(data) / task / f"{language}.jsonl")
     meta = config["metadata"]
-    numeric = reads_numbers(config)
+    home = meta.get("reads", task)
+    if data is None: found = from_hub(home, language)
+    else: found = _lines(rows_file(data, task, language))
+    numeric = reads_numbers(template(home))
     rows = [_row(row, where, meta["columns"], numeric) for where, row in found]
     rows = _with_ids(rows, [where for where, _ in found])
+    if "shuffled" in meta: rows = _shuffled(rows, meta["shuffled"], found[0][0])
     return _first(rows, limit, meta.get("by"))
 
 # %% ../../nbs/40_exams.questions.ipynb #87156d99

@@ -36,7 +36,7 @@ from .texts import Texts, backbone, named, tokens, trained_from
 @dataclass
 class Run:
     "One run of CPT or SFT: `maet train`."
-    base: str = setting(..., "A checkpoint folder, or a model of the hub")
+    base: Base | str = setting(..., "A checkpoint folder, a model of the hub, or how to make one")
     corpora: list[Source] = setting(..., "What is read")
     training: Training = setting(..., "Every hyper-parameter")
     keys: list[str] = setting(list, "Keys files; their union is trained")
@@ -67,12 +67,20 @@ def workshop(out: Path, what: str = "work"):
         raise
     shutil.rmtree(work)
 
+# %% ../../nbs/63_study.algorithm.ipynb #fad487e3
+def base_of(base: Base | str, work: Path) -> Path:
+    "The checkpoint that a recipe names; one that has to be made is made in `work`, once."
+    if isinstance(base, str): return local(base)
+    store = Store(work / "base")
+    return backbone(base, store, Texts(store, None, {}))
+
 # %% ../../nbs/63_study.algorithm.ipynb #41bd2758
 def train_run(r: Run, out: str | Path) -> dict:
     """A checkpoint folder, or with keys a pack file, at `out`. Called again after a kill, it goes on.
     Gives losses, held_out, steps, tokens, trained, bytes, seconds (train)."""
-    base, training = local(r.base), r.training
+    training = r.training
     with workshop(Path(out)) as work:
+        base = base_of(r.base, work)
         start = complete(unquantised(Checkpoint(base)))
         tokenizer = open_tokenizer(base)
         for file in r.keys: Keys(file, start)  # raises if it does not fit, before any text is read
@@ -91,7 +99,7 @@ def train_run(r: Run, out: str | Path) -> dict:
 @dataclass(kw_only=True)
 class Probe(Locate):
     "Key neurons from a text: `maet locate RECIPE.yml`."
-    base: str = setting(..., "A checkpoint folder, or a model of the hub")
+    base: Base | str = setting(..., "A checkpoint folder, a model of the hub, or how to make one")
     corpora: list[Source] = setting(..., "What is read")
     launch: Launch = field(default_factory=Launch)
     importance: Literal["movement", "gradient"] = setting(
@@ -107,11 +115,12 @@ class Probe(Locate):
         return Run(self.base, self.corpora, self.probe, launch=self.launch)
 
 # %% ../../nbs/63_study.algorithm.ipynb #93e1f2c4
-def locate_run(r: Probe, out: str | Path) -> dict: # as `locate`'s
+def locate_run(r: Probe, out: str | Path) -> dict: # as `locate`'s, and the shapes of the base
     "Write the keys of a text. Called again after a kill, it goes on."
-    base, training, out = local(r.base), r.probe, Path(out)
+    training, out = r.probe, Path(out)
     if out.suffix != ".safetensors": raise MaetError(f"{out}: keys are a .safetensors file")
     with workshop(out) as work:
+        base = base_of(r.base, work)
         probe = work / "probe.safetensors"
         if not probe.exists():
             tokenizer = open_tokenizer(base)
@@ -119,7 +128,9 @@ def locate_run(r: Probe, out: str | Path) -> dict: # as `locate`'s
             settings = (t.tokens, t.sequence_length, t.seed, t.whole_documents)
             tokens = write_tokens(work / "tokens.safetensors", r.corpora, tokenizer, *settings)
             run_job(Job(str(base), str(tokens), str(probe), str(work / "job"), t), r.launch)
-        return locate(Checkpoint(base), Pack(probe), r.ratio, r.granularity, out, r.share, r.kinds)
+        before = Checkpoint(base)
+        found = locate(before, Pack(probe), r.ratio, r.granularity, out, r.share, r.kinds)
+        return found | {"shapes": {name: before.shape(name) for name in before.names}}
 
 # %% ../../nbs/63_study.algorithm.ipynb #813365c9
 def make_base(r: Base, out: str | Path) -> None:

@@ -22,7 +22,8 @@ from maet.exams.exams import check_on_hub
 from maet.study.memory import of_text
 from maet.study.recipes import Recipe
 from maet.study.shapes import base_config
-from maet.study.plan import Cluster, gpu, plan
+from maet.study.gpus import gpu
+from maet.study.plan import Cluster, plan
 from maet.study.fitting import (
     ROOM, cluster_of, largest_batches, needed, parts, remedies, with_keys,
 )

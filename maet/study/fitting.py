@@ -29,7 +29,7 @@ from maet.study.plan import Cluster, config_of, memory, trainings
 def read(source: str | Path) -> Recipe | Run | Base: # a file, or the name of a shipped one
     "A recipe of whatever command it is for."
     content, name = read_yaml(source), Path(source).name
-    if "phases" in content: return strict(Base, content, name)
+    if {"phases", "gguf"} & set(content): return strict(Base, content, name)
     if "abilities" in content: return strict(Recipe, content, name)
     if {"ratio", "importance"} & set(content): return strict(Probe, content, name).run
     return strict(Run, content, name)

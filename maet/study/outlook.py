@@ -13,7 +13,8 @@ from maet.study.algorithm import transferred
 from maet.study.fitting import (
     NOTHING, largest_batches, needed, remedies, rounded, said_of_batches, with_keys,
 )
-from maet.study.plan import Cluster, config_of, describe, gpu
+from maet.study.gpus import gpu
+from maet.study.plan import Cluster, config_of, describe
 from maet.study.rivals import ROWS, cost_table, models
 from maet.study.study import check_recipe, not_here
 

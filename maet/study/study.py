@@ -19,7 +19,7 @@ from ..weights.tensors import MaetError
 from ..weights.columns import markdown
 from ..weights.checkpoints import Checkpoint, on_hub
 from ..text.streams import check
-from ..exams.questions import read_exam
+from ..exams.questions import read_exam, template
 from ..exams.exams import held
 from ..record.ledger import append
 from ..record.estimates import METHODS
@@ -30,7 +30,7 @@ from .recipes import Recipe
 from .algorithm import Pipeline
 from .plan import Unread
 from .rivals import ROWS, models
-from .scores import check_exams, examined, paired, rows_of, wanted
+from .scores import check_exams, examined, paired, paired_texts, published, rows_of, wanted
 from .studies import Study, methods_of, settings
 
 # %% ../../nbs/68_study.study.ipynb #472b07b9
@@ -69,6 +69,20 @@ def compared(gain: float, error: float) -> str:
     if abs(gain) <= 2 * error: return "not told apart from"
     return "above" if gain > 0 else "below"
 
+# %% ../../nbs/68_study.study.ipynb #df41cd56
+def _in_bits(task: str) -> bool: return template(task)["metric_list"][0]["metric"] == "bits_per_byte"
+
+def gained(a: Path, b: Path, task: str, languages: list[str]) -> tuple[float, float] | None:
+    "By how much an exam went better for `a` than for `b`, a share or bit/byte; its standard error."
+    difference = (paired_texts if _in_bits(task) else paired)(a, b, task, languages)
+    if difference is None: return None
+    value, error, _ = difference
+    return (-value if _in_bits(task) else value), error
+
+def in_print(gain: float, error: float, task: str) -> str:
+    if _in_bits(task): return f"{gain:+.3f} ±{error:.3f} bit/byte"
+    return f"{100 * gain:+.1f} ±{100 * error:.1f}"
+
 # %% ../../nbs/68_study.study.ipynb #cadefe9a
 NO_RIVALS = ("maet", "maet-gradient", "maet-cut", "oracle") # MAET itself, and the ceiling
 
@@ -82,13 +96,12 @@ def sentence(run: Pipeline, ability: str, methods: list[str]) -> str:
     parts, verdicts = [], []
     for method in methods:
         if method in NO_RIVALS: continue
-        difference = paired(exams["maet"], exams[method], task, languages)
+        difference = gained(exams["maet"], exams[method], task, languages)
         if difference is None: continue
-        gain, error, _ = difference
-        verdict = compared(gain, error)
+        verdict = compared(*difference)
         verdicts.append(verdict)
         name = METHODS.get(method, method)
-        parts.append(f"{verdict} {name} ({100 * gain:+.1f} ±{100 * error:.1f})")
+        parts.append(f"{verdict} {name} ({in_print(*difference, task)})")
 
     won = all(verdict == "above" for verdict in verdicts)
     where = f"{ability}, average of {', '.join(languages)}, seed {run.seed}"
@@ -121,8 +134,9 @@ def must_be_here(recipe: Recipe) -> list[Callable[[], object]]:
     if isinstance(base, str) and not on_hub(base): found.append(partial(Checkpoint, base))
     for source in sorted(recipe.corpora.values(), key=lambda source: source.remote):
         found.append(partial(check, source))
-    if not exam.data: return found
     tasks = [task for ability in recipe.abilities.values() for task in ability.tasks]
+    if exam.published: found.append(partial(published, Unread(recipe), tasks))
+    if not exam.data: return found
     for task in tasks:
         for language in held(task, [recipe.reference, *recipe.languages]):
             found.append(partial(read_exam, exam.data, task, language, exam.limit))

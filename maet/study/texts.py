@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..weights.tensors import MaetError
 from ..weights.checkpoints import Checkpoint, local
+from ..weights.gguf import dequantise, gguf_digest, gguf_file
 from ..text.documents import Source
 from ..text.streams import check, documents, texts_in
 from ..text.tables import identity, write_tokens
@@ -152,7 +153,10 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
     "Theta_o where there is none yet: a checkpoint, made in as many stages as the recipe has phases."
     if recipe.world or recipe.corpora:
         texts = Texts(store, recipe.world, recipe.corpora)
-    if recipe.start:
+    if recipe.gguf:
+        base = dequantised(recipe, store)
+        identity = base.parent.name
+    elif recipe.start:
         base = local(recipe.start)
         identity = Checkpoint(base).fingerprint
     else:
@@ -163,6 +167,13 @@ def backbone(recipe: Base, store: Store, texts: Texts) -> Path:
         base = trained_from(store, f"base.{n}", base, identity, table, phase.training, "base")
         identity = base.parent.name
     return base
+
+# %% ../../nbs/62_study.texts.ipynb #11c0c4a5
+def dequantised(recipe: Base, store: Store) -> Path:
+    "The stage of a GGUF file as a checkpoint, named by what is in the file, not by where it lies."
+    path = gguf_file(recipe.gguf, recipe.package)
+    def make(part, step): dequantise(path, part / "base", recipe.package)
+    return store.stage("gguf", make, sha256=gguf_digest(path)) / "base"
 
 # %% ../../nbs/62_study.texts.ipynb #dd6c6cbd
 def untrained(recipe: Base, store: Store, texts: Texts) -> Path:
