@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maet.record.ledger import append, commit, versions
 from maet.study.memory import rehearse
-from maet.study.plan import GPUS, memory, seconds
+from maet.study.gpus import GPUS
+from maet.study.plan import memory, seconds
 from maet.training.schedule import Training
 from maet.weights.tensors import meta_model
 
