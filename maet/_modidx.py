@@ -20,7 +20,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'maet.cli.search': ('cli.html#search', 'maet/cli.py'),
                           'maet.cli.train': ('cli.html#train', 'maet/cli.py')},
             'maet.endings': { 'maet.endings.ending': ('endings.html#ending', 'maet/endings.py'),
-                              'maet.endings.in_words': ('endings.html#in_words', 'maet/endings.py'),
                               'maet.endings.of_exam': ('endings.html#of_exam', 'maet/endings.py'),
                               'maet.endings.of_expert': ('endings.html#of_expert', 'maet/endings.py'),
                               'maet.endings.of_keys': ('endings.html#of_keys', 'maet/endings.py'),

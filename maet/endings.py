@@ -9,6 +9,8 @@ __all__ = []
 import os
 from pathlib import Path
 
+from maet.weights.columns import sized
+
 # %% ../nbs/89b_endings.ipynb #07ed2d43
 def size(path: str | Path) -> int: # bytes
     "Of a file, or of all files in a folder; what is linked to counts once, where it is."
@@ -21,17 +23,11 @@ def size(path: str | Path) -> int: # bytes
             if not file.is_symlink(): total += file.stat().st_size
     return total
 
-def in_words(number: float) -> str: # bytes
-    "1 GB is 10**9 bytes."
-    for unit, many in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= many: return f"{number/many:.3g} {unit}"
-    return f"{number} bytes"
-
 # %% ../nbs/89b_endings.ipynb #8e89b79c
 def ending(*written: str | Path, # files and folders; those that are not there are left out
            then: str | list[str] = ()) -> str:
     "The last lines of a command."
-    lines = [f"wrote {path} ({in_words(size(path))})" for path in written if os.path.exists(path)]
+    lines = [f"wrote {path} ({sized(size(path), 3)})" for path in written if os.path.exists(path)]
     then = [then] if isinstance(then, str) else then
     return "\n".join(lines + [f"next: {command}" for command in then])
 

@@ -47,7 +47,9 @@ def test_the_reference_is_that_of_the_library(site):
     assert [name for name in maet.__all__ if name != "__version__" and f"<h3>{name}<" not in api] == []
     schema = json.loads(text(site/"recipe.schema.json"))
     keys = text(site/"recipes.html")
-    assert [key for key in schema["properties"] if f">{key}<" not in keys] == [] and "transfer" in schema["properties"]
+    assert [key for key in schema["$defs"]["Recipe"]["properties"] if f">{key}<" not in keys] == []
+    known = {key for definition in schema["$defs"].values() for key in definition.get("properties", {})}
+    assert [key for key in known if not re.search(rf"[>.]{key}<", keys)] == [] and "transfer" in known
 
 
 def test_a_call_to_the_network_is_found(tmp_path):

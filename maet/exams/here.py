@@ -12,6 +12,7 @@ from pathlib import Path
 from maet.weights.tensors import MaetError
 from maet.weights.checkpoints import on_hub
 from maet.exams.questions import GROUPS, TASKS, expand
+from maet.text.prose import LANGUAGES
 
 # %% ../../nbs/45b_exams.here.ipynb #ff42ee0c
 def must_exist(model: str | Path) -> None:
@@ -73,4 +74,4 @@ def asked_here(model: str | Path,
     if tasks is None: tasks = tasks_in(data)
     if languages is None and data is not None:
         languages = languages_in(data, tasks)
-    return tasks, languages or ["en", "es", "zh", "bn", "te"], data
+    return tasks, languages or list(LANGUAGES), data

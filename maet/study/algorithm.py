@@ -9,7 +9,7 @@ __all__ = ['Run', 'train_run', 'Probe', 'locate_run', 'make_base', 'Pipeline', '
 # %% ../../nbs/63_study.algorithm.ipynb #fa9cd06b
 import copy, os, shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -101,7 +101,7 @@ class Probe(Locate):
     "Key neurons from a text: `maet locate RECIPE.yml`."
     base: Base | str = setting(..., "A checkpoint folder, a model of the hub, or how to make one")
     corpora: list[Source] = setting(..., "What is read")
-    launch: Launch = field(default_factory=Launch)
+    launch: Launch = setting(Launch, "Where it runs")
     importance: Literal["movement", "gradient"] = setting(
         "gradient", "Eq. 1 as it is defined, or as the paper approximates it (what AdamW moved)")
 

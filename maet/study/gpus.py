@@ -32,7 +32,7 @@ GPUS = {
     "L40S": GPU(362, 91.6, 48, _NVIDIA + "l40s/"),
     "RTX-4090": GPU(165.2, 82.6, 24, _ADA),
     "MI300X": GPU(1307.4, 163.4, 192, _AMD + "mi300/mi300x.html"),
-    "2-CPU-cores": GPU(.565, .283, 16, "measured: SmolLM2-135M, 280 tokens/s in bf16, 140 in float32"),
+    "2-CPU-cores": GPU(.565, .283, 16, "a trial, no benchmark: SmolLM2-135M, 280 and 140 tokens/s"),
 }
 
 def gpu(name: str) -> GPU:

@@ -12,15 +12,22 @@ from functools import lru_cache
 from pydantic import TypeAdapter
 
 from maet.study.recipes import Base, Recipe
-from maet.study.algorithm import Run
+from maet.study.algorithm import Probe, Run
+from maet.study.studies import Study
 
 # %% ../../nbs/66d_study.keys.ipynb #9c49b3f8
-KINDS = {"Recipe": "maet run, plan, search", "Run": "maet train, plan", "Base": "maet base, plan"}
+KINDS = {
+    "Recipe": "maet run, plan, search",
+    "Run": "maet train, plan",
+    "Probe": "maet locate, plan",
+    "Base": "maet base, plan",
+    "Study": "maet run --study",
+}
 
 @lru_cache(1)
 def schema() -> dict:
     "JSON schema of all recipes."
-    found = TypeAdapter(Recipe | Run | Base).json_schema()
+    found = TypeAdapter(Recipe | Run | Probe | Base | Study).json_schema()
     for definition in found["$defs"].values():
         if "properties" in definition: definition["additionalProperties"] = False
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "a recipe of maet"} | found
