@@ -201,7 +201,7 @@ def test_a_measure_that_nobody_knows(tmp_path):
     command = [sys.executable, "-m", "maet.cli", "run", "--study", "asked.yml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "measure: length is not known; known are controls, empirical, " in done.stderr, done.stderr
+    assert "measure: length is not known; known are controls, costs, empirical, " in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["asked.yml"]
 
 

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/69j_study.measured.ipynb #37159fba
 from .calibration import LEARNING_RATES, WORLD
 from .controls import CONTROLS
+from .costs import as_asked, rows_of_costs
 from .empirical import EMPIRICAL
 from .expert_maps import EXPERT_MAPS
 from .key_neurons import OVERLAP, SELECTED
@@ -18,6 +19,7 @@ from ..weights.tensors import MaetError
 # %% ../../nbs/69j_study.measured.ipynb #c1820826
 MEASURES = {
     "controls": CONTROLS,
+    "costs": Measure(as_asked, rows_of_costs),
     "empirical": EMPIRICAL,
     "expert_maps": EXPERT_MAPS,
     "layer_swap": LAYER_SWAPPING,
