@@ -6,6 +6,7 @@
 __all__ = ['all_figures']
 
 # %% ../../nbs/54b_record.claim_figures.ipynb #fb61c410
+import math
 from pathlib import Path
 from textwrap import wrap
 
@@ -64,10 +65,13 @@ def _draw_claims(ax, parts: list[tuple[Finding, list[Measured]]], label: str):
 
 # %% ../../nbs/54b_record.claim_figures.ipynb #887309d0
 def _axis(ax, differences: list[Measured], label: str):
-    "Limits that hold all intervals; points of accuracy are linear up to two and logarithmic beyond."
+    """Limits that hold all intervals and all borders of regions.
+
+    Points of accuracy are linear up to two and logarithmic beyond."""
     _, factor, _ = estimates.unit(differences[0].metric)
-    ends = [abs(factor * d.estimate.value) + factor * d.estimate.margin for d in differences]
-    reach = max(ends) * 1.15 or 1
+    ends = [abs(d.estimate.value) + d.estimate.margin for d in differences]
+    borders = [abs(border) for d in differences for border in d.region if math.isfinite(border)]
+    reach = factor * max(ends + borders) * 1.15 or 1
     if "accuracy" not in label:
         ax.set_xlim(-reach, reach)
         return
@@ -88,7 +92,11 @@ def _foot(found: list[Finding]) -> str:
         there = [d for d in finding.differences if d.estimate]
         shown += there
         if not there: absent.append(finding.id)
-    lines = [f"shaded: where the claim has it; 95 % intervals over items and {_seeds(shown)}",
+    sampled = [d for d in shown if not d.counted]
+    first = ["shaded: where the claim has it"]
+    if sampled: first.append(f"95 % intervals over items and {_seeds(sampled)}")
+    if len(sampled) < len(shown): first.append("what is counted has none")
+    lines = ["; ".join(first),
              "dot: interval wholly in the shade; cross: wholly outside of it; ring: neither, "
              "or one seed without an interval"]
     if absent: lines += wrap(f"not tested, or not measured yet: {', '.join(absent)}", 110)

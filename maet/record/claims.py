@@ -65,6 +65,7 @@ class Claim:
     "What is evidence for a claim of data/paper/claims.csv."
     short: str         # for a figure
     evidence: list[Evidence] = field(default_factory=list) # none: not tested, `reading` says why
+    real: list[Evidence] = field(default_factory=list)     # on a real model; none: not measured
     reading: str = ""  # how it is put to the test
     explain: str = ""  # what may explain it where it is not replicated
 
@@ -75,7 +76,7 @@ def catalogue(source: str | Path | None = None, # YAML; None: the one that ships
     content = read_yaml(source or files("maet") / "catalogue" / "claims.yml")
     claims = {name: strict(Claim, entry, name) for name, entry in content.items()}
     for claim in claims.values():
-        for evidence in claim.evidence:
+        for evidence in claim.evidence + claim.real:
             evidence.region()  # raises where there is no such region
     return claims
 
@@ -122,11 +123,14 @@ def _difference(rows, about: dict, of: dict, minus: dict, over: str | None) -> d
                 "paired": not error}
 
 # %% ../../nbs/54_record.claims.ipynb #06473d6f
+COUNTED = {"flops": "relative cost"}  # metrics that have no seed -> what is relative of them
+
 def _relative(found: dict, level: dict) -> dict: # level: the row that was taken off
     "A difference as a share of what was taken off."
     share = found["value"] / level["value"]
     error = math.hypot(found["stderr"], share * level["stderr"]) / level["value"]
-    return found | {"value": share, "stderr": error, "metric": "relative gain"}
+    metric = COUNTED.get(found["metric"], "relative gain")
+    return found | {"value": share, "stderr": error, "metric": metric}
 
 # %% ../../nbs/54_record.claims.ipynb #17ba0791
 class Measured(NamedTuple):
@@ -138,16 +142,23 @@ class Measured(NamedTuple):
     paired: bool                 # question by question at every seed
     missing: list[str]           # seeds that it lacks, as rows in words
 
-    def place(self) -> int: return _place(self.estimate, self.region)
+    @property
+    def counted(self) -> bool: return self.metric in (*COUNTED, *COUNTED.values())
+
+    @property
+    def unsure(self) -> bool: # of what another seed would say
+        return len(self.estimate.seeds) < 2 and not self.counted
+
+    def place(self) -> int: return _place(self.estimate, self.region, self.counted)
 
     def amount(self) -> str: return _amount(self.estimate, self.metric)
 
 # %% ../../nbs/54_record.claims.ipynb #f59996aa
-def _place(found: Estimate | None, region: tuple[float, float]) -> int:
+def _place(found: Estimate | None, region: tuple[float, float], counted: bool = False) -> int:
     "1 wholly inside the region, -1 wholly outside, 0 neither, or nothing is known of it."
     if found is None: return 0
-    unknown = len(found.seeds) < 2 and not found.margin  # several that agree to the last item are known
-    if unknown: return 0
+    known = counted or found.margin or len(found.seeds) > 1  # several may agree to the last item
+    if not known: return 0
     low, high = region
     lower, upper = found.value - found.margin, found.value + found.margin
     if low < lower and upper < high: return 1
@@ -172,7 +183,7 @@ def verdict(differences: list[Measured],
     "What became of a claim about these differences."
     if not differences: return "not tested"
     if any(d.estimate is None for d in differences): return "not measured yet"
-    if min(len(d.estimate.seeds) for d in differences) < 2: return "undecided"
+    if any(d.unsure for d in differences): return "undecided"
     places = {d.place() for d in differences}
     if -1 in places: return "not replicated"
     return "replicated" if places == {1} else "undecided"
@@ -210,6 +221,7 @@ def _measured(name: str, seeds, region: tuple[float, float]) -> Measured: # seed
 def differences(evidence: Evidence,
                 folder: str | Path,          # of the ledgers
                 varying: Iterable[str] = (), # fields of `rows` that belong to a difference's name
+                scale: str = "mini",         # of the rows, where the evidence does not say it
                 ) -> list[Measured]:
     """Every difference of some evidence, over the seeds that there are.
 
@@ -217,7 +229,8 @@ def differences(evidence: Evidence,
     import pandas as pd
     region = evidence.region()
     path = Path(folder) / f"{evidence.study}.jsonl"
-    rows = ledger.read(path, **evidence.rows) if path.is_file() else ledger.frame([])
+    where = {"scale": [scale]} | evidence.rows
+    rows = ledger.read(path, **where) if path.is_file() else ledger.frame([])
     naming = set(varying) - {"seed"}
     found = []
     sides = wanted(evidence.of), wanted(evidence.minus)
@@ -235,10 +248,10 @@ def differences(evidence: Evidence,
     return [_measured(name, seeds, region) for name, seeds in groups]
 
 # %% ../../nbs/54_record.claims.ipynb #15c3a393
-def _varying(claim: Claim) -> set[str]:
-    "Fields that take more than one value in a claim."
+def _varying(all_evidence: list[Evidence]) -> set[str]:
+    "Fields that take more than one value in a claim's evidence."
     seen = {}
-    for evidence in claim.evidence:
+    for evidence in all_evidence:
         for name, values in evidence.rows.items():
             seen.setdefault(name, set()).update(str(value) for value in values if value is not None)
     return {name for name, values in seen.items() if len(values) > 1 and name != "seed"}
@@ -267,8 +280,9 @@ def _span(differences: list[Measured]) -> str:
 
 # %% ../../nbs/54_record.claims.ipynb #8945b47e
 def _seeds(differences: list[Measured]) -> str:
-    "How many seeds there are, in words."
-    counts = [len(d.estimate.seeds) for d in differences]
+    "How many seeds there are, in words; what is counted has none."
+    counts = [len(d.estimate.seeds) for d in differences if not d.counted]
+    if not counts: return "counted"
     least, most = min(counts), max(counts)
     number = f"{least} to {most}" if least < most else f"{most}"
     return f"{number} seeds" if most > 1 else f"{number} seed"
@@ -284,22 +298,38 @@ def _ours(differences: list[Measured]) -> str:
     amounts = "; ".join(f"{d.words}: {d.amount()}" for d in there) if few else _span(there)
     return f"{amounts} ({how})"
 
+# %% ../../nbs/54_record.claims.ipynb #c1a5000b
+def _ours_in_both(mini: list[Measured], real: list[Measured]) -> str:
+    "Our evidence of both columns in words."
+    on_real = _ours(real)
+    if not on_real: return _ours(mini)
+    return ". ".join(filter(None, [_ours(mini), f"on a real model: {on_real}"]))
+
+def _verdict_real(real: list[Measured]) -> str:
+    "The verdict of a column that nobody need have measured."
+    if not any(d.estimate for d in real): return "not measured"
+    return verdict(real)
+
 # %% ../../nbs/54_record.claims.ipynb #9e6a55b6
 class Finding(NamedTuple):
     "A claim, and our differences."
     id: str
     claim: Claim
     paper: dict[str, str]         # its line in data/paper/claims.csv
-    differences: list[Measured]
+    differences: list[Measured]   # in the mini world
+    real: Iterable[Measured] = () # on a real model
 
     @property
     def verdict(self) -> str: return verdict(self.differences)
 
     @property
+    def verdict_real(self) -> str: return _verdict_real(self.real)
+
+    @property
     def missing(self) -> list[str]: return [row for d in self.differences for row in d.missing]
 
     @property
-    def ours(self) -> str: return _ours(self.differences)
+    def ours(self) -> str: return _ours_in_both(self.differences, self.real)
 
     @property
     def why(self) -> str:
@@ -309,6 +339,14 @@ class Finding(NamedTuple):
         lacks = f"{len(self.missing)} rows are missing" if self.missing else ""
         parts = [f"{self.id}, {self.claim.short}: {self.verdict}", self.ours, lacks]
         return ". ".join(filter(None, parts)) + "."
+
+# %% ../../nbs/54_record.claims.ipynb #c1a50002
+def _all_differences(of: list[Evidence], ledgers: str | Path, scale: str) -> list[Measured]:
+    "Those of a claim in one of its columns."
+    varying = _varying(of)
+    found = []
+    for evidence in of: found += differences(evidence, ledgers, varying, scale)
+    return found
 
 # %% ../../nbs/54_record.claims.ipynb #b3f0c7f6
 def findings(ledgers: str | Path = "data/results",
@@ -324,11 +362,25 @@ def findings(ledgers: str | Path = "data/results",
     if unknown: raise MaetError(f"{', '.join(unknown)}: no such claim in {path}")
     found = {}
     for name, claim in claims.items():
-        measured = []
-        for evidence in claim.evidence:
-            measured += differences(evidence, ledgers, _varying(claim))
-        found[name] = Finding(name, claim, printed[name], measured)
+        mini = _all_differences(claim.evidence, ledgers, "mini")
+        real = _all_differences(claim.real, ledgers, "real")
+        found[name] = Finding(name, claim, printed[name], mini, real)
     return found
+
+# %% ../../nbs/54_record.claims.ipynb #c1a50009
+VERDICTS = ["replicated", "not replicated", "undecided",
+            "not measured yet", "not measured", "not tested"]
+
+def _counts(verdicts: list[str]) -> str:
+    "How many of each; words that do not occur are left out."
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
+
+def decided(found: Iterable[Finding]) -> str:
+    "How many claims are decided, in each column."
+    found = list(found)
+    mini = _counts([finding.verdict for finding in found])
+    real = _counts([finding.verdict_real for finding in found])
+    return f"{len(found)} claims. Mini: {mini}. Real: {real}."
 
 # %% ../../nbs/54_record.claims.ipynb #12c6fc06
 PAPERS = {  # column `paper` of claims.csv -> in print
@@ -339,13 +391,14 @@ PAPERS = {  # column `paper` of claims.csv -> in print
 
 def grid(found: Iterable[Finding]) -> list[list[str]]: # the header first
     "Claims, verdicts, both evidences, and what may explain one that is not replicated."
-    lines = [["claim", "verdict", "the paper's evidence", "ours", "what may explain it"]]
+    lines = [["claim", "mini", "real", "the paper's evidence", "ours", "what may explain it"]]
     for finding in found:
         mark = "" if finding.paper["listed"] == "yes" else " (further claim)"
         claim = f"{finding.id}{mark}: {finding.paper['claim']}"
         ours = finding.claim.reading if finding.verdict == "not tested" else finding.ours
         theirs = finding.paper["evidence"]
-        lines.append([claim, f"**{finding.verdict}**", theirs, ours, finding.why])
+        verdicts = [f"**{finding.verdict}**", finding.verdict_real]
+        lines.append([claim, *verdicts, theirs, ours, finding.why])
     return lines
 
 # %% ../../nbs/54_record.claims.ipynb #e0060084
@@ -363,12 +416,12 @@ def by_paper(found: dict[str, Finding]) -> dict[str, list[Finding]]:
     return {title: part for title, part in parts.items() if part}
 
 # %% ../../nbs/54_record.claims.ipynb #771c6a0b
-HEADER = ["claim", "verdict", "difference", "metric", "value", "margin", "low", "high",
+HEADER = ["claim", "scale", "verdict", "difference", "metric", "value", "margin", "low", "high",
           "claimed_from", "claimed_to", "seeds", "paired", "place"]
 
 # %% ../../nbs/54_record.claims.ipynb #aa7f8e8c
 def _cells(difference: Measured) -> list:
-    "A difference under HEADER from its third column on; empty where nothing is known."
+    "A difference under HEADER from its fourth column on; empty where nothing is known."
     numbers, seeds = [""] * 4, 0
     if difference.estimate:
         value, _, values, margin = difference.estimate
@@ -384,5 +437,7 @@ def as_csv(found: Iterable[Finding]) -> str:
     lines = []
     for finding in found:
         for difference in finding.differences:
-            lines.append([finding.id, finding.verdict, *_cells(difference)])
+            lines.append([finding.id, "mini", finding.verdict, *_cells(difference)])
+        for difference in finding.real:
+            lines.append([finding.id, "real", finding.verdict_real, *_cells(difference)])
     return pd.DataFrame(lines, columns=HEADER, dtype=object).to_csv(index=False, lineterminator="\n")

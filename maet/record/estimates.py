@@ -153,6 +153,8 @@ METRICS = {"exact_match": ("accuracy (%)", 100, 1),
            "bits_per_byte": ("bits per byte (bit/B)", 1, 3),
            "share": ("share (%)", 100, 0),
            "relative gain": ("relative gain (percent)", 100, 1),
+           "relative cost": ("relative cost (percent)", 100, 0),
+           "flops": ("computation (EFLOP)", 1e-18, 3),
            "cosine": ("cosine (no unit)", 1, 2),
            "loss": ("loss (nat/token)", 1, 3),
            "training loss": ("loss (nat/token)", 1, 3),
@@ -171,7 +173,9 @@ def unit(metric: str) -> tuple[str, float, int]:
     return METRICS.get(metric, (metric, 1, 3))
 
 def difference(label: str) -> str:
-    "The label of an axis of differences; those of percentages are points."
+    """The label of an axis of differences: those of percentages are points, and what is relative is
+    one already."""
+    if label.startswith("relative"): return label.replace("(percent)", "(per cent of the other's)")
     return f"difference in {label.replace('(%)', '(points)')}"
 
 # %% ../../nbs/51_record.estimates.ipynb #5b0e981e

@@ -7,7 +7,6 @@ __all__ = ['report']
 
 # %% ../../nbs/55_record.report.ipynb #52800ab2
 import base64, html, json, re
-from collections import Counter
 from collections.abc import Iterable
 from functools import cache, partial
 from importlib.resources import files
@@ -142,9 +141,8 @@ def _of_figure(done: figures.Drawn, title: str) -> str:
 def of_claims(ledgers: Path, papers: Path) -> str:
     "The papers' claims, their evidence and ours, and what became of them."
     found = claims.findings(ledgers, papers)
-    counts = Counter(finding.verdict for finding in found.values())
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    parts = [as_html(f"{len(found)} claims: {verdicts}. The verdicts are those of this scale.")]
+    counts = claims.decided(found.values())
+    parts = [as_html(f"{counts} A verdict is that of its scale.")]
     for title, of in claims.by_paper(found).items():
         drawing, figure = "", claim_figures.forest(of)
         if figure:
