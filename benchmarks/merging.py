@@ -15,9 +15,9 @@ round, each contestant does its work once, in a process of its own:
     locate      `maet locate`: the exact top 5 % of all scalars
     pack        `maet pack`: base and tuned checkpoint to a pack, at the keys that locate found
     fast        as merge, with all of the fast path (maet.weights.direct), however small the checkpoints are
-    no-PIECE    as fast, without one piece of it: no-direct (reading past the page cache), no-writes (writing past it), no-huge (pages),
+    no-PIECE    as fast, without one piece of it: no-direct (reading past the page cache), no-writes (writing past it),
                 no-ahead (reading ahead), no-stock (blocks that are used again), no-kept (malloc's memory), or no-all. Only where asked for:
-                --contestants fast no-direct no-writes no-huge no-ahead no-stock no-kept no-all
+                --contestants fast no-direct no-writes no-ahead no-stock no-kept no-all
 
 Before each of them its inputs are dropped from the page cache (--cache warm: read into it instead). Seconds are those of the whole
 process, Python's start and imports included; memory is the largest resident size that the system saw (getrusage). The load that
@@ -143,17 +143,16 @@ def pack(folder, out):
     save_pack(out, Difference(Checkpoint(folder/"a"), base, Keys(folder/"keys.safetensors", base)), base, torch.bfloat16)
 
 
-PIECES = ("direct", "writes", "huge", "ahead", "stock", "kept")
+PIECES = ("direct", "writes", "ahead", "stock", "kept")
 
 
 def merge_without(pieces, folder, out):
     "The merge on the fast path, some pieces of it switched off."
     from collections import defaultdict, deque
     from maet.method.merge import merge
-    from maet.weights import checkpoints, direct, saving, writers
+    from maet.weights import checkpoints, direct, saving
     checkpoints.memory_size = lambda: 1e18 if "direct" in pieces else 0  # a checkpoint is large beside it, or is not
-    if "writes" in pieces: writers.DIRECT = 0
-    if "huge" in pieces: del direct.mmap.MADV_HUGEPAGE
+    if "writes" in pieces: saving.DirectFile = open
     if "ahead" in pieces:
         saving.in_one_go = lambda start, stop, step: [(start + first, start + last) for first, last in saving.pieces(stop - start, step)]
     if "stock" in pieces: direct._stock = defaultdict(lambda: deque(maxlen=0))

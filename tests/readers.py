@@ -1,6 +1,6 @@
 """Every reader of files that a user can hand in: how a valid sample is made in the working directory, and how it is opened, as the
 commands open it. `fuzz.py` breaks the sample in between."""
-import csv, gzip, json, shutil
+import csv, gzip, json, shutil, tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -26,11 +26,13 @@ from maet.text.documents import Source
 from maet.text.tables import Table, fingerprint, open_tokens, save_tokens
 from maet.text.streams import documents, reader, shuffled
 from maet.weights.differences import Difference, check_pack, open_delta
+from maet.weights.gguf import dequantise, gguf_config, gguf_file
 from maet.weights.packs import Keys, save_keys, save_pack
 from maet.weights.names import complete, unquantised
 from maet.method.locate import locate
 from maet.study.recipes import make_tokenizer, open_tokenizer
 from maet.weights.tensors import meta_model
+from maet.verbs import init
 from maet.training.schedule import Sequences, Training
 from maet.training.loading import load_base
 from tiny import TEXTS, tiny
@@ -130,6 +132,46 @@ def read_words():
     corpus([Source("text.txt")], words, 64, 16, 0)
 
 
+GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+              "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers": "blk"}
+
+
+def gguf_base(folder: Path):
+    "The tiny Llama as llama.cpp stores one, its numbers as they are."
+    import gguf
+    tiny(folder/"model", hidden=64)
+    words = json.loads(Path("model/tokenizer.json").read_text())["model"]
+    file = gguf.GGUFWriter("base.gguf", "llama")
+    for add_number, number in ((file.add_block_count, 1), (file.add_context_length, 128), (file.add_embedding_length, 64), (file.add_feed_forward_length, 24),
+                               (file.add_head_count, 2), (file.add_head_count_kv, 2), (file.add_layer_norm_rms_eps, 1e-6), (file.add_rope_freq_base, 1e4), (file.add_vocab_size, 300)):
+        add_number(number)
+    listed = sorted(words["vocab"], key=words["vocab"].get)
+    listed += [f"<{n}>" for n in range(len(listed), 300)]
+    file.add_tokenizer_model("gpt2")
+    file.add_tokenizer_pre("smollm")
+    file.add_token_list(listed)
+    file.add_token_types([3] + [1] * 299)
+    file.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    for add_token in (file.add_bos_token_id, file.add_eos_token_id, file.add_unk_token_id, file.add_pad_token_id): add_token(0)
+    model = Checkpoint("model")
+    for name in model.names:
+        theirs = name
+        for one, other in GGUF_NAMES.items(): theirs = theirs.replace(one, other)
+        file.add_tensor(theirs, model.read(name).numpy())
+    file.write_header_to_file(), file.write_kv_data_to_file(), file.write_tensors_to_file()
+    file.close()
+    shutil.rmtree("model")
+
+
+def read_gguf():
+    "What a recipe's base that names a GGUF file goes through: the plan asks what it is, the run writes it out."
+    path = gguf_file("base.gguf")
+    gguf_config(path)
+    try: dequantise(path, Path("out"))
+    finally: shutil.rmtree("out", ignore_errors=True)
+
+
 add("shard", of_one_file, lambda: read_all("model"), "model/model.safetensors", imports=LLAMA)
 add("index", in_shards, lambda: read_all("model"), "model/*.safetensors", "model/*.index.json", imports=LLAMA)
 add("config", of_one_file, lambda: (read_all("model"), meta_model(Path("model"))), "model/config.json", imports=LLAMA)
@@ -139,6 +181,7 @@ add("tokenizer", words, read_words, "model/tokenizer*.json", imports=LLAMA)
 add("adapter", adapter, read_adapter, "adapter/*.json", "adapter/*.safetensors", imports=(*LLAMA, "peft"))
 add("keys", keys, read_keys, "keys.safetensors")
 add("pack", pack, read_pack, "pack.safetensors")
+add("gguf", gguf_base, read_gguf, "base.gguf", imports=(*LLAMA, "gguf"))
 
 
 # ---- text ----
@@ -291,6 +334,7 @@ add("base", partial(recipe, BASE, "base.yml"), lambda: read_plan("base.yml"), "b
 add("run", partial(recipe, MAIN, "main.yml"), lambda: read_plan("main.yml"), "main.yml", imports=LLAMA)
 add("study", studied, read_study, "*.yml", imports=LLAMA)
 add("launch", launched, read_launch)
+add("init", of_one_file, lambda: init("owner/name", languages=["es"], gpu="L4", hours=.1, config="model/config.json"), "model/config.json", imports=LLAMA)
 
 
 # ---- merges ----
@@ -386,7 +430,38 @@ def read_mgsm():
     finally: shutil.rmtree("out", ignore_errors=True)  # it writes into a stage, which goes where it fails
 
 
+MGSM_SETS = """---
+configs:
+- config_name: en
+  data_files: [{split: train, path: en/train.parquet}, {split: test, path: en/test.parquet}]
+- config_name: es
+  data_files: [{split: train, path: es/train.parquet}, {split: test, path: es/test.parquet}]
+---
+"""
+
+
+def hub_set(folder: Path):
+    "A data set of the hub as a folder that has its name, with a card that says where its files are."
+    home = Path("juletxara/mgsm")
+    asked = [dict(question=f"{n} and {n}?", answer=None, answer_number=2 * n) for n in range(4)]
+    shots = [dict(question="Question: 1 and 2?", answer="Step-by-Step Answer: The answer is 3.", answer_number=3)] * 8
+    for language in ("en", "es"):
+        (home/language).mkdir(parents=True)
+        for name, rows in (("train", shots), ("test", asked)): parquet(rows, home/language/f"{name}.parquet")
+    (home/"README.md").write_text(MGSM_SETS)
+
+
+def read_hub_set():
+    import datasets
+    with tempfile.TemporaryDirectory() as cache, patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
+        try:
+            exams.hub_exams("juletxara/mgsm", ["mgsm_cot"], ["en", "es"], Path("out"))
+            for language in ("en", "es"): exams.exam("out", "mgsm_cot", language, limit=3)
+        finally: shutil.rmtree("out", ignore_errors=True)
+
+
 add("exams", questions, read_questions)
+add("hub_exams", hub_set, read_hub_set, imports=("datasets", "pyarrow.parquet"))
 add("mgsm", mgsm, read_mgsm)
 
 

@@ -154,13 +154,12 @@ def _answers_of_both(a: str | Path, b: str | Path, task: str, languages: list[st
 def compare(a: str | Path, b: str | Path,  # what `examine` wrote to `out`, for two models
             task: str,
             languages: list[str],          # the average over these
-            draws: int = 10_000, seed: int = 0,
             ) -> dict:  # task, languages, n, a, b, difference, stderr, low, high, only_a, only_b, p
     """Two models on the same items: a minus b with error and interval; McNemar's p where one
     language is asked, and answers are right or wrong. Raises MaetError: other items."""
     answers = _answers_of_both(a, b, task, languages)
     first, second = score_of(answers.sum(0)).mean(-1).tolist()
-    drawn = drawn_sums(answers.flatten(1), draws, seed).unflatten(-1, answers.shape[1:])
+    drawn = drawn_sums(answers.flatten(1), 10_000).unflatten(-1, answers.shape[1:])
     scores = score_of(drawn).mean(-1)  # (draws, models)
     gain = scores[:, 0] - scores[:, 1]
     low, high = gain.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -7,6 +7,7 @@ __all__ = ['template', 'read_exam']
 
 # %% ../../nbs/40_exams.questions.ipynb #4db491d3
 import json, os, re
+from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
 from importlib.resources import files
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from ..weights.tensors import MaetError
+from ..text.streams import datasets_library
+from ..weights.tensors import MaetError, reading
 
 # %% ../../nbs/40_exams.questions.ipynb #ac3478d6
 def _task_files() -> list[Path]: # <group>/<task>.yaml, in their order
@@ -251,8 +253,8 @@ def their_row(forms: dict[str, str], # column of ours -> Jinja over theirs
 def _download(dataset: str, config: str, split: str, revision: str | None = None):
     """Rows of a data set of the hub, as dictionaries. No code of the data set's own is run:
     `datasets` refuses scripts."""
-    import datasets
-    try: return datasets.load_dataset(dataset, config, split=split, revision=revision)
+    library = datasets_library()
+    try: return library.load_dataset(dataset, config, split=split, revision=revision)
     except Exception as e:  # offline, behind a form, renamed: the hub's client raises many kinds
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise MaetError(f"{dataset} ({config}, {split}) cannot be had from the hub ({reason}): "
@@ -280,13 +282,19 @@ def from_hub(task: str, language: str,
     if part == "shots":
         forms = source.get("shot", forms)
         wanted = source.get("shots_where", {})
-    name, split = source["dataset"], source[part]
     found = []
-    for n, theirs in enumerate(_download(name, config, split, revision)):
-        row = their_row(forms, theirs)
+    for where, row in _their_rows(source["dataset"], config, source[part], forms, revision):
         if all(row[column] in values for column, values in wanted.items()):
-            found.append((f"{name} ({config}, {split}): row {n}", row))
+            found.append((where, row))
     return found
+
+def _their_rows(dataset: str, config: str, split: str, forms: dict[str, str],
+                revision: str | None) -> Iterator[tuple[str, dict]]:
+    "(where it stands, row of ours). Raises MaetError for a row that lacks what the exam asks."
+    for n, theirs in enumerate(_download(dataset, config, split, revision)):
+        where = f"{dataset} ({config}, {split}): row {n}"
+        with reading(where, "give a folder of exam files as data"): row = their_row(forms, theirs)
+        yield where, row
 
 # %% ../../nbs/40_exams.questions.ipynb #2f8cb4a5
 def _both(task: str, source: dict, of: str, into: str, revision: str | None,
@@ -301,6 +309,5 @@ def _both(task: str, source: dict, of: str, into: str, revision: str | None,
     return found
 
 def _texts(source: dict, config: str, revision: str | None) -> dict: # id -> text
-    theirs = _download(source["dataset"], config, source["split"], revision)
-    rows = [their_row(source["row"], row) for row in theirs]
-    return {row["id"]: row["text"] for row in rows}
+    theirs = _their_rows(source["dataset"], config, source["split"], source["row"], revision)
+    return {row["id"]: row["text"] for _, row in theirs}

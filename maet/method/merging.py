@@ -309,12 +309,11 @@ def dare_ties(base: Tensor,
 def slerp_factors(t: float,                   # 0: the first tensor, 1: the second
                   dot: float,                 # of the two tensors as flat vectors
                   norms: tuple[float, float], # of both
-                  threshold: float = .9995,   # of |cos|: above it, straight
                   ) -> tuple[float, float]:   # of the first and of the second tensor
     "What SLERP multiplies the tensors by. A zero vector is orthogonal to all, as in mergekit."
     first, second = [norm if norm > 1e-8 else 1. for norm in norms]
     cosine = max(-1., min(1., dot / first / second))
-    if abs(cosine) > threshold: return 1 - t, t
+    if abs(cosine) > 0.9995: return 1 - t, t  # nearly one direction: straight
     angle = acos(cosine)
     return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
 
@@ -322,10 +321,9 @@ def slerp_factors(t: float,                   # 0: the first tensor, 1: the seco
 def slerp(t: float,     # 0: all `first`, 1: all `second`
           first: Tensor,
           second: Tensor, # of the same shape
-          threshold: float = .9995, # of |cos|: above it, straight
           ) -> Tensor:  # float32 (float64 if an input is), not rounded yet
     "Spherical linear interpolation of two tensors as flat vectors."
     a, b = first.flatten(), second.flatten()
     norms = dot_flat(a, a)**.5, dot_flat(b, b)**.5
-    factors = slerp_factors(t, dot_flat(a, b), norms, threshold)
+    factors = slerp_factors(t, dot_flat(a, b), norms)
     return linear([first, second], factors, normalize=False)

@@ -45,7 +45,6 @@ LOOKS = {
     "maet-cut": Look("MAET, trained whole and cut", "#A55A96", "*"),
     "oracle": Look("oracle (ability text in all languages)", "#DADADA", "P", True)}
 METHODS = {name: look.label for name, look in LOOKS.items()}
-PALETTE = {name: look.colour for name, look in LOOKS.items()}
 
 # %% ../../nbs/51_record.estimates.ipynb #1e6de3d2
 OTHERS = ("v", "P", "X", "<", ">", "h", "d", "p")  # markers of names that are not listed

@@ -17,10 +17,9 @@ PAPERS = Path("../data/paper")
 # %% ../../nbs/55b_record.pages.ipynb #7b30db61
 def figure(name: str,                 # of the catalogue
            ledgers: str | Path = LEDGERS,
-           papers: str | Path = PAPERS,
            ) -> figures.Drawn:
     "A figure of the catalogue, of the rows that are there."
-    return figures.draw(figures.catalogue()[name], ledgers, papers, partial=True)
+    return figures.draw(figures.catalogue()[name], ledgers, PAPERS, partial=True)
 
 # %% ../../nbs/55b_record.pages.ipynb #41b1e0d5
 def picture(done,              # of `figure`, or a matplotlib Figure
@@ -43,12 +42,10 @@ def measured(done: figures.Drawn) -> str:
     return f"{done.caption}\n\n{figures.standing(done)}"
 
 # %% ../../nbs/55b_record.pages.ipynb #f8a58387
-def claimed(names: list[str],         # M06, ...
-            papers: str | Path = PAPERS,
-            ) -> str:
+def claimed(names: list[str]) -> str: # M06, ...
     "The claims as their paper makes them, a paragraph each."
     import pandas as pd
-    printed = pd.read_csv(Path(papers)/"claims.csv", dtype=str, keep_default_na=False)
+    printed = pd.read_csv(PAPERS/"claims.csv", dtype=str, keep_default_na=False)
     printed = printed.set_index("id")
     lines = []
     for name, claim in printed.loc[names].iterrows():
@@ -57,12 +54,9 @@ def claimed(names: list[str],         # M06, ...
     return "\n\n".join(lines)
 
 # %% ../../nbs/55b_record.pages.ipynb #e497c84c
-def verdicts(names: list[str],
-             ledgers: str | Path = LEDGERS,
-             papers: str | Path = PAPERS,
-             ) -> str:
+def verdicts(names: list[str]) -> str:
     "The verdict on each claim, and what may explain one that is not the paper's."
-    found = claims.findings(ledgers, papers)
+    found = claims.findings(LEDGERS, PAPERS)
     return "\n\n".join(f"{found[name]} {found[name].why}".strip() for name in names)
 
 # %% ../../nbs/55b_record.pages.ipynb #874a3821
@@ -137,17 +131,16 @@ def _signed(value: float) -> str:
     return "–" if value != value else f"{value:+.1f}" # nan is not itself
 
 # %% ../../nbs/55b_record.pages.ipynb #28af990c
-def order_line(task: str, here, paper, # of one task: percent by method
-               method: str = "maet") -> str:
-    "Is the paper's order found again? And where does a method stand in both?"
+def order_line(task: str, here, paper) -> str: # of one task: percent by method
+    "Is the paper's order found again? And where does MAET stand in both?"
     from scipy.stats import kendalltau
     shared = [name for name in estimates.METHODS if name in here.index and name in paper.index]
     tau, p = kendalltau(here[shared], paper[shared])
     ours = here[shared].rank(ascending=False, method="first")
     theirs = paper[shared].rank(ascending=False, method="first")
     many = len(shared)
-    first, name = (estimates.METHODS[one] for one in (ours.idxmin(), method))
-    places = f"{name} is {ours[method]:.0f} of {many} here, {theirs[method]:.0f} in the paper"
+    first, name = (estimates.METHODS[one] for one in (ours.idxmin(), "maet"))
+    places = f"{name} is {ours['maet']:.0f} of {many} here, {theirs['maet']:.0f} in the paper"
     return (f"{task}: Kendall's tau {tau:+.2f} (p = {p:.2f}) over {many} methods; "
             f"{places}; first here: {first}")
 
@@ -174,9 +167,10 @@ def apart_lines(rows, method: str) -> str: # rows of `against_each`
     return "\n".join(lines)
 
 # %% ../../nbs/55b_record.pages.ipynb #b01185af
-def statement(name: str, papers: str | Path = PAPERS) -> float:
+def statement(name: str) -> float:
+    "A number that a paper's text states."
     import pandas as pd
-    stated = pd.read_csv(Path(papers)/"statements.csv", dtype=str).set_index("id").value
+    stated = pd.read_csv(PAPERS/"statements.csv", dtype=str).set_index("id").value
     return float(stated[name])
 
 # %% ../../nbs/55b_record.pages.ipynb #4bde0607

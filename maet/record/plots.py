@@ -164,10 +164,10 @@ def _draw_dots(ax, rows, by: str, names: list[str], chance: float | None):
         tick.set_fontweight("bold" if tick.get_text() == "MAET" else "normal")
 
 # %% ../../nbs/52_record.plots.ipynb #e78ace2d
-def _sorted(rows, paper, by: str, lowest_first: bool) -> list:
+def _sorted(rows, paper, by: str) -> list:
     "The values of a field by our estimates, those that only the paper has at the end."
     means = estimates(rows, by).value
-    ours = list(means.sort_values(ascending=lowest_first, kind="stable").index)
+    ours = list(means.sort_values(ascending=False, kind="stable").index)
     return ours + [name for name in ordered(field(paper, by)) if name not in ours]
 
 # %% ../../nbs/52_record.plots.ipynb #5b384ce3
@@ -176,14 +176,13 @@ def dots(rows: Iterable[dict],         # ledger rows, one for each name and seed
          by: str = "method",           # field with a line a value; who lacks it is named by its method
          panels: str = "task",         # field with a panel for each of its values
          chance: dict[str, float] | None = None, # value of `panels` -> what guessing scores
-         lowest_first: bool = False,   # for metrics where less is better
          ):                            # a matplotlib Figure, 6.5 inches wide
     "A dot with its 95 % interval for each method, sorted; the paper's beside it."
     from matplotlib.figure import Figure
     rows, paper = filled(frame(rows), by), filled(frame(paper), by)
     ours = split(rows, panels)
     theirs = {value: paper[field(paper, panels) == value] for value in ours}
-    order = {value: _sorted(of, theirs[value], by, lowest_first) for value, of in ours.items()}
+    order = {value: _sorted(of, theirs[value], by) for value, of in ours.items()}
     heights = [0.55 + 0.155 * len(names) for names in order.values()]
     with style():
         figure = Figure(figsize=(6.5, 0.2 + sum(heights)))
@@ -290,7 +289,6 @@ def lines(rows: Iterable[dict],       # ledger rows, or a frame of them
           by: str = "method",         # field with a line for each of its values
           panels: str = "task",       # field with a panel for each of its values
           chance: dict[str, float] | None = None, # value of `panels` -> what guessing scores
-          log: bool = False,          # logarithmic x axis
           ):                          # a matplotlib Figure, 6.5 inches wide
     "Estimates over a numeric setting, with bands of 95 %."
     from matplotlib.figure import Figure
@@ -302,7 +300,7 @@ def lines(rows: Iterable[dict],       # ledger rows, or a frame of them
         figure = Figure(figsize=(6.5, 0.3 + 2.1 * down))
         for ax, (value, of) in zip(_panels(figure, down, across, len(parts)), parts.items()):
             _draw_lines(ax, of, x, by, (chance or {}).get(value))
-            ax.set(title=named(value), xlabel=xlabel, xscale="log" if log else "linear")
+            ax.set(title=named(value), xlabel=xlabel)
         foot(figure, rows)
     return figure
 

@@ -242,7 +242,7 @@ def _chosen_words(recipe: Recipe) -> dict[str, object]:
         recomputed="true" if training.activation_checkpointing else "false")
 
 # %% ../../nbs/66c_study.drafts.ipynb #569aba57
-def draft(aim: Aim, config=None, scale: str = "") -> str:
+def draft(aim: Aim, config=None) -> str:
     """The recipe as text, with comments. `config`: of the base, if it is not to be had.
     Raises MaetError."""
     if config is None: config = base_config(aim.base)
@@ -253,7 +253,7 @@ def draft(aim: Aim, config=None, scale: str = "") -> str:
     launch, why = WHY[way]
     most = needed(recipe, cluster, config, _asked(recipe))[0]
 
-    words = _asked_words(aim, known, scale or recipe.scale) | _chosen_words(recipe)
+    words = _asked_words(aim, known, recipe.scale) | _chosen_words(recipe)
     text = TEMPLATE.read_text(encoding="utf-8").format(
         **words, planned=hours_of(recipe, cluster, config), rate=cluster.utilisation,
         memory=gpu(aim.gpu).memory, need=most.size/1e9, why=why, launch=launch,

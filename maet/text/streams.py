@@ -105,7 +105,7 @@ class Gzipped:
             number, start = 1, 0
 
 # %% ../../nbs/12_text.streams.ipynb #d435a6cd
-def _datasets():
+def datasets_library():
     "The library, without bars. Raises MaetError where it is not installed."
     try: import datasets
     except ImportError:
@@ -136,7 +136,7 @@ def in_a_line(source: Source, on_the_way: bool = False):
 
 # %% ../../nbs/12_text.streams.ipynb #b9dc6c8f
 def _builder(source: Source): # datasets.DatasetBuilder
-    library = _datasets()
+    library = datasets_library()
     with in_a_line(source):
         if source.remote:
             name = str(source.path).removeprefix("hf://")

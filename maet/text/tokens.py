@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..weights.meaning import without_nones
 from ..weights.tensors import MaetError
 from .documents import Document, Source, one_line
 from .streams import Gzipped, Index, Rows, batch, place_of, reader, shuffled
@@ -96,17 +97,12 @@ Written = tuple[str, list[tuple[int, int]]] # a chat as the template writes it; 
 def _written(messages: list[dict], tokenizer, ask: bool) -> Written:
     from transformers.utils.chat_template_utils import render_jinja_template
     template = chat_template(tokenizer)
-    chat = [_without_none(message) for message in messages]
+    chat = [without_nones(message) for message in messages]  # columns that other messages have
     texts, marks = render_jinja_template(
         [chat], chat_template=template, add_generation_prompt=ask,
         return_assistant_tokens_mask=bool(MARKED.search(template)), **tokenizer.special_tokens_map,
     )
     return texts[0], marks[0] if marks else []
-
-# %% ../../nbs/13_text.tokens.ipynb #969a8f7b
-def _without_none(message: dict) -> dict:
-    "A message without the columns that it has only because another one of its file has them."
-    return {key: value for key, value in message.items() if value is not None}
 
 # %% ../../nbs/13_text.tokens.ipynb #019f6eef
 def render(messages: list[dict], tokenizer, ask: bool = False) -> Written:

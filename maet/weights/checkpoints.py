@@ -143,6 +143,11 @@ def memory_size() -> int: # bytes
     "What the machine has."
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
+# %% ../../nbs/05_weights.checkpoints.ipynb #81b42b58
+def is_large(size: int) -> bool: # bytes
+    "Would it drive everything else out of memory? Then it is read and written past the page cache."
+    return size > memory_size() / 10
+
 # %% ../../nbs/05_weights.checkpoints.ipynb #e1822db4
 class _Opened:
     "What the headers of a model folder or hub id say. Raises MaetError if it is not whole."
@@ -230,7 +235,7 @@ class Checkpoint(_Numbers):
         super().__init__(path)
         self.digests, self.claims, self.last = {}, [], Last()
         direct.keep_memory()
-        if self.bytes <= memory_size() / 10: return
+        if not is_large(self.bytes): return
         for shard in self.files.values(): shard.read_bytes = direct.read_bytes
 
     def __repr__(self):

@@ -130,6 +130,7 @@ def filled(*configs: Mapping) -> list[dict]:
     return [with_heads(config) for config in known]
 
 def without_nones(config: Mapping) -> dict:
+    "What it says, without the keys that it has and does not fill in."
     return {key: value for key, value in config.items() if value is not None}
 
 # %% ../../nbs/07b_weights.meaning.ipynb #4e5a4389

@@ -24,9 +24,9 @@ from .files import plain_name, whole
 from maet.weights.streams import (
     FLOATS, PIECE, as_bytes, cores, finite, in_order, narrow, pieces, progress_bar,
 )
-from .direct import RUN, in_one_go
+from .direct import RUN, DirectFile, in_one_go
 from .writers import Sink, lay_out
-from .checkpoints import LARGE, Checkpoint
+from .checkpoints import LARGE, Checkpoint, is_large
 
 # %% ../../nbs/06_weights.saving.ipynb #c8306ae1
 def plan_shards(like: Checkpoint,
@@ -187,8 +187,9 @@ def write_shards(folder: Path, like: Checkpoint, plan: Mapping, piece: Callable,
     compute = partial(_compute, like=like, piece=piece, out=out, step=step)
     results = in_order(compute, runs, workers, window=workers + 1)  # runs are large
     digests = {}
+    create = DirectFile if is_large(size) else open
     bar = progress_bar(size, f"writing {Path(out).name}")
-    with closing(results), Sink(folder) as sink, bar:
+    with closing(results), Sink(folder, create) as sink, bar:
         for file, jobs in missing.items():
             metadata = like.files[file].metadata if file in like.files else {}
             header, _ = lay_out(plan[file], metadata | {"format": "pt"})

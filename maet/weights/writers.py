@@ -6,19 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/04_weights.writers.ipynb #7e9b767a
-import errno, fcntl, json, os, shutil, struct, tempfile
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import json, os, shutil, struct, tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .tensors import MaetError
 from .streams import CODES, as_bytes
-from .direct import DIRECT, PAGE, disk_memory
 
 # %% ../../nbs/04_weights.writers.ipynb #3c26dffc
 def header_bytes(entries: Mapping, metadata: Mapping[str, str]) -> bytes: # a multiple of 8 long
@@ -44,102 +42,45 @@ def lay_out(tensors: Mapping[str, tuple[tuple, torch.dtype]], # name -> (shape, 
         entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     return header_bytes(entries, metadata), order
 
-# %% ../../nbs/04_weights.writers.ipynb #16b06bd9
-def write_block(handle: int, block: memoryview) -> None:
-    "Write all of a block; through the page cache where the file system does not take it directly."
-    while block:
-        try: block = block[os.write(handle, block):]
-        except OSError as error:
-            flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not flags & DIRECT: raise
-            fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~DIRECT)
-
-# %% ../../nbs/04_weights.writers.ipynb #cfa0d7b8
-def create_file(file: Path) -> int: # a handle
-    "A new file to be written directly, or as usual."
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    try: return os.open(file, flags | DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL: raise
-    return os.open(file, flags, 0o666)
-
-# %% ../../nbs/04_weights.writers.ipynb #2d0c8af8
-class _Blocks:
-    "Bytes on their way into one file after the other, a block at a time."
-    BLOCK = 1 << 22  # bytes, a multiple of a page
-
-    def __init__(self):
-        self.handle = None  # of the open file
-        self.size = self.held = 0  # bytes that the file has, and that wait in the block
-        self.block = disk_memory(self.BLOCK).numpy()
-
-    def append(self, data: memoryview) -> int: # bytes
-        size = len(data)
-        while data:
-            step = min(len(data), self.BLOCK - self.held)
-            free = self.block[self.held:self.held + step]
-            np.copyto(free, data[:step])  # a plain assignment would keep all threads waiting
-            self.held += step
-            data = data[step:]
-            if self.held == self.BLOCK: self.flush()
-        return size
-
-    def flush(self) -> None:
-        "Whole pages are written; whoever ends a file cuts off what is too much."
-        pages = -(-self.held // PAGE) * PAGE
-        write_block(self.handle, memoryview(self.block[:pages]))
-        self.size += self.held
-        self.held = 0
-
 # %% ../../nbs/04_weights.writers.ipynb #4cd66dfa
-class Sink(_Blocks):
+class Sink:
     "Files of one folder, written one after the other, from front to back. For a `with` block."
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.folder, self.pending = folder, []
+    def __init__(self, folder: Path,
+                 create: Callable = open, # or DirectFile of maet.weights.direct
+                 ):
+        self.folder, self.create = folder, create
+        self.file = None
 
     def begin(self, name: str, head: bytes) -> None:
         "Start a file."
         self.end()
-        self.handle, self.name = create_file(self.folder/f".{name}"), name
-        self.size = self.held = 0
-        self.append(memoryview(head))
+        self.name = name
+        self.file = self.create(self.folder/f".{name}", "wb")
+        self.file.write(head)
 
     def write(self, tensor: Tensor) -> int: # bytes
         "Append a tensor's bytes."
-        return self.append(memoryview(as_bytes(tensor)))
+        return self.file.write(as_bytes(tensor))
 
     def end(self) -> None:
-        """Finish the file that is open.
+        "Finish the file that is open. It gets its name when the disk has all of it."
+        if self.file is None: return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.file = None
+        os.replace(self.folder/f".{self.name}", self.folder/self.name)
 
-        It gets its name when the disk has all of it; the next one may begin meanwhile."""
-        if self.handle is None: return
-        self.flush()
-        os.ftruncate(self.handle, self.size)
-        self.pending.append(self.pool.submit(_close, self.handle, self.folder, self.name))
-        self.handle = None
-
-    def __enter__(self): return _start(self)
+    def __enter__(self): return self
     def __exit__(self, kind, *_): _leave(self, kind)
 
 # %% ../../nbs/04_weights.writers.ipynb #aeeca8f4
-def _close(handle: int, folder: Path, name: str) -> None:
-    try: os.fsync(handle)
-    finally: os.close(handle)
-    os.replace(folder/f".{name}", folder/name)
-
-def _start(sink: Sink) -> Sink:
-    sink.pool = ThreadPoolExecutor(1)
-    return sink
-
 def _leave(sink: Sink, kind) -> None: # of the error that ended the block, if any
     try:
         if kind is None: sink.end()
     finally:
-        sink.pool.shutdown()
-        if sink.handle is not None: os.close(sink.handle)
-    if kind is not None: return
-    for job in sink.pending: job.result()  # raises what went wrong
+        with suppress(OSError):  # what is left in a buffer of an unfinished file is not wanted
+            if sink.file is not None: sink.file.close()
 
 # %% ../../nbs/04_weights.writers.ipynb #215bb47d
 def header_room(shapes: Iterable[tuple[str, tuple]], # names and shapes that may come
