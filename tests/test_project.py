@@ -119,6 +119,12 @@ def test_outputs_name_no_place_of_a_machine(notebook):
     assert [text[:200] for text in outputs if "site-packages" in text or str(ROOT) in text] == []
 
 
+def test_only_the_tour_keeps_widgets():
+    for notebook in NOTEBOOKS:
+        held = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
+        assert "widgets" not in held or notebook.name.startswith("00_"), f"{notebook.name}: state of widgets"
+
+
 def test_notebooks_are_small_with_their_outputs():
     assert [f"{notebook.name}: {size:,} bytes" for notebook in NOTEBOOKS if (size := notebook.stat().st_size) >= 1_000_000] == []
 
