@@ -192,16 +192,18 @@ def read_shots(data: str | Path | None, task: str, language: str,
     "The exemplars of one exam. Raises MaetError where there are fewer than `count`."
     config = template(task)
     meta = config["metadata"]
-    by = meta.get("by")
+    by = meta.get("by")  # a column: each subject has exemplars of its own
     if meta.get("shots_from_test"): return _own_shots(task, count, rows or [])
     where = "the hub" if data is None else Path(data) / task / "shots" / f"{language}.jsonl"
     columns = meta.get("shot_columns", meta["columns"])
     found = {}
     for place, row in _given_shots(where, task, language, count):
         row = _row(row, place, columns, reads_numbers(config))
-        found.setdefault(row[by] if by else None, []).append(row)
-    for subject in {row[by] for row in rows or []} if by else {None}:
-        _enough(where, subject, len(found.get(subject, [])), count)
+        subject = row[by] if by else None
+        found.setdefault(subject, []).append(row)
+
+    subjects = {row[by] for row in rows or []} if by else {None}
+    for subject in subjects: _enough(where, subject, len(found.get(subject, [])), count)
     return {subject: shots[:count] for subject, shots in found.items()}
 
 # %% ../../nbs/40_exams.questions.ipynb #712e7d11

@@ -114,13 +114,17 @@ def ingredients(file: Mergekit, entries: list[Ingredient], method: Method,
                         "it merges what was added to a base")
 
     if base and base not in names: entries = [*entries, Ingredient(base)]
+    others = [entry for entry in entries if entry.model != base]
     if method.models == 2:
-        if not base or len(entries) != 2:
-            raise MaetError(f"{where}: {method.name} needs base_model and one other model")
-        return sorted(entries, key=lambda entry: entry.model != base)
-    if method.base: entries = [entry for entry in entries if entry.model != base]
+        if base and len(others) == 1: return _base_first(entries, base)
+        raise MaetError(f"{where}: {method.name} needs base_model and one other model")
+    if method.base: entries = others
     if not entries: raise MaetError(f"{where}: there is no model beside the base; give one")
     return entries
+
+def _base_first(entries: list[Ingredient], base: str) -> list[Ingredient]:
+    def is_other(entry): return entry.model != base
+    return sorted(entries, key=is_other)
 
 # %% ../../nbs/37b_method.mergefile.ipynb #e6c3dd63
 def read_parameters(given: Mapping | None, known: Mapping[str, Parameter],

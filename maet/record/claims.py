@@ -132,6 +132,12 @@ def _relative(found: dict, level: dict) -> dict: # level: the row that was taken
     metric = COUNTED.get(found["metric"], "relative gain")
     return found | {"value": share, "stderr": error, "metric": metric}
 
+def _as_share(difference: dict, rows, subtracted: dict, over) -> dict | None:
+    "A difference as a share of the level that was subtracted; None if that is 0 or not known."
+    level = _one(rows, subtracted | {"setting.minus": None}, over)
+    if not level or not level["value"]: return None
+    return _relative(difference, level)
+
 # %% ../../nbs/54_record.claims.ipynb #17ba0791
 class Measured(NamedTuple):
     "One of the differences of a claim."
@@ -239,10 +245,9 @@ def differences(evidence: Evidence,
         shared = {field: value for field, value in about.items() if field in naming}
         name = _named(of, minus, shared)
         one = _difference(rows, about, of, minus, evidence.over)
-        if one and evidence.relative:
-            level = _one(rows, about | minus | {"setting.minus": None}, evidence.over)
-            one = _relative(one, level) if level and level["value"] else None
-        found.append({"name": name} | (one or {"missing": f"{name}, {said(about)} in {path}"}))
+        if one and evidence.relative: one = _as_share(one, rows, about | minus, evidence.over)
+        if not one: one = {"missing": f"{name}, {said(about)} in {path}"}
+        found.append({"name": name} | one)
     columns = ["name", "metric", "value", "stderr", "n", "paired", "missing"]
     groups = pd.DataFrame(found, columns=columns).groupby("name", sort=False)
     return [_measured(name, seeds, region) for name, seeds in groups]
