@@ -192,23 +192,24 @@ def of_cost(rows) -> str: # rows: a frame
         lines.append([study, str(len(of)), str(of.seed.nunique(dropna=False)), text])
     return table(lines)
 
-# %% ../../nbs/55_record.report.ipynb #a38daa56
+# %% ../../nbs/55_record.report.ipynb #9fb0f2b5
 FINDINGS = 5  # that the summary has at most
 
 def summary(found: dict) -> str: # of `claims.findings`; gives HTML
     "How many claims of each paper came to which verdict, and findings in one sentence each."
     kinds = ["replicated", "not replicated", "undecided"]
-    lines = [["claims of", *kinds, "others"]]
+    lines = ""
     for title, of in claims.by_paper(found).items():
         counts = Counter(finding.verdict for finding in of)
-        known = [counts[kind] for kind in kinds]
-        lines.append([title, *map(str, known), str(len(of) - sum(known))])
+        known = [f"{counts[kind]} {kind}" for kind in kinds]
+        others = len(of) - sum(counts[kind] for kind in kinds)
+        lines += f"<p>{words(title)}, {len(of)} claims: {', '.join(known)}, {others} others.</p>\n"
 
     decided = [finding for finding in found.values()
                if finding.paper["listed"] == "yes" and finding.verdict in kinds[:2]]
     items = "".join(f"<li>{words(str(finding))}</li>" for finding in decided[:FINDINGS])
     listed = f"<ul>{items}</ul>" if items else ""
-    return f'<section id="summary">\n{table(lines)}\n{listed}\n</section>\n'
+    return f'<section id="summary">\n{lines}{listed}\n</section>\n'
 
 # %% ../../nbs/55_record.report.ipynb #910780e3
 def study_page(ledgers: Path, papers: Path) -> str:
