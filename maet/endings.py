@@ -48,7 +48,8 @@ def of_training(out: Path, done: dict) -> str:
     if losses: facts += f", loss {losses[0]:.3f} at first and {losses[-1]:.3f} at last"
     then = [f"maet eval {out}", f"maet pack BASE {out} --out PACK.safetensors"]
     if out.is_file(): then = [of_expert("BASE", out), "maet merge MERGE.yml MERGED"]
-    return f"{facts}\n{ending(out, then=then)}"
+    beside = out.with_name(out.name.removesuffix(".safetensors") + ".training")
+    return f"{facts}\n{ending(out, beside, then=then)}"
 
 def of_expert(base: str, pack: Path) -> str:
     "What a pack is good for."

@@ -75,6 +75,9 @@ Check = Annotated[Optional[str], typer.Option(
          "base.")]
 Push = Annotated[Optional[str], typer.Option(
     help="Send a pack (--out or --check) to this owner/name of the hub, with a card.")]
+PushModel = Annotated[Optional[str], typer.Option(
+    "--push",
+    help="Send the merged model to this owner/name of the hub, with its card.")]
 
 # %% ../nbs/89c_options.ipynb #4a550057
 Data = Annotated[Optional[Path], typer.Option(

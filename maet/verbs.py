@@ -142,13 +142,14 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
           ) -> dict:          # losses, held_out, steps, tokens, trained, bytes, seconds
     """One CPT or SFT run: dense, LoRA or key-neuron, in this process or by DeepSpeed.
 
-    Called again after a kill, it goes on.
+    Recipe, losses and a card are kept beside it, in <out>.training. Called again after a kill, it goes on.
     Raises MaetError, before the first step, for what does not fit together or not into memory.
 
     >>> maet.train("expert.yml", "experts/es.safetensors")  # doctest: +SKIP
     """
     from maet.study.algorithm import Run, train_run
     from maet.study import fitting
+    from maet.study.kept import keep_training
     from maet.training.settings import load
 
     what = load(Run, recipe)
@@ -157,7 +158,9 @@ def train(recipe: str | Path, # YAML: base, corpora, training, launch and, for k
     for line in lines: say(line)
     what = fitting.with_keys(what, batches)
     fitting.must_fit(what)
-    return train_run(what, out)
+    done = train_run(what, out)
+    keep_training(what, out, done)
+    return done
 
 # %% ../nbs/89_verbs.ipynb #533f83dd
 def plan(recipe: str | Path,               # of `run`, `train` or `base`

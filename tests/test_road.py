@@ -214,3 +214,60 @@ def test_each_command_of_the_road_is_said_by_the_one_before(tmp_path, monkeypatc
     for language in ("en", "es", "bn"):
         (row,) = (row for row in rows if row["method"] == "maet" and row["language"] == language and "minus" not in row["setting"])
         assert re.search(rf"^mathematics +{language} +exact_match {row['value']:.4f} ", said, re.M), said
+
+
+# ---- what is kept, and what is sent ----
+
+@pytest.mark.parametrize("mode, out", [("dense", "expert"), ("lora", "adapter"), ("key-neuron", "es.safetensors")])
+def test_recipe_losses_and_card_stand_beside_what_was_trained(folder, mode, out):
+    import pandas as pd
+    small = dict(tokens=128, batch_tokens=64, sequence_length=32, learning_rate=0.001)
+    content = dict(base="base", corpora=[{"path": "text.jsonl"}], held_out=[{"path": "text.jsonl"}], held_out_tokens=32, training=small | {"mode": mode})
+    if mode == "key-neuron":
+        tiny(folder / "tuned", seed=1)
+        maet("locate base tuned --out keys.safetensors")
+        content["keys"] = ["keys.safetensors"]
+    Path("expert.yml").write_text(yaml.safe_dump(content))
+    said = maet(f"train expert.yml --out {out}")
+    beside = Path(out.removesuffix(".safetensors") + ".training")
+    assert f"wrote {beside} (" in said
+    assert sorted(file.name for file in beside.iterdir()) == ["README.md", "losses.csv", "losses.png", "recipe.yml"]
+    table = pd.read_csv(beside / "losses.csv")
+    table = table[table.loss.notna()]
+    assert table.tokens.tolist() == [64, 128] and f"loss {table.loss.iloc[0]:.3f} at first" in said
+    again = maet(f"train {beside}/recipe.yml --out again{Path(out).suffix}")  # the kept recipe makes the same
+    assert pd.read_csv("again.training/losses.csv").equals(pd.read_csv(beside / "losses.csv")) and "wrote again" in again
+
+
+def test_a_merged_model_is_sent_with_its_card(folder, monkeypatch):
+    from types import SimpleNamespace
+    sent = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **_: sent.append(name))
+    def upload(self, repo_id, folder_path, **_):
+        sent.append((repo_id, {file.name for file in Path(folder_path).iterdir()}))
+        return SimpleNamespace(repo_url=f"https://huggingface.co/{repo_id}")
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    tiny(folder / "tuned", seed=1)
+    Path("merge.yml").write_text("{merge_method: linear, models: [{model: base}, {model: tuned}], parameters: {weight: 0.5}}")
+    assert "no token" in refused("merge merge.yml merged --push me/merged")
+    assert "no token" in refused("pack base tuned --out pack.safetensors --push me/pack")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    assert "no owner/name" in refused("merge merge.yml merged --push merged")
+    assert not sent and not Path("merged").exists() and not Path("pack.safetensors").exists()
+    maet("merge merge.yml merged --push me/merged --dry-run")
+    assert not sent
+    said = maet("merge merge.yml merged --push me/merged")
+    assert "https://huggingface.co/me/merged" in said and "wrote merged (" in said
+    (name, (repository, files)) = sent
+    assert name == repository == "me/merged" and {"README.md", "maet_config.yml", "config.json", "model.safetensors"} <= files
+
+
+def test_the_shell_completes_without_torch():
+    import subprocess, sys
+    program = "import sys; sys.argv = ['maet']; from maet.cli import main\ntry: main([])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    import os
+    asked = os.environ | dict(_MAET_COMPLETE="complete_bash", COMP_WORDS="maet tr", COMP_CWORD="1")
+    done = subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, text=True)
+    assert done.stdout.split() == ["train"] and done.stderr.split()[-1] == "False", (done.stdout, done.stderr)
+    assert "--install-completion" in maet("--help")

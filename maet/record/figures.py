@@ -158,8 +158,6 @@ def _printed(line: dict, path: Path) -> float:
     return value
 
 # %% ../../nbs/53_record.figures.ipynb #fa35e192
-LESS = ("bits_per_byte", "loss")  # metrics of which less is better
-
 def _cell(e, digits: int, best: float) -> str: # e: an estimate; best: of its column
     "An estimate as text."
     text = f"{e.value:.{digits}f}"
@@ -182,7 +180,7 @@ def _cells(rows, down: str, across: str): # a frame; gives a frame
     _, factor, digits = estimates.unit(metric)
     found = estimates.estimates(rows, down, across, factor=factor)
     if rows.seed.isna().all(): digits = _digits_as_printed(found.value)  # the paper's
-    best = found.value.groupby(level=across).transform("min" if metric in LESS else "max")
+    best = found.value.groupby(level=across).transform("min" if metric in plots.LESS else "max")
     texts = [_cell(e, digits, top) for e, top in zip(found.itertuples(), best)]
     return pd.Series(texts, found.index).unstack(across)
 

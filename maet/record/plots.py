@@ -304,6 +304,15 @@ def lines(rows: Iterable[dict],       # ledger rows, or a frame of them
         foot(figure, rows)
     return figure
 
+# %% ../../nbs/52_record.plots.ipynb #9ce3504f
+LESS = ("bits_per_byte", "loss")  # metrics of which less is better
+
+def _shown(cells, centre: float | None): # cells: estimates; gives a copy
+    "What a cell is coloured by: undecided ones are in the middle. Without a centre, its value."
+    if centre is None: return cells.assign(shade=cells.value)
+    undecided = (cells.value - centre).abs() <= cells.margin
+    return cells.assign(shade=cells.value.where(~undecided, centre))
+
 # %% ../../nbs/52_record.plots.ipynb #fe2ef495
 def _draw_heat(ax, cells, shades: dict, digits: int, margins: bool): # cells: estimates by x and y
     "Cells of one panel; a combination without a row stays empty. `shades`: colour map and its ends."
@@ -315,7 +324,7 @@ def _draw_heat(ax, cells, shades: dict, digits: int, margins: bool): # cells: es
     cells = cells.assign(text=texts).reset_index().pivot(index=y, columns=x).reindex(ys)
     size = 7 if len(xs) < 10 else 5
     if margins: size = 6
-    sns.heatmap(cells.value[xs], annot=cells.text[xs], fmt="", annot_kws={"size": size}, cbar=False,
+    sns.heatmap(cells.shade[xs], annot=cells.text[xs], fmt="", annot_kws={"size": size}, cbar=False,
                 ax=ax, linewidths=0.5, xticklabels=[named(x) for x in xs],
                 yticklabels=[named(y) for y in ys], **shades)
     ax.invert_yaxis()
@@ -325,12 +334,13 @@ def _draw_heat(ax, cells, shades: dict, digits: int, margins: bool): # cells: es
     ax.tick_params("x", rotation=0)
 
 # %% ../../nbs/52_record.plots.ipynb #85b6ff0c
-def _shades(every, centre: float | None) -> dict: # every: estimates
-    "A colour map and its ends. With a centre, colours run both ways from it."
+def _shades(every, centre: float | None, metric: str) -> dict: # every: estimates
+    "A colour map and its ends. With a centre, purple is better and orange is worse."
     if centre is None: return dict(cmap="cividis", vmin=every.value.min(), vmax=every.value.max())
     widest = every.margin.max()  # what is no more than noise stays pale
     far = max(widest, (every.value - centre).abs().max()) or 1
-    return dict(cmap="PuOr", vmin=centre - far, vmax=centre + far)
+    cmap = "PuOr_r" if metric in LESS else "PuOr"
+    return dict(cmap=cmap, vmin=centre - far, vmax=centre + far)
 
 # %% ../../nbs/52_record.plots.ipynb #c8e5a9cf
 def _numbers(every, what: str, digits: int) -> str: # every: estimates
@@ -366,7 +376,8 @@ def heat(rows: Iterable[dict],       # ledger rows, or a frame of them
     label, factor, digits = unit(rows.metric.iloc[0])
     parts = {value: estimates(of, x, y, factor=factor) for value, of in parts.items()}
     every = pd.concat(parts.values())
-    shades = _shades(every, None if centre is None else factor * centre)
+    middle = None if centre is None else factor * centre
+    shades = _shades(every, middle, rows.metric.iloc[0])
     across = min(across, len(parts))
     down = math.ceil(len(parts) / across)
     wide, tall = _most(parts, x), _most(parts, y)
@@ -374,17 +385,19 @@ def heat(rows: Iterable[dict],       # ledger rows, or a frame of them
     with style():
         figure = Figure(figsize=(6.5, 0.4 + down * (0.75 + 0.21 * tall)))
         for ax, (value, cells) in zip(_panels(figure, down, across, len(parts)), parts.items()):
-            _draw_heat(ax, cells, shades, digits, margins)
+            _draw_heat(ax, _shown(cells, middle), shades, digits, margins)
             name = "" if value is None else title.format(named(value))
             ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
         what = label if centre is None else difference(label)
-        figure.supxlabel(_numbers(every, what, digits), fontsize=7, color="#555555")
+        told = _numbers(every, what, digits)
+        if centre is not None: told += "\npurple: better; orange: worse; white: undecided"
+        figure.supxlabel(told, fontsize=7, color="#555555")
     return figure
 
 # %% ../../nbs/52_record.plots.ipynb #e1822db4
 VERDICTS = {1: ("above", "#12284C", ">"),
             0: ("undecided", "#8C8C8C", "o"),
-            -1: ("below", "#A83B1D", "<")} # side of zero -> word, colour, marker
+            -1: ("below", "#A83B1D", "<")} # side of zero -> word, colour (navy: better), marker
 
 # %% ../../nbs/52_record.plots.ipynb #b3f5413a
 def side(e: Estimate) -> int: # 1, 0, -1
@@ -398,8 +411,10 @@ def _draw_forest(ax, rows, label: str):
     name, factor, digits = unit(rows.metric.iloc[0])
     found = estimates(rows, label, factor=factor)
     edge = dict(xycoords=ax.get_yaxis_transform(), va="center", fontsize=6.5)
+    better = -1 if rows.metric.iloc[0] in LESS else 1
     for y, e in enumerate(found.itertuples()):
-        word, colour, marker = VERDICTS[side(e)]
+        word, _, marker = VERDICTS[side(e)]
+        _, colour, _ = VERDICTS[better * side(e)]
         look = dict(fmt=marker, ms=5, color=colour, elinewidth=1.2, capsize=2, zorder=3)
         ax.errorbar(e.value, y, xerr=e.margin, **look)
         if len(e.seeds) > 1:

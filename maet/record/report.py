@@ -81,11 +81,16 @@ th:first-child,td:first-child{position:sticky;left:0;background:#fff}
 nav a{display:inline-block;margin:0 .8rem .3rem 0;padding:.2rem 0}\
 pre{overflow-x:auto;font-size:.8rem;background:#f6f6f6;padding:.8rem;overflow-wrap:normal}
 .note{color:#555;font-size:.9rem}\
-a{color:#12284c}"""
+a{color:#12284c}
+@media(max-width:32rem){.text thead{display:none}\
+.text tr,.text td,.text td:nth-child(n){display:block;min-width:0;border:0}\
+.text tr{border-bottom:1px solid #ddd}.text td:first-child{position:static}\
+.text td:nth-child(3)::before{content:"Paper: "}.text td:nth-child(4)::before{content:"Here: "}\
+.text td:nth-child(5):not(:empty)::before{content:"Perhaps: "}}"""
 
 # %% ../../nbs/55_record.report.ipynb #cc8690d1
-def page(title: str, lead: str, sections: Iterable[Section]) -> str:
-    "The whole page; a section without a body is left out."
+def page(title: str, lead: str, sections: Iterable[Section], summary: str = "") -> str: # summary: HTML
+    "The whole page; a section without a body is left out. What was found stands before the links."
     title = html.escape(title)
     links, bodies = [], []
     for section in sections:
@@ -99,7 +104,7 @@ def page(title: str, lead: str, sections: Iterable[Section]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{STYLE}</style></head>",
         f"<body><h1>{title}</h1>",
-        as_html(lead),
+        summary + as_html(lead),
         f"<nav>{' '.join(links)}</nav>",
         "\n".join(bodies),
         "</body></html>\n"])
@@ -185,6 +190,25 @@ def of_cost(rows) -> str: # rows: a frame
         lines.append([study, str(len(of)), str(of.seed.nunique(dropna=False)), text])
     return table(lines)
 
+# %% ../../nbs/55_record.report.ipynb #9fb0f2b5
+FINDINGS = 5  # that the summary has at most
+
+def summary(found: dict) -> str: # of `claims.findings`; gives HTML
+    "How many claims of each paper came to which verdict, and findings in one sentence each."
+    kinds = ["replicated", "not replicated", "undecided"]
+    lines = ""
+    for title, of in claims.by_paper(found).items():
+        counts = Counter(finding.verdict for finding in of)
+        known = [f"{counts[kind]} {kind}" for kind in kinds]
+        others = len(of) - sum(counts[kind] for kind in kinds)
+        lines += f"<p>{words(title)}, {len(of)} claims: {', '.join(known)}, {others} others.</p>\n"
+
+    decided = [finding for finding in found.values()
+               if finding.paper["listed"] == "yes" and finding.verdict in kinds[:2]]
+    items = "".join(f"<li>{words(str(finding))}</li>" for finding in decided[:FINDINGS])
+    listed = f"<ul>{items}</ul>" if items else ""
+    return f'<section id="summary">\n{lines}{listed}\n</section>\n'
+
 # %% ../../nbs/55_record.report.ipynb #910780e3
 def study_page(ledgers: Path, papers: Path) -> str:
     "The page of the study."
@@ -201,7 +225,7 @@ def study_page(ledgers: Path, papers: Path) -> str:
         Section("missing", "Not drawn", f"<ul>{missing}</ul>" if lacking else ""),
         Section("recipe", "Recipe", of_recipes(rows)),
         Section("versions", "Versions", of_versions(rows)),
-        Section("cost", "Cost", of_cost(rows))])
+        Section("cost", "Cost", of_cost(rows))], summary(claims.findings(ledgers, papers)))
 
 # %% ../../nbs/55_record.report.ipynb #1574bddb
 AGAIN = "remove this stage, and the run makes it again"

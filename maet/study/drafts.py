@@ -143,6 +143,8 @@ def with_tokens(recipe: Recipe, tokens: int, batch: int) -> Recipe:
     probes = dict(tokens=max(small, tokens//PROBE//small*small), batch_tokens=small)
     return with_keys(recipe, {"training": experts, "locate.training": probes})
 
+def _hours_word(hours: float) -> str: return "hour" if hours == 1 else "hours"
+
 def hours_of(recipe: Recipe, cluster: Cluster, config) -> float:
     rows = plan(recipe, cluster, config, _asked(recipe))
     return sum(row.get("seconds", 0) for row in rows)/3600
@@ -155,7 +157,8 @@ def in_time(recipe: Recipe, cluster: Cluster, config, hours: float) -> Recipe:
     tokens = int(BATCHES[0]*FULL*hours/(hours_of(one, cluster, config)*probes_too))
     batch = next((size for size in BATCHES if size*STEPS <= tokens), BATCHES[-1])
     if tokens < 10*batch:
-        raise MaetError(f"init: {hours:g} hours hold {tokens:,} tokens for an expert; give more hours")
+        held = f"{hours:g} {_hours_word(hours)} hold{'s' if hours == 1 else ''}"
+        raise MaetError(f"init: {held} {tokens:,} tokens for an expert; give more hours")
     return with_tokens(recipe, tokens, batch)
 
 # %% ../../nbs/66c_study.drafts.ipynb #da29da87
@@ -226,7 +229,8 @@ def _batch(training) -> str:
 def _asked_words(aim: Aim, known: Known, scale: str) -> dict[str, object]:
     "What the template says of the aim."
     return dict(
-        base=aim.base, ability=aim.ability, gpu=aim.gpu, hours=aim.hours, scale=f"{scale:<35}",
+        base=aim.base, ability=aim.ability, gpu=aim.gpu,
+        hours=aim.hours, hours_word=_hours_word(aim.hours), scale=f"{scale:<35}",
         listed=" and ".join(aim.languages), languages=", ".join(aim.languages),
         task=known.task, k2=known.select_ratio, general=known.general, hub=known.hub)
 
