@@ -7,6 +7,7 @@ __all__ = ['report']
 
 # %% ../../nbs/55_record.report.ipynb #52800ab2
 import base64, html, json, re
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache, partial
 from importlib.resources import files
