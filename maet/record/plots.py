@@ -343,8 +343,9 @@ def _shades(every, centre: float | None, metric: str) -> dict: # every: estimate
     return dict(cmap=cmap, vmin=centre - far, vmax=centre + far)
 
 # %% ../../nbs/52_record.plots.ipynb #c8e5a9cf
-def _numbers(every, what: str, digits: int) -> str: # every: estimates
-    "The line under a heat map: what its numbers are, and how sure."
+def _numbers(every, label: str, digits: int, are_differences: bool) -> str: # every: estimates
+    "The line under a heat map: what its numbers are, and how sure; and its colours."
+    what = difference(label) if are_differences else label
     counts = every.seeds.map(len)
     least, most = counts.min(), counts.max()
     seeds = f"mean of {least} to {most} seeds"
@@ -352,7 +353,8 @@ def _numbers(every, what: str, digits: int) -> str: # every: estimates
     if most < 2: seeds = "one seed"
     widest = every.margin.max()
     sure = f"; 95 % intervals up to ±{widest:.{digits}f}" if widest else ""
-    return f"numbers: {what}, {seeds}{sure}"
+    colours = "\npurple: better; orange: worse; white: undecided" if are_differences else ""
+    return f"numbers: {what}, {seeds}{sure}{colours}"
 
 # %% ../../nbs/52_record.plots.ipynb #8194155a
 def _most(parts: dict, name: str) -> int: # parts: value -> estimates
@@ -372,9 +374,8 @@ def heat(rows: Iterable[dict],       # ledger rows, or a frame of them
     import pandas as pd
     from matplotlib.figure import Figure
     rows = frame(rows)
-    parts = split(rows, panels)
     label, factor, digits = unit(rows.metric.iloc[0])
-    parts = {value: estimates(of, x, y, factor=factor) for value, of in parts.items()}
+    parts = {value: estimates(of, x, y, factor=factor) for value, of in split(rows, panels).items()}
     every = pd.concat(parts.values())
     middle = None if centre is None else factor * centre
     shades = _shades(every, middle, rows.metric.iloc[0])
@@ -388,9 +389,7 @@ def heat(rows: Iterable[dict],       # ledger rows, or a frame of them
             _draw_heat(ax, _shown(cells, middle), shades, digits, margins)
             name = "" if value is None else title.format(named(value))
             ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
-        what = label if centre is None else difference(label)
-        told = _numbers(every, what, digits)
-        if centre is not None: told += "\npurple: better; orange: worse; white: undecided"
+        told = _numbers(every, label, digits, are_differences=centre is not None)
         figure.supxlabel(told, fontsize=7, color="#555555")
     return figure
 
