@@ -145,7 +145,7 @@ def memory_size() -> int: # bytes
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #81b42b58
 def is_large(size: int) -> bool: # bytes
-    "Would it drive everything else out of memory? Then it is read and written past the page cache."
+    "Would it drive everything else out of memory? Then it is read past the page cache."
     return size > memory_size() / 10
 
 # %% ../../nbs/05_weights.checkpoints.ipynb #e1822db4

@@ -26,7 +26,7 @@ from maet.weights.streams import (
 )
 from .direct import RUN, DirectFile, in_one_go
 from .writers import Sink, lay_out
-from .checkpoints import LARGE, Checkpoint, is_large
+from .checkpoints import LARGE, Checkpoint
 
 # %% ../../nbs/06_weights.saving.ipynb #c8306ae1
 def plan_shards(like: Checkpoint,
@@ -187,7 +187,7 @@ def write_shards(folder: Path, like: Checkpoint, plan: Mapping, piece: Callable,
     compute = partial(_compute, like=like, piece=piece, out=out, step=step)
     results = in_order(compute, runs, workers, window=workers + 1)  # runs are large
     digests = {}
-    create = DirectFile if is_large(size) else open
+    create = DirectFile if size >= LARGE else open  # a small file is not worth its own way
     bar = progress_bar(size, f"writing {Path(out).name}")
     with closing(results), Sink(folder, create) as sink, bar:
         for file, jobs in missing.items():
