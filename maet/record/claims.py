@@ -236,7 +236,7 @@ def differences(evidence: Evidence,
     region = evidence.region()
     path = Path(folder) / f"{evidence.study}.jsonl"
     where = {"scale": [scale]} | evidence.rows
-    rows = ledger.read(path, **where) if path.is_file() else ledger.frame([])
+    rows = ledger.matching(ledger.all_rows(path), where)
     naming = set(varying) - {"seed"}
     found = []
     sides = wanted(evidence.of), wanted(evidence.minus)

@@ -7,6 +7,7 @@ __all__ = ['append', 'frame', 'field', 'matching', 'read', 'read_scores', 'versi
 
 # %% ../../nbs/50_record.ledger.ipynb #8b837f86
 import json, math, os, platform, subprocess
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -190,6 +191,14 @@ def read(path: str | Path,    # <study>.jsonl
     for name, values in where.items():
         if not isinstance(values, (list, tuple, set)): where[name] = [values]
     return matching(frame(rows), where)
+
+# %% ../../nbs/50_record.ledger.ipynb #876aaac1
+@lru_cache(32)
+def _read_at(path: Path, changed: int): return read(path) # changed: when, in ns
+
+def all_rows(path: Path): # a frame, not to be written to
+    "All rows of a ledger, none where it is not there. It is read again when it has changed."
+    return _read_at(path, path.stat().st_mtime_ns) if path.is_file() else frame([])
 
 # %% ../../nbs/50_record.ledger.ipynb #99ef14bd
 SCORE_FIELDS = ("task", "language", "metric", "value", "stderr", "n", "seconds")

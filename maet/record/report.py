@@ -144,9 +144,8 @@ def _of_figure(done: figures.Drawn, title: str) -> str:
     return drawing + as_html(text)
 
 # %% ../../nbs/55_record.report.ipynb #b8b5dd0d
-def of_claims(ledgers: Path, papers: Path) -> str:
+def of_claims(found: dict) -> str: # of `claims.findings`
     "The papers' claims, their evidence and ours, and what became of them."
-    found = claims.findings(ledgers, papers)
     counts = claims.decided(found.values())
     parts = [as_html(f"{counts} A verdict is that of its scale.")]
     for title, of in claims.by_paper(found).items():
@@ -220,13 +219,14 @@ def study_page(ledgers: Path, papers: Path) -> str:
     lead = (f"{len(rows)} measurements of {rows.study.nunique()} studies. Every number on this page "
             "is a row of a ledger, or of a paper's table, which is then said. "
             "A value is followed by half of its 95 % interval over items and seeds.")
+    found = claims.findings(ledgers, papers)
     return page("maet: the study", lead, [
-        Section("claims", "Claims", of_claims(ledgers, papers)),
+        Section("claims", "Claims", of_claims(found)),
         *drawn,
         Section("missing", "Not drawn", f"<ul>{missing}</ul>" if lacking else ""),
         Section("recipe", "Recipe", of_recipes(rows)),
         Section("versions", "Versions", of_versions(rows)),
-        Section("cost", "Cost", of_cost(rows))], summary(claims.findings(ledgers, papers)))
+        Section("cost", "Cost", of_cost(rows))], summary(found))
 
 # %% ../../nbs/55_record.report.ipynb #1574bddb
 AGAIN = "remove this stage, and the run makes it again"
